@@ -1,0 +1,39 @@
+"""`python -m oprd_tune`: torchtune's command line with our recipes in it, plus what torchtune lacks.
+
+    python -m oprd_tune run oprd_single_device --config tiny/oprd
+    python -m oprd_tune export CHECKPOINT_FOLDER HF_FOLDER
+
+It does what `tune` does where `.pth` files are not read. `export` writes a training checkpoint as a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from oprd_tune.errors import ConfigError
+
+
+def main() -> None:
+    """Dispatch on the first argument: `export` is ours, everything else torchtune's."""
+    if sys.argv[1:2] == ["export"]:
+        if len(sys.argv) != 4:
+            sys.exit(__doc__)
+        from oprd_tune.training.checkpoint import export_checkpoint
+
+        try:
+            print(f"wrote {export_checkpoint(sys.argv[2], sys.argv[3])}")
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+        return
+    from torchtune import _recipe_registry
+
+    from oprd_tune.registry import register
+
+    register(_recipe_registry)
+    from torchtune._cli.tune import main as tune
+
+    tune()
+
+
+if __name__ == "__main__":
+    main()

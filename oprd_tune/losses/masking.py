@@ -1,0 +1,72 @@
+"""Which hidden states enter the loss: response tokens by position, states by anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.types import Selection
+
+# Token rank within its response (from 1), response length, k -> is the token selected?
+POSITIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "all": lambda rank, length, k: rank >= 1,
+    "last": lambda rank, length, k: rank == length,
+    "first_k": lambda rank, length, k: rank <= k,
+    "last_k": lambda rank, length, k: rank > length - k,
+}
+# How far left of its token the compared state stands.
+ANCHORS = {"predict": 1, "consume": 0}
+
+
+def check_selection(positions: str, k: int, anchor: str) -> None:
+    """Raise ConfigError unless the three name a selection."""
+    if positions not in POSITIONS:
+        raise ConfigError(f"positions is {positions!r}; allowed are {', '.join(POSITIONS)} (k is `positions_k`)")
+    if k < 1:
+        raise ConfigError(f"positions_k is {k}; it must be at least 1")
+    if anchor not in ANCHORS:
+        raise ConfigError(f"anchor is {anchor!r}; allowed are {', '.join(ANCHORS)}")
+
+
+def select_states(
+    response_mask_BS: Tensor, *, positions: str = "all", k: int = 2000, anchor: str = "predict"
+) -> Selection:
+    """Select response tokens by position and return where their states stand.
+
+    Positions choose *tokens*; the anchor then shifts the index and never changes the count. Under `predict` a token's
+    state is the one it was predicted from, one column to the left (OPRD §6); under `consume` it is its own.
+
+    Args:
+        response_mask_BS: True on response tokens, contiguous in each row.
+        positions: `all`, `last`, `first_k` or `last_k`, counted per response.
+        k: tokens per response for `first_k` and `last_k`; a shorter response is taken whole.
+        anchor: `predict` or `consume`.
+
+    Returns:
+        The selection, in row-major order; empty if no row has a response.
+
+    Raises:
+        ConfigError: for an unknown name or a k below 1.
+        ValueError: if, under `predict`, a response starts in column 0, where nothing predicts it.
+    """
+    check_selection(positions, k, anchor)
+    if anchor == "predict" and bool(response_mask_BS[:, 0].any()):
+        raise ValueError("a response starts in column 0, so no state predicts it; rows need a prompt")
+    rank_BS = response_mask_BS.cumsum(1)
+    length_B1 = rank_BS[:, -1:]
+    chosen_BS = response_mask_BS & POSITIONS[positions](rank_BS, length_B1, k)
+    quarter_BS = (rank_BS - 1) * 4 // length_B1.clamp(min=1)
+    token_index_T = chosen_BS.flatten().nonzero(as_tuple=True)[0]
+    return Selection(index_T=token_index_T - ANCHORS[anchor], quarter_T=quarter_BS.flatten()[token_index_T])
+
+
+def count_selected(response_mask_BS: Tensor, *, positions: str, k: int) -> int:
+    """N of the loss: how many tokens `select_states` would select."""
+    check_selection(positions, k, "predict")
+    rank_BS = response_mask_BS.cumsum(1)
+    return int((response_mask_BS & POSITIONS[positions](rank_BS, rank_BS[:, -1:], k)).sum())
+
+
+__all__ = ["ANCHORS", "POSITIONS", "check_selection", "count_selected", "select_states"]

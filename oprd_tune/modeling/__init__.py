@@ -1,0 +1,1 @@
+"""Working on torchtune decoders: taps, heads, layer pairs."""

@@ -1,0 +1,128 @@
+"""Incremental decoding with torchtune attention: a scope that grants every block a key-value cache.
+
+torchtune's own cache is static: it expands the key-value heads and attends over its whole length at every token. Here
+the cache grows a column at a time, attention sees the filled part only, and a decoding step folds the query heads that
+share a key-value head into the query axis, so nothing is expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
+
+from oprd_tune.modeling.head import LastPositionHead, swapped_output
+
+
+class DecodingCache:
+    """Keys and values of all layers for B left-padded rows, and which columns each row may see.
+
+    Args:
+        visible_BS: True on real prompt tokens; the prompts' columns come first.
+        capacity: columns to reserve, prompts included.
+    """
+
+    def __init__(self, visible_BS: Tensor, capacity: int) -> None:
+        batch, self._prompt_columns = visible_BS.shape
+        self.columns = 0
+        self._capacity = capacity
+        self._padded = not bool(visible_BS.all())
+        self._visible_BS = torch.ones(batch, capacity, dtype=torch.bool, device=visible_BS.device)
+        self._visible_BS[:, : self._prompt_columns] = visible_BS
+        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new columns of one layer; returns views of everything written so far."""
+        batch, heads, length, width = key_BHSD.shape
+        if layer not in self._keys_values:
+            shape = (batch, heads, self._capacity, width)
+            self._keys_values[layer] = (key_BHSD.new_empty(shape), value_BHSD.new_empty(shape))
+        end = self.columns + length
+        for store, new in zip(self._keys_values[layer], (key_BHSD, value_BHSD), strict=True):
+            store[:, :, self.columns : end] = new
+        keys, values = self._keys_values[layer]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, length: int) -> None:
+        """Count the columns that a forward pass through all layers has written."""
+        self.columns += length
+
+    def mask(self, new_columns: int) -> Tensor | None:
+        """Which columns the new queries see, [B, 1, Q, S] with Q = 1 for a decoding step; None means all (causally)."""
+        if not self._padded:
+            return None
+        end = self.columns + new_columns
+        visible_B1S = self._visible_BS[:, None, :end]
+        if new_columns == 1:
+            return visible_B1S[:, None]
+        causal_SS = torch.ones(new_columns, end, dtype=torch.bool, device=visible_B1S.device).tril(end - new_columns)
+        # A padding query sees itself, or its softmax would be empty and its output NaN.
+        itself_SS = torch.eye(new_columns, end, dtype=torch.bool, device=visible_B1S.device)
+        return ((visible_B1S & causal_SS) | itself_SS)[:, None]
+
+    def keep_rows(self, index_B: Tensor) -> None:
+        """Drop all other rows."""
+        self._visible_BS = self._visible_BS[index_B]
+        self._padded = not bool(self._visible_BS[:, : self._prompt_columns].all())
+        self._keys_values = {k: (keys[index_B], values[index_B]) for k, (keys, values) in self._keys_values.items()}
+
+
+def _cached_attention(
+    attn: MultiHeadAttention,
+    layer: int,
+    cache: DecodingCache,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    input_pos: Tensor | None = None,
+) -> Tensor:
+    """Stand-in for `MultiHeadAttention.forward`: the same function, with `cache` behind it."""
+    batch, length, _ = x.shape
+    query = attn.pos_embeddings(attn.q_proj(x).view(batch, length, attn.num_heads, attn.head_dim), input_pos=input_pos)
+    key = attn.pos_embeddings(attn.k_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim), input_pos=input_pos)
+    value = attn.v_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    if attn.q_norm is not None:
+        query, key = attn.q_norm(query), attn.k_norm(key)
+    key, value = cache.append(layer, key, value)
+    if length == 1:
+        folded = query.reshape(batch, attn.num_kv_heads, -1, attn.head_dim)
+        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
+        output = output.reshape(batch, 1, -1)
+    else:
+        groups = attn.num_heads // attn.num_kv_heads
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        output = output.transpose(1, 2).reshape(batch, length, -1)
+    return attn.output_proj(output)
+
+
+@contextmanager
+def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int) -> Iterator[DecodingCache]:
+    """Within the scope, `model(tokens, mask=cache.mask(n), input_pos=…)` continues its rows and returns the logits
+    [B, 1, V] of the last column. Call `cache.advance(n)` after each pass of n columns.
+
+    Args:
+        model: a decoder; left as it was when the scope ends, even by an exception.
+        visible_BP: True on the real tokens of left-padded prompts.
+        max_new_tokens: columns to reserve beyond the prompts.
+
+    Raises:
+        RuntimeError: if the model is already decoding or tapped.
+    """
+    cache = DecodingCache(visible_BP, visible_BP.shape[1] + max_new_tokens)
+    attentions = [layer.attn for layer in model.layers]
+    with swapped_output(model, LastPositionHead), torch.compiler.set_stance("force_eager"):
+        for layer, attn in enumerate(attentions):
+            attn.forward = partial(_cached_attention, attn, layer, cache)
+        try:
+            yield cache
+        finally:
+            for attn in attentions:
+                del attn.forward

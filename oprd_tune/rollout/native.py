@@ -1,0 +1,160 @@
+"""Sampling with the trainer's own model: no second copy of the weights, nothing to synchronise."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.rollout.decoding import DecodingCache, incremental_decoding
+from oprd_tune.rollout.noise import sample_noise
+from oprd_tune.types import Prompts, Rollout
+
+
+class NativeEngine:
+    """Batched sampling with a key-value cache. What it samples does not depend on how prompts are batched.
+
+    Args:
+        model: the student itself, in any wrapping the taps work with.
+        stop_tokens: ids that end a response; the one sampled belongs to it.
+        pad_id: fills rows up to the longest.
+        max_new_tokens: a response that reaches it is cut and marked `truncated`.
+        samples_per_prompt: responses to each prompt.
+        temperature: 1 is on-policy; 0 is greedy. Log-probabilities are always those at temperature 1.
+        seed: with the stream and the global sample index, determines the noise.
+        batch_size: most rows decoded at once; bounds the cache's memory. None takes all.
+
+    Raises:
+        ConfigError: for a negative temperature or a size below 1.
+    """
+
+    def __init__(
+        self,
+        model: TransformerDecoder,
+        *,
+        stop_tokens: Collection[int],
+        pad_id: int,
+        max_new_tokens: int,
+        samples_per_prompt: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        if temperature < 0:
+            raise ConfigError(f"rollout.temperature is {temperature}; it is 1 for on-policy sampling, 0 for greedy")
+        sizes = {"max_new_tokens": max_new_tokens, "samples_per_prompt": samples_per_prompt}
+        for name, size in (sizes | ({"batch_size": batch_size} if batch_size is not None else {})).items():
+            if size < 1:
+                raise ConfigError(f"rollout {name} is {size}; it must be at least 1")
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._stop_tokens = torch.tensor(sorted(stop_tokens), device=self._device)
+        self._pad_id = pad_id
+        self._max_new_tokens = max_new_tokens
+        self._samples_per_prompt = samples_per_prompt
+        self._temperature = temperature
+        self._seed = seed
+        self._batch_size = batch_size
+        self._policy_version = 0
+
+    def sync_weights(self, policy_version: int) -> None:
+        """The weights are shared; only the version is noted."""
+        self._policy_version = policy_version
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+        """Sample responses, rows of one prompt side by side. See `RolloutEngine.generate`."""
+        n = self._samples_per_prompt
+        rows = [tokens for tokens in prompts.tokens for _ in range(n)]
+        samples = [position * n + i for position in prompts.positions for i in range(n)]
+        noise_BT = sample_noise(self._seed, stream, samples, self._max_new_tokens).to(self._device)
+        # Rows of similar prompt length decode together; the order is undone below.
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        size = self._batch_size or len(rows)
+        responses: dict[int, tuple[Tensor, Tensor]] = {}
+        was_training = self._model.training
+        self._model.eval()
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            decoded = self._decode([rows[row] for row in batch], noise_BT[batch])
+            responses |= dict(zip(batch, decoded, strict=True))
+        self._model.train(was_training)
+        positions = [position for position in prompts.positions for _ in range(n)]
+        return self._pack(rows, [responses[row] for row in range(len(rows))], positions)
+
+    def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Responses and their log-probabilities, in the order of `prompts`."""
+        tokens_BP, visible_BP = self._left_pad(prompts)
+        batch = len(prompts)
+        response_BT = torch.full((batch, self._max_new_tokens), self._pad_id, device=self._device)
+        logprob_BT = torch.zeros(batch, self._max_new_tokens, device=self._device)
+        length_B = torch.zeros(batch, dtype=torch.long, device=self._device)
+        row_B = torch.arange(batch, device=self._device)  # the rows still decoding, by their place in the batch
+        input_BS, position_BS = tokens_BP, (visible_BP.cumsum(1) - 1).clamp(min=0)
+        with incremental_decoding(self._model, visible_BP, self._max_new_tokens) as cache:
+            for step in range(self._max_new_tokens):
+                logits_BV = self._forward(cache, input_BS, position_BS)
+                token_B, chosen_B = self._choose(logits_BV, noise_BT[row_B, step])
+                response_BT[row_B, step], logprob_BT[row_B, step] = token_B, chosen_B
+                length_B[row_B] += 1
+                going_B = torch.isin(token_B, self._stop_tokens, invert=True).nonzero(as_tuple=True)[0]
+                if not len(going_B):
+                    break
+                input_BS, position_BS = token_B[:, None], position_BS[:, -1:] + 1
+                if len(going_B) < len(row_B):
+                    cache.keep_rows(going_B)
+                    row_B, input_BS, position_BS = row_B[going_B], input_BS[going_B], position_BS[going_B]
+        lengths = length_B.tolist()
+        return ((response_BT[b, :n], logprob_BT[b, :n]) for b, n in enumerate(lengths))
+
+    def _forward(self, cache: DecodingCache, input_BS: Tensor, position_BS: Tensor) -> Tensor:
+        columns = input_BS.shape[1]
+        logits_B1V = self._model(input_BS, mask=cache.mask(columns), input_pos=position_BS)
+        cache.advance(columns)
+        return logits_B1V[:, -1]
+
+    def _choose(self, logits_BV: Tensor, noise_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample by inverse CDF in fp64, or take the argmax; with log-probabilities at temperature 1."""
+        logprob_BV = logits_BV.float().log_softmax(-1)
+        if self._temperature == 0:
+            token_B = logprob_BV.argmax(-1)
+        else:
+            scaled_BV = logprob_BV if self._temperature == 1 else (logprob_BV / self._temperature).log_softmax(-1)
+            cumulative_BV = scaled_BV.exp().cumsum(-1, dtype=torch.float64)
+            threshold_B1 = noise_B[:, None] * cumulative_BV[:, -1:]
+            token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
+            token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
+        return token_B, logprob_BV.gather(1, token_B[:, None]).squeeze(1)
+
+    def _left_pad(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        width = max(map(len, prompts))
+        tokens = [[self._pad_id] * (width - len(p)) + list(p) for p in prompts]
+        visible = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
+        return torch.tensor(tokens, device=self._device), torch.tensor(visible, device=self._device)
+
+    def _pack(
+        self, prompts: list[tuple[int, ...]], responses: list[tuple[Tensor, Tensor]], positions: list[int]
+    ) -> Rollout:
+        lengths = [len(p) + len(r) for p, (r, _) in zip(prompts, responses, strict=True)]
+        shape = (len(prompts), max(lengths))
+        tokens_BS = torch.full(shape, self._pad_id, device=self._device)
+        mask_BS = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        logprobs_BS = torch.zeros(shape, device=self._device)
+        for row, (prompt, (response_T, logprob_T)) in enumerate(zip(prompts, responses, strict=True)):
+            start, end = len(prompt), lengths[row]
+            tokens_BS[row, :start] = torch.tensor(prompt, device=self._device)
+            tokens_BS[row, start:end], logprobs_BS[row, start:end] = response_T, logprob_T
+            mask_BS[row, start:end] = True
+        last_token_B = tokens_BS[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+        return Rollout(
+            tokens_BS=tokens_BS,
+            response_mask_BS=mask_BS,
+            sampler_logprobs_BS=logprobs_BS,
+            lengths_B=torch.tensor(lengths, device=self._device),
+            truncated_B=torch.isin(last_token_B, self._stop_tokens, invert=True),
+            prompt_positions_B=torch.tensor(positions, device=self._device),
+            policy_version=self._policy_version,
+        )

@@ -1,0 +1,94 @@
+"""The tiny pair's architecture (Qwen2, 0.8M parameters), its checkpoints and its character tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torchtune.models.qwen2 import qwen2
+from torchtune.modules import TransformerDecoder
+from torchtune.training import FullModelHFCheckpointer
+
+SYMBOLS = ["<pad>", "<eos>", *"0123456789+=", " ", "\n"]
+MAX_SEQ_LEN = 128
+_FOLDER = Path(__file__).parent
+_SHAPE = {
+    "vocab_size": len(SYMBOLS),
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 128,
+    "intermediate_dim": 384,
+    "norm_eps": 1e-6,
+    "rope_base": 10_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_qwen2() -> TransformerDecoder:
+    """Build the tiny model: 4 blocks, width 128, 4 heads over 2 key-value heads, 16 characters, tied embeddings."""
+    return qwen2(max_seq_len=MAX_SEQ_LEN, **_SHAPE)
+
+
+def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
+    """Open one of the shipped checkpoints, `teacher` or `student`, with torchtune's Hugging Face checkpointer.
+
+    Args:
+        name: which checkpoint.
+        output_dir: where the checkpointer may write exports.
+
+    Raises:
+        ValueError: if no such checkpoint is shipped.
+    """
+    shipped = sorted(p.parent.name for p in _FOLDER.glob("*/config.json"))
+    if name not in shipped:
+        raise ValueError(f"no tiny checkpoint {name!r}; shipped are {shipped}")
+    return FullModelHFCheckpointer(
+        checkpoint_dir=str(_FOLDER / name),
+        checkpoint_files=["model.safetensors"],
+        model_type="QWEN2",
+        output_dir=output_dir,
+    )
+
+
+def hugging_face_config() -> dict[str, object]:
+    """The tiny architecture as the `config.json` that transformers and vLLM read."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": _SHAPE["vocab_size"],
+        "hidden_size": _SHAPE["embed_dim"],
+        "intermediate_size": _SHAPE["intermediate_dim"],
+        "num_hidden_layers": _SHAPE["num_layers"],
+        "num_attention_heads": _SHAPE["num_heads"],
+        "num_key_value_heads": _SHAPE["num_kv_heads"],
+        "max_position_embeddings": MAX_SEQ_LEN,
+        "rms_norm_eps": _SHAPE["norm_eps"],
+        "rope_theta": _SHAPE["rope_base"],
+        "hidden_act": "silu",
+        "tie_word_embeddings": _SHAPE["tie_word_embeddings"],
+        "use_sliding_window": False,
+        "torch_dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": SYMBOLS.index("<eos>"),
+        "pad_token_id": SYMBOLS.index("<pad>"),
+    }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the character tokenizer as `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<pad>", "<eos>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<pad>",
+        "model_max_length": MAX_SEQ_LEN,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")

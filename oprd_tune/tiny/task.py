@@ -1,0 +1,48 @@
+"""The tiny pair's task: integer addition, written as `12+345=` and answered `357`.
+
+Operands have one to three digits, each length equally likely, so answers have one to four. A problem belongs to the
+held-out split by a hash of its operands, never by chance, so no seed can leak it into training.
+"""
+
+from __future__ import annotations
+
+import random
+
+MAX_DIGITS = 3
+_HELD_OUT_IN_1000 = 50
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """True if `a+b` belongs to the held-out split: about 5 % of all problems, the same ones for everybody."""
+    mixed = ((a * 1009 + b) * 2654435761) % 2**32
+    return (mixed >> 8) % 1000 < _HELD_OUT_IN_1000
+
+
+def sample_problems(count: int, *, split: str, seed: int) -> list[tuple[int, int]]:
+    """Draw `count` addition problems of one split, with repetition among the short ones.
+
+    Args:
+        count: number of problems.
+        split: `train` or `held_out`.
+        seed: seeds the draw; splits stay disjoint whatever it is.
+
+    Returns:
+        Operand pairs.
+
+    Raises:
+        ValueError: if `split` is neither of the two.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split is {split!r}; the addition task has 'train' and 'held_out'")
+    rng = random.Random(f"addition/{split}/{seed}")
+    problems: list[tuple[int, int]] = []
+    while len(problems) < count:
+        a, b = (_operand(rng) for _ in range(2))
+        if is_held_out(a, b) == (split == "held_out"):
+            problems.append((a, b))
+    return problems
+
+
+def _operand(rng: random.Random) -> int:
+    digits = rng.randint(1, MAX_DIGITS)
+    return rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)

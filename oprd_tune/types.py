@@ -1,0 +1,111 @@
+"""What flows through a training step, as frozen dataclasses, and the letters that name tensor dimensions.
+
+Dimension letters, used as suffixes of tensor names everywhere in this package:
+
+    B  sequences           T  selected response tokens, packed over the batch    V  vocabulary
+    P  prompt tokens       L  tapped layer pairs                                 H  attention heads
+    S  tokens of a row     D  student width        C  teacher width              K  top-k
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenized prompts of one step.
+
+    Attributes:
+        tokens: token ids of each prompt; none is empty.
+        positions: each prompt's place in the run's endless stream of prompts. The same on any number of ranks, so
+            sampling noise that depends on it is too.
+        answers: reference answers, or None where the data has none.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    positions: tuple[int, ...]
+    answers: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with sampled responses. Rows are right-padded: a token's column is its rotary position.
+
+    Attributes:
+        tokens_BS: token ids, prompt then response then padding.
+        response_mask_BS: True on response tokens. A sampled EOS is one; padding never is.
+        sampler_logprobs_BS: fp32 log-probabilities in nats that the sampler gave its tokens; 0 elsewhere.
+        lengths_B: prompt and response tokens of each row.
+        truncated_B: True where the response hit the token limit instead of a stop token.
+        prompt_positions_B: `Prompts.positions` of each row's prompt.
+        policy_version: optimizer steps that the sampling weights had seen.
+    """
+
+    tokens_BS: Tensor
+    response_mask_BS: Tensor
+    sampler_logprobs_BS: Tensor
+    lengths_B: Tensor
+    truncated_B: Tensor
+    prompt_positions_B: Tensor
+    policy_version: int
+
+    def __len__(self) -> int:
+        return self.tokens_BS.shape[0]
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of response tokens in all rows."""
+        return int(self.response_mask_BS.sum())
+
+    def rows(self, index_B: Tensor) -> Rollout:
+        """The given rows, trimmed to the longest of them."""
+        width = int(self.lengths_B[index_B].max())
+        picked = {f.name: getattr(self, f.name)[index_B] for f in fields(self) if f.name != "policy_version"}
+        trimmed = {k: v[:, :width] if k.endswith("_BS") else v for k, v in picked.items()}
+        return replace(self, **trimmed)
+
+    def split(self, tokens_per_micro_batch: int) -> list[Rollout]:
+        """Cut into microbatches of at most that many tokens, padding included, longest rows first.
+
+        Rows of similar length share a microbatch, so little is spent on padding. A row that is longer than the
+        budget gets a microbatch of its own. The loss does not depend on the split: its denominator is global.
+        """
+        order = torch.sort(self.lengths_B, descending=True, stable=True).indices
+        lengths = self.lengths_B[order].tolist()
+        micro_batches, start = [], 0
+        while start < len(order):
+            rows = max(1, tokens_per_micro_batch // lengths[start])
+            micro_batches.append(self.rows(order[start : start + rows]))
+            start += rows
+        return micro_batches
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A student block and the teacher block whose output it imitates, both counted from 1."""
+
+    student: int
+    teacher: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which states of a microbatch enter the loss.
+
+    Attributes:
+        index_T: positions in the flattened [B * S] grid, ascending and unique.
+        quarter_T: the quarter (0 to 3) of its response that each selected token lies in; metrics only.
+    """
+
+    index_T: Tensor
+    quarter_T: Tensor
+
+    def __len__(self) -> int:
+        return self.index_T.numel()
