@@ -9,6 +9,8 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+=", " ", "\n"]
 MAX_SEQ_LEN = 128
 _FOLDER = Path(__file__).parent
@@ -49,6 +51,11 @@ def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
         model_type="QWEN2",
         output_dir=output_dir,
     )
+
+
+def tokenizer() -> HuggingFaceTokenizer:
+    """The pair's character tokenizer."""
+    return HuggingFaceTokenizer(str(_FOLDER / "teacher"))
 
 
 def hugging_face_config() -> dict[str, object]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 
+from oprd_tune.data.prompts import PromptDataset, PromptTokenizer, in_memory
+
 MAX_DIGITS = 3
 _HELD_OUT_IN_1000 = 50
 
@@ -46,3 +48,20 @@ def sample_problems(count: int, *, split: str, seed: int) -> list[tuple[int, int
 def _operand(rng: random.Random) -> int:
     digits = rng.randint(1, MAX_DIGITS)
     return rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
+
+
+def addition(
+    tokenizer: PromptTokenizer, *, split: str, count: int, seed: int = 0, max_prompt_tokens: int | None = None
+) -> PromptDataset:
+    """Addition problems as a data set of prompts and answers.
+
+    Args:
+        tokenizer: the tiny pair's.
+        split: `train` or `held_out`.
+        count: number of problems.
+        seed: of the draw.
+        max_prompt_tokens: longer prompts are dropped.
+    """
+    problems = sample_problems(count, split=split, seed=seed)
+    rows = in_memory([f"{a}+{b}=" for a, b in problems], [str(a + b) for a, b in problems])
+    return PromptDataset(rows, tokenizer, max_prompt_tokens=max_prompt_tokens, prompt_template="{prompt}")

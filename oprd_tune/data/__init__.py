@@ -1,0 +1,7 @@
+"""Prompts and reference answers: where they come from, how they become tokens, in which order they are used."""
+
+from oprd_tune.data.prompts import PromptDataset, prompt_dataset
+from oprd_tune.data.stream import PromptStream
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+
+__all__ = ["HuggingFaceTokenizer", "PromptDataset", "PromptStream", "prompt_dataset"]

@@ -1,0 +1,176 @@
+"""Prompts with reference answers, through the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasets import Dataset, load_dataset
+from torchtune.data import Message
+
+from oprd_tune.errors import ConfigError
+
+_LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+PLACEHOLDER = "{prompt}"
+
+
+class PromptTokenizer(Protocol):
+    """What the data needs of a tokenizer; torchtune's and ours have it."""
+
+    eos_id: int
+
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]: ...
+
+    def tokenize_messages(self, messages: list[Message], *, add_eos: bool) -> tuple[list[int], list[bool]]: ...
+
+
+class PromptDataset:
+    """Tokenized prompts and their reference answers.
+
+    Args:
+        rows: texts, with `prompt` and, where known, `answer` (None otherwise).
+        tokenizer: makes the tokens; the only place where prompts are tokenized.
+        max_prompt_tokens: longer prompts are dropped and counted; None keeps all.
+        prompt_template: a plain text around `{prompt}`, or None for the tokenizer's chat template.
+        system_prompt: a system message for the chat template.
+
+    Attributes:
+        dropped: how many prompts were too long.
+
+    Raises:
+        ConfigError: for a template without placeholder, a system prompt without chat, or no prompt left.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer: PromptTokenizer,
+        *,
+        max_prompt_tokens: int | None = None,
+        prompt_template: str | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        if prompt_template is not None and PLACEHOLDER not in prompt_template:
+            raise ConfigError(f"dataset.prompt_template is {prompt_template!r}; it must contain {PLACEHOLDER}")
+        if prompt_template is not None and system_prompt is not None:
+            raise ConfigError("dataset.system_prompt belongs to a chat template; write it into prompt_template instead")
+        self._tokenizer = tokenizer
+        self._prompt_template = prompt_template
+        self._system_prompt = system_prompt
+        found = len(rows)
+        longest = max_prompt_tokens or 2**31
+        # Never cached on disk: a tokenizer's identity is not part of the library's fingerprint.
+        tokenized = rows.map(self._tokenize, desc="Tokenizing prompts", load_from_cache_file=False)
+        kept = tokenized.filter(_fits, fn_kwargs={"longest": longest}, load_from_cache_file=False)
+        self.dropped = found - len(kept)
+        if not len(kept):
+            reason = f"all {found} prompts are longer than max_prompt_tokens {max_prompt_tokens}" if found else "no rows"
+            raise ConfigError(f"the data set is empty after filtering: {reason}")
+        self._tokens: list[list[int]] = kept["tokens"][:]
+        self._answers: list[str | None] = kept["answer"][:]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> tuple[tuple[int, ...], str | None]:
+        """Prompt tokens and reference answer."""
+        return tuple(self._tokens[index]), self._answers[index]
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether every prompt has a reference answer."""
+        return all(answer is not None for answer in self._answers)
+
+    def answer_tokens(self, index: int) -> tuple[int, ...]:
+        """The reference answer as the response it should have been: its tokens and EOS."""
+        answer = self._answers[index]
+        if answer is None:
+            raise ConfigError("this data set has no reference answers; give dataset.answer_column")
+        return (*self._tokenizer.encode(answer, add_bos=False, add_eos=False), self._tokenizer.eos_id)
+
+    def _tokenize(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        prompt = str(row["prompt"])
+        if self._prompt_template is not None:
+            text = self._prompt_template.replace(PLACEHOLDER, prompt)
+            return {"tokens": self._tokenizer.encode(text, add_bos=False, add_eos=False)}
+        messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
+        if self._system_prompt is not None:
+            messages.insert(0, Message(role="system", content=self._system_prompt))
+        return {"tokens": self._tokenizer.tokenize_messages(messages, add_eos=False)[0]}
+
+
+def _fits(row: Mapping[str, Any], longest: int) -> bool:
+    return 0 < len(row["tokens"]) <= longest
+
+
+def prompt_dataset(
+    tokenizer: PromptTokenizer,
+    *,
+    source: str,
+    prompt_column: str,
+    answer_column: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    first: int | None = None,
+    max_prompt_tokens: int | None = None,
+    prompt_template: str | None = None,
+    system_prompt: str | None = None,
+) -> PromptDataset:
+    """Load prompts from the hub or from a local file.
+
+    Args:
+        tokenizer: makes the tokens.
+        source: a hub name such as `openai/gsm8k`, or a path to a .json, .jsonl, .csv or .parquet file.
+        prompt_column: column with the prompt's text.
+        answer_column: column with the reference answer, for evaluation and perplexity.
+        split: split of the hub's data set, slices such as `train[:2000]` included; also works on a file.
+        subset: configuration of the hub's data set, such as `main`.
+        first: keep only that many rows, from the start.
+        max_prompt_tokens: see `PromptDataset`.
+        prompt_template: see `PromptDataset`.
+        system_prompt: see `PromptDataset`.
+
+    Raises:
+        ConfigError: if the source cannot be read, lacks a named column, or no prompt is left.
+    """
+    data = _load(source, split, subset)
+    columns = {"prompt": prompt_column} | ({"answer": answer_column} if answer_column else {})
+    if missing := [column for column in columns.values() if column not in data.column_names]:
+        raise ConfigError(f"{source} has no column {missing}; it has {data.column_names}")
+    data = data.select(range(min(first, len(data)))) if first is not None else data
+    data = data.select_columns(list(dict.fromkeys(columns.values())))
+    rows = data.map(_rename, fn_kwargs={"columns": columns}, remove_columns=data.column_names)
+    return PromptDataset(
+        rows,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        prompt_template=prompt_template,
+        system_prompt=system_prompt,
+    )
+
+
+def _load(source: str, split: str, subset: str | None) -> Dataset:
+    path = Path(source).expanduser()
+    try:
+        if path.suffix in _LOCAL_FORMATS:
+            if not path.is_file():
+                raise ConfigError(f"dataset.source: there is no file {path}")
+            return load_dataset(_LOCAL_FORMATS[path.suffix], data_files=str(path), split=split)
+        return load_dataset(source, subset, split=split)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises many kinds, most of them about the hub
+        raise ConfigError(
+            f"dataset.source {source!r} (split {split!r}) cannot be loaded: {error}. Give a hub name, or a file ending in "
+            f"{', '.join(_LOCAL_FORMATS)}"
+        ) from error
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    return {"answer": None} | {new: row[old] for new, old in columns.items()}
+
+
+def in_memory(prompts: Sequence[str], answers: Sequence[str]) -> Dataset:
+    """A data set of texts that are made rather than loaded."""
+    return Dataset.from_dict({"prompt": list(prompts), "answer": list(answers)})

@@ -1,0 +1,56 @@
+"""The order of prompts: an endless, shuffled stream that is a function of its position."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from oprd_tune.data.prompts import PromptDataset
+from oprd_tune.types import Prompts
+
+
+class PromptStream:
+    """Shuffled passes over a data set, one after the other.
+
+    Position p of the stream is entry p mod n of a permutation that depends on the seed and on p div n. So a run resumes
+    from one number, on any number of ranks, and nobody sees a prompt twice within a pass.
+
+    Args:
+        dataset: the prompts.
+        prompts_per_step: how many one optimizer step uses, over all ranks.
+        seed: of the shuffles.
+        rank: this process.
+        world_size: how many share each step's prompts.
+    """
+
+    def __init__(
+        self, dataset: PromptDataset, *, prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._dataset = dataset
+        self._prompts_per_step = prompts_per_step
+        self._rank, self._world_size = rank, world_size
+        size = len(dataset)
+
+        @lru_cache(maxsize=2)
+        def permutation(epoch: int) -> list[int]:
+            generator = torch.Generator().manual_seed((seed << 20) + epoch)
+            return torch.randperm(size, generator=generator).tolist()
+
+        self._permutation = permutation
+
+    def at_step(self, step: int) -> Prompts:
+        """This rank's prompts of optimizer step `step`, from 0."""
+        start = step * self._prompts_per_step
+        positions = range(start + self._rank, start + self._prompts_per_step, self._world_size)
+        return self.at(list(positions))
+
+    def at(self, positions: list[int]) -> Prompts:
+        """The prompts at given positions of the stream."""
+        size = len(self._dataset)
+        rows = [self._dataset[self._permutation(p // size)[p % size]] for p in positions]
+        return Prompts(
+            tokens=tuple(tokens for tokens, _ in rows),
+            positions=tuple(positions),
+            answers=tuple(answer for _, answer in rows),
+        )

@@ -1,0 +1,123 @@
+"""The tokenizer of a Hugging Face model folder, in the shape that torchtune's components expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from torchtune.data import Message
+
+from oprd_tune.errors import ConfigError
+
+
+class HuggingFaceTokenizer:
+    """Reads `tokenizer.json` and `tokenizer_config.json`, and the chat template where there is one.
+
+    Fits every model folder, whatever its pre-tokenization; torchtune's `Qwen2_5Tokenizer` serves as well where it
+    applies. Special tokens are added by the chat template alone, never by `encode`.
+
+    Args:
+        path: a model folder.
+        max_seq_len: not used for truncation; prompts that are too long are dropped by the data set instead.
+
+    Attributes:
+        eos_id: ends a response.
+        pad_id: fills rows; the EOS id if the folder names no pad token.
+        stop_tokens: every id that ends a response, those of `generation_config.json` included.
+
+    Raises:
+        ConfigError: if a file is missing or names no EOS token.
+    """
+
+    def __init__(self, path: str, max_seq_len: int | None = None) -> None:
+        folder = Path(path)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                raise ConfigError(f"tokenizer.path: {folder} has no {name}; give a Hugging Face model folder")
+        self.max_seq_len = max_seq_len
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
+        eos_id = self._special_id("eos_token")
+        if eos_id is None:
+            raise ConfigError(f"{folder}/tokenizer_config.json names no eos_token, so no response could ever end")
+        pad_id = self._special_id("pad_token")
+        self.eos_id: int = eos_id
+        self.bos_id: int | None = self._special_id("bos_token")
+        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self.special_tokens = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+        self.stop_tokens = sorted({eos_id, *_generation_stops(folder)})
+        self.chat_template: str | None = self._read_chat_template(folder)
+
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are recognised."""
+        bos = [self.bos_id] if add_bos and self.bos_id is not None else []
+        eos = [self.eos_id] if add_eos else []
+        return [*bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, *eos]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def tokenize_messages(self, messages: list[Message], *, add_eos: bool = False) -> tuple[list[int], list[bool]]:
+        """Render the folder's chat template and tokenize it.
+
+        An empty last assistant message asks for its header, so that a response can follow. Returns ids and, as
+        torchtune does, which of them are masked: here all, since prompts are never trained on.
+
+        Raises:
+            ConfigError: if the folder has no chat template, or the template rejects the messages.
+        """
+        if self.chat_template is None:
+            raise ConfigError(
+                "this tokenizer has no chat template; give dataset.prompt_template, a plain one such as '{prompt}\\n'"
+            )
+        turns = [{"role": m.role, "content": m.text_content} for m in messages]
+        asks = bool(turns) and turns[-1] == {"role": "assistant", "content": ""}
+        text = self._render(turns[:-1] if asks else turns, add_generation_prompt=asks)
+        ids = self.encode(text, add_eos=add_eos)
+        return ids, [True] * len(ids)
+
+    def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = _raise_template_error
+        special = {k: self._special_text(k) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        try:
+            template = environment.from_string(self.chat_template or "")
+            return template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
+        except TemplateError as error:
+            raise ConfigError(f"the chat template rejects this conversation: {error}") from error
+
+    def _read_chat_template(self, folder: Path) -> str | None:
+        own_file = folder / "chat_template.jinja"
+        if own_file.is_file():
+            return own_file.read_text()
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        return template
+
+    def _special_text(self, key: str) -> str | None:
+        token = self._config.get(key)
+        return token["content"] if isinstance(token, dict) else token
+
+    def _special_id(self, key: str) -> int | None:
+        text = self._special_text(key)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+
+def _generation_stops(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
+def _raise_template_error(message: str) -> NoReturn:
+    raise TemplateError(message)

@@ -1,0 +1,5 @@
+"""What a run measures, and where it writes it."""
+
+from oprd_tune.metrics.tensorboard import TensorBoardLogger
+
+__all__ = ["TensorBoardLogger"]

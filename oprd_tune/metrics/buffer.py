@@ -1,0 +1,56 @@
+"""Sums and counts of a step, fetched from the device once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oprd_tune.losses.hidden_mse import LayerStream
+from oprd_tune.metrics.names import check_names
+from oprd_tune.types import Rollout, Selection
+
+
+class MetricBuffer:
+    """Collects a step's means as (sum, count) pairs, and single values, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor, count: float) -> None:
+        """Add to a mean: its sum, and how many it sums over."""
+        total = total.detach().to(torch.float64)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def set(self, name: str, value: float) -> None:
+        """Set a value that is one already."""
+        self._values[name] = value
+
+    def add_rollout(self, rollout: Rollout) -> None:
+        """Add what the rollout itself tells."""
+        rows, tokens = len(rollout), rollout.response_tokens
+        self.add("rollout/response_tokens", rollout.response_mask_BS.sum(), rows)
+        self.add("rollout/truncated_share", rollout.truncated_B.sum(), rows)
+        self.add("rollout/entropy", -rollout.sampler_logprobs_BS.sum(), tokens)
+
+    def add_stream(self, stream: LayerStream, selection: Selection) -> None:
+        """Add what the taps measured in one microbatch."""
+        for layer, total in stream.squared_errors.items():
+            self.add(f"layers/mse_{layer:02d}", total, len(selection))
+        for layer, total in stream.cosines.items():
+            self.add(f"layers/cosine_{layer:02d}", total, len(selection))
+        tokens_4 = torch.bincount(selection.quarter_T, minlength=4)
+        for quarter, (total, tokens) in enumerate(zip(stream.quarter_cosines, tokens_4.tolist(), strict=True)):
+            self.add(f"positions/cosine_quarter_{quarter + 1}", total, tokens * len(stream.cosines))
+
+    def finish(self) -> dict[str, float]:
+        """The step's metrics; the buffer is empty afterwards. A mean over nothing is left out."""
+        names = [name for name, count in self._counts.items() if count]
+        sums = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        means = {name: total / self._counts[name] for name, total in zip(names, sums, strict=True)}
+        finished = means | self._values
+        check_names(finished)
+        self.__init__()  # type: ignore[misc]
+        return finished

@@ -1,0 +1,84 @@
+"""What a run remembers of its own course: evaluations and per-layer cosines. Saved and resumed with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+_MOST_COLUMNS = 256  # of the heatmap; older steps are thinned out beyond it
+
+
+@dataclass
+class History:
+    """The course of a run.
+
+    Attributes:
+        teacher_accuracy: measured once; None if not at all.
+        evaluations: `{"step": …, "accuracy": … or None, "perplexity": … or None}` in order.
+        cosines: by step, the cosine of each tapped layer.
+        skipped_steps: optimizer steps without an update.
+        response_tokens: trained on so far.
+        loop_seconds: time within training steps, so without start-up, evaluation and checkpoints.
+    """
+
+    teacher_accuracy: float | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    cosines: dict[int, list[float]] = field(default_factory=dict)
+    skipped_steps: int = 0
+    response_tokens: int = 0
+    loop_seconds: float = 0.0
+
+    def add_cosines(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep a step's `layers/cosine_*`."""
+        column = [value for name, value in sorted(metrics.items()) if name.startswith("layers/cosine_")]
+        if column:
+            self.cosines[step] = column
+        if len(self.cosines) > _MOST_COLUMNS:
+            self.cosines = {s: self.cosines[s] for s in list(self.cosines)[::2]}
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The highest accuracy so far, the start included."""
+        return max((e["accuracy"] for e in self.evaluations if e["accuracy"] is not None), default=None)
+
+    def gap_closed(self, accuracy: float | None) -> float | None:
+        """Share of the teacher's lead that an accuracy has made up; None where that is not defined."""
+        before = self.evaluations[0]["accuracy"] if self.evaluations else None
+        if accuracy is None or before is None or self.teacher_accuracy is None or self.teacher_accuracy == before:
+            return None
+        return (accuracy - before) / (self.teacher_accuracy - before)
+
+    def accuracy_figure(self) -> Figure:
+        """Accuracy against steps, between the student's start and the teacher."""
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        points = [(e["step"], e["accuracy"]) for e in self.evaluations if e["accuracy"] is not None]
+        axes.plot(*zip(*points, strict=True), marker="o", label="student")
+        axes.axhline(points[0][1], color="grey", linestyle=":", label=f"student before: {points[0][1]:.3f}")
+        if self.teacher_accuracy is not None:
+            label = f"teacher: {self.teacher_accuracy:.3f}"
+            axes.axhline(self.teacher_accuracy, color="black", linestyle="--", label=label)
+        axes.set(xlabel="optimizer steps", ylabel="held-out accuracy, sampled at T = 1", ylim=(0, 1.03))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+        return figure
+
+    def cosine_figure(self, layers: list[int]) -> Figure:
+        """Layer × step heatmap of the cosine between student and teacher."""
+        figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(layers)), layout="constrained")
+        axes = figure.add_subplot()
+        columns = [self.cosines[step] for step in sorted(self.cosines)]
+        image = axes.pcolormesh(sorted(self.cosines), range(len(layers)), list(zip(*columns, strict=True)))
+        axes.set(xlabel="optimizer steps", ylabel="student layer", yticks=range(len(layers)), yticklabels=layers)
+        figure.colorbar(image, label="cosine to the teacher")
+        return figure
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's data."""
+        self.__dict__.update(state)

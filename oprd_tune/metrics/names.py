@@ -1,0 +1,76 @@
+"""Every metric that is logged: its unit, how it is reduced, and what it means. docs/metrics.md is made from here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. In its name, `<…>` stands for a number or a word."""
+
+    name: str
+    unit: str
+    reduction: str
+    meaning: str
+
+
+_TOKEN_MEAN = "mean over the step's selected tokens"
+METRICS = [
+    Metric("loss/total", "1", _TOKEN_MEAN, "The objective: what the gradient belongs to."),
+    Metric("layers/mse_<layer>", "1", _TOKEN_MEAN, "‖h − g‖²/D at a student layer, whatever the normalisation."),
+    Metric("layers/cosine_<layer>", "1", _TOKEN_MEAN, "Cosine of student and teacher state at a student layer."),
+    Metric(
+        "positions/cosine_quarter_<n>",
+        "1",
+        "mean over layers and selected tokens",
+        "Cosine within the first to fourth quarter of a response: where along it the student still differs.",
+    ),
+    Metric("rollout/response_tokens", "tokens", "mean over responses", "Length of a response, EOS included."),
+    Metric("rollout/truncated_share", "1", "mean over responses", "Share of responses cut at `max_new_tokens`."),
+    Metric(
+        "rollout/entropy",
+        "nats/token",
+        "mean over response tokens",
+        "Entropy of the student, estimated as the mean of −log p of what it sampled; no head runs for it.",
+    ),
+    Metric(
+        "head/drift",
+        "1",
+        "over up to 1,024 evenly spaced rows",
+        "‖W − W₀‖/‖W₀‖ of an embedding that is also the LM head: representation matching moves it unseen.",
+    ),
+    Metric("optimizer/grad_norm", "1", "over all parameters", "Gradient norm before clipping."),
+    Metric("optimizer/lr", "1", "last", "Learning rate of the step."),
+    Metric("optimizer/skipped_steps", "steps", "sum since the start", "Steps without update: nothing selected, or not finite."),
+    Metric(
+        "time/<phase>",
+        "seconds",
+        "sum over the step",
+        "Wall time of rollout, teacher, student (forward and backward), optimizer and sync; time/step is their sum.",
+    ),
+    Metric("speed/rollout", "tokens/s", "step", "Sampled tokens per second of rollout."),
+    Metric("speed/teacher", "tokens/s", "step", "Prompt and response tokens per second of the teacher's forward."),
+    Metric("speed/student", "tokens/s", "step", "Prompt and response tokens per second of forward and backward."),
+    Metric("speed/step", "tokens/s", "step", "Response tokens per second of the whole step."),
+    Metric("memory/peak", "GiB", "maximum since the start", "On CUDA what tensors took, on a CPU the process's peak."),
+    Metric("eval/accuracy", "1", "mean over held-out samples", "Share of right answers, sampled at temperature 1."),
+    Metric("eval/teacher_accuracy", "1", "mean over held-out samples", "The same of the teacher, measured once."),
+    Metric("eval/gap_closed", "1", "last", "(student − student before) / (teacher − student before), in accuracy."),
+    Metric("eval/perplexity", "1", "over held-out answer tokens", "exp of the mean −log p of the reference answers."),
+]
+_PATTERNS = [re.compile(re.sub(r"<\w+>", r"\\w+", m.name) + r"\Z") for m in METRICS]
+
+
+def check_names(names: object) -> None:
+    """Raise KeyError for a metric that is not listed here."""
+    for name in names:  # type: ignore[attr-defined]
+        if not any(p.match(name) for p in _PATTERNS):
+            raise KeyError(f"metric {name!r} is not described in oprd_tune/metrics/names.py")
+
+
+def as_markdown() -> str:
+    """The table of docs/metrics.md."""
+    rows = [f"| `{m.name}` | {m.unit} | {m.reduction} | {m.meaning} |" for m in METRICS]
+    return "\n".join(["| name | unit | reduction | meaning |", "|---|---|---|---|", *rows])

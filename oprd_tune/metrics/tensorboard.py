@@ -1,0 +1,64 @@
+"""TensorBoard, with what torchtune's logger leaves out: text, figures, and curves that survive a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+from torchtune.training.metric_logging import save_config
+
+
+class TensorBoardLogger:
+    """Writes scalars, texts and figures into one folder, also across resumes.
+
+    torchtune's `TensorBoardLogger` starts a new folder on every start, which cuts curves in two. This one goes on in the
+    same folder, and hides what a crashed run had written beyond the checkpoint that it resumes from.
+
+    Args:
+        log_dir: the folder; open it with `tensorboard --logdir`.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        self._log_dir = log_dir
+        self._first_step: int | None = None
+        self._open_writer: Any = None
+
+    @property
+    def _writer(self) -> Any:
+        if self._open_writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._open_writer = SummaryWriter(self._log_dir, purge_step=self._first_step)
+        return self._open_writer
+
+    def resume_at(self, step: int) -> None:
+        """Hide everything logged at `step` or later. Call it before the first entry."""
+        self._first_step = step
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """Log one scalar."""
+        self._writer.add_scalar(name, data, global_step=step, new_style=True)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Log several scalars."""
+        for name, data in payload.items():
+            self.log(name, data, step)
+
+    def log_config(self, config: Any) -> None:
+        """Save the config as `torchtune_config.yaml`, as torchtune's loggers do."""
+        save_config(config)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Log a text; Markdown is rendered."""
+        self._writer.add_text(name, text, global_step=step)
+
+    def log_figure(self, name: str, figure: Figure, step: int) -> None:
+        """Log a figure as an image."""
+        self._writer.add_figure(name, figure, global_step=step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._open_writer is not None:
+            self._open_writer.close()
+            self._open_writer = None

@@ -1,0 +1,178 @@
+"""A recipe's scalars as a frozen dataclass. The config stops here: nothing else in the package ever sees it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+from oprd_tune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OPRDSettings:
+    """Scalars of the `oprd_*` recipes. What each one means is in docs/configuration.md, in this order."""
+
+    output_dir: str
+    max_steps: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    seed: int = 0
+    resume: bool = False
+    device: str | None = None
+    dtype: str = "bf16"
+    num_threads: int | None = None
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 2
+    tokens_per_micro_batch: int = 16384
+    layers: str | list[int] = "all"
+    layer_pairs: list[list[int]] | None = None
+    positions: str = "last_k"
+    positions_k: int = 2000
+    anchor: str = "predict"
+    freeze_embedding: bool = False
+    clip_grad_norm: float | None = 1.0
+    max_nonfinite_steps: int = 3
+    activation_checkpointing: bool = False
+    compile: bool = False
+    evaluate_every_n_steps: int = 50
+    checkpoint_every_n_steps: int = 50
+    keep_checkpoints: int = 2
+    log_every_n_steps: int = 1
+    log_samples_every_n_steps: int = 50
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("max_steps", "max_prompt_tokens", "max_new_tokens", "prompts_per_step", "samples_per_prompt"),
+            *("tokens_per_micro_batch", "positions_k", "evaluate_every_n_steps", "checkpoint_every_n_steps"),
+            *("keep_checkpoints", "log_every_n_steps", "log_samples_every_n_steps", "max_nonfinite_steps"),
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in ("bf16", "fp32"):
+            raise ConfigError(f"dtype is {self.dtype!r}; allowed are bf16 and fp32")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null to switch it off")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must lie within 0 and 2**32 - 1")
+
+
+# May differ between a run and its resumption; everything else must not.
+FREE_ON_RESUME = frozenset(
+    {"max_steps", "output_dir", "resume", "metric_logger", "log_every_n_steps", "log_samples_every_n_steps"}
+)
+
+SettingsT = TypeVar("SettingsT")
+
+
+def parse_settings(
+    cfg: DictConfig,
+    settings: type[SettingsT],
+    *,
+    recipe: str,
+    components: Collection[str],
+    optional_components: Collection[str] = (),
+) -> SettingsT:
+    """Check every key of a config and return its scalars.
+
+    Args:
+        cfg: the merged config.
+        settings: the dataclass of the recipe's scalars.
+        recipe: the recipe's name; the config's `recipe` key must say the same.
+        components: keys that must hold a `_component_`.
+        optional_components: keys that may hold one, or null.
+
+    Raises:
+        ConfigError: for a config of another recipe; an unknown key, here or inside a component, with the nearest valid
+            one; a missing key; or a value of another type.
+    """
+    _check_recipe(cfg, recipe)
+    try:
+        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config cannot be resolved: {error}") from error
+    scalar_names = [f.name for f in fields(settings)]  # type: ignore[arg-type]
+    known = [*scalar_names, *components, *optional_components, "recipe"]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown config key {key!r}{nearest(key, known)}")
+    required = [f.name for f in fields(settings) if f.default is MISSING] + list(components)  # type: ignore[arg-type]
+    if missing := [name for name in required if values.get(name) is None]:
+        raise ConfigError(f"the config lacks {', '.join(missing)}")
+    for name in (*components, *optional_components):
+        if values.get(name) is not None:
+            _check_component(name, values[name])
+    hints = get_type_hints(settings)
+    scalars = {name: _typed(name, values[name], hints[name]) for name in scalar_names if name in values}
+    return settings(**scalars)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the most similar known word, or at all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two nested configs, one line a key; keys that may differ on resume are passed over."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        if not prefix and key in FREE_ON_RESUME:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} then, {after!r} now")
+    return found
+
+
+def _check_recipe(cfg: DictConfig, recipe: str) -> None:
+    named = cfg.get("recipe")
+    if named is None:
+        raise ConfigError(
+            f"this config has no `recipe` key, so it was not written for {recipe}; `tune ls` lists the configs that were"
+        )
+    if named != recipe:
+        raise ConfigError(f"this config belongs to {named}, not to {recipe}: tune run {named} --config …")
+
+
+def _check_component(name: str, node: object) -> None:
+    if not isinstance(node, Mapping) or "_component_" not in node:
+        raise ConfigError(f"{name} must be a component: give it a `_component_` with a dotted path")
+    path = node["_component_"]
+    try:
+        signature = inspect.signature(_get_component_from_path(path))
+    except (InstantiationError, ValueError) as error:
+        raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
+    parameters = signature.parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    for key in node:
+        if key != "_component_" and key not in signature.parameters:
+            raise ConfigError(f"{path} takes no argument {name}.{key}{nearest(key, signature.parameters)}")
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type; only whole numbers turn into floats, nothing else is converted."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if get_origin(option) is list and isinstance(value, list):
+            return [_typed(name, item, get_args(option)[0]) for item in value]
+        if isinstance(option, type) and isinstance(value, option) and (option is bool) == isinstance(value, bool):
+            return value
+    wanted = " or ".join("null" if o is type(None) else str(getattr(o, "__name__", o)) for o in options)
+    raise ConfigError(f"{name} is {value!r}; it must be {wanted}")

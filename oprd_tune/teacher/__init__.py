@@ -1,0 +1,5 @@
+"""The frozen model that grades every token."""
+
+from oprd_tune.teacher.targets import FrozenTeacher
+
+__all__ = ["FrozenTeacher"]

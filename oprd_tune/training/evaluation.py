@@ -1,0 +1,144 @@
+"""How good a model is at the task: held-out accuracy by sampling, perplexity of reference answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.data.prompts import PromptDataset
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.head import token_logprobs
+from oprd_tune.rollout.native import NativeEngine
+from oprd_tune.types import Prompts
+
+
+class TaskAccuracy:
+    """Share of right answers to held-out prompts, sampled at temperature 1 with fixed noise.
+
+    Args:
+        dataset: held-out prompts with reference answers.
+        tokenizer: decodes responses.
+        grader: dotted path of a function (response, answer) → bool, such as `oprd_tune.grading.exact_match`.
+        max_new_tokens: length limit of an answer.
+        samples_per_prompt: answers to each prompt.
+        seed: of the noise; the same at every evaluation, so differences are the model's.
+        batch_size: most answers sampled at once.
+
+    Raises:
+        ConfigError: if the grader cannot be found or a reference answer is missing.
+    """
+
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        tokenizer: HuggingFaceTokenizer,
+        *,
+        grader: str,
+        max_new_tokens: int,
+        samples_per_prompt: int = 1,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        try:
+            self._grader: Callable[[str, str], bool] = _get_component_from_path(grader)
+        except (InstantiationError, ValueError) as error:
+            raise ConfigError(f"task_accuracy.grader {grader!r} cannot be found: {error}") from error
+        _need_answers(dataset, "task_accuracy")
+        rows = [dataset[i] for i in range(len(dataset))]
+        self._prompts = Prompts(tuple(t for t, _ in rows), tuple(range(len(rows))), tuple(a for _, a in rows))
+        self._tokenizer = tokenizer
+        self._sampling = {
+            "max_new_tokens": max_new_tokens,
+            "samples_per_prompt": samples_per_prompt,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, model: TransformerDecoder) -> float:
+        """The share of right answers, between 0 and 1."""
+        engine = NativeEngine(
+            model, stop_tokens=self._tokenizer.stop_tokens, pad_id=self._tokenizer.pad_id, **self._sampling
+        )
+        rollout = engine.generate(self._prompts)
+        responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, self._tokenizer)
+        n = self._sampling["samples_per_prompt"]
+        answers = [str(answer) for answer in self._prompts.answers for _ in range(n)]
+        return sum(map(self._grader, responses, answers)) / len(answers)
+
+
+class ReferencePerplexity:
+    """exp of the mean −log p, in nats, that a model gives the tokens of held-out reference answers, EOS included.
+
+    Args:
+        dataset: held-out prompts with reference answers.
+        tokenizer: pads.
+        first: use only that many rows, from the start.
+        max_answer_tokens: longer answers are cut there.
+        tokens_per_micro_batch: prompts, answers and padding together.
+    """
+
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        tokenizer: HuggingFaceTokenizer,
+        *,
+        first: int | None = None,
+        max_answer_tokens: int = 512,
+        tokens_per_micro_batch: int = 8192,
+    ) -> None:
+        _need_answers(dataset, "reference_perplexity")
+        count = len(dataset) if first is None else min(first, len(dataset))
+        pairs = [(dataset[i][0], dataset.answer_tokens(i)[:max_answer_tokens]) for i in range(count)]
+        self._pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+        self._pad_id = tokenizer.pad_id
+        self._tokens_per_micro_batch = tokens_per_micro_batch
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(len(prompt) + len(answer) for prompt, answer in self._pairs)
+
+    def __call__(self, model: TransformerDecoder) -> float:
+        """The perplexity; infinite where it exceeds what a float holds."""
+        device = model.tok_embeddings.weight.device
+        total, count = 0.0, 0
+        rows = list(self._pairs)
+        while rows:
+            size = max(1, self._tokens_per_micro_batch // (len(rows[-1][0]) + len(rows[-1][1])))
+            batch, rows = rows[-size:], rows[:-size]
+            tokens_BS, mask_BS = _pad_pairs(batch, self._pad_id)
+            logprob_T = token_logprobs(model, tokens_BS.to(device), mask_BS.to(device))
+            total, count = total - logprob_T.double().sum().item(), count + logprob_T.numel()
+        return math.exp(total / count) if total / count < 700 else math.inf
+
+
+def decode_responses(tokens_BS: Tensor, response_mask_BS: Tensor, tokenizer: HuggingFaceTokenizer) -> list[str]:
+    """Texts of the marked tokens, without the stop token."""
+    rows = zip(tokens_BS.tolist(), response_mask_BS.tolist(), strict=True)
+    stops: Collection[int] = set(tokenizer.stop_tokens)
+    kept = [[t for t, marked in zip(tokens, mask, strict=True) if marked and t not in stops] for tokens, mask in rows]
+    return [tokenizer.decode(tokens) for tokens in kept]
+
+
+def _need_answers(dataset: PromptDataset, component: str) -> None:
+    if not dataset.has_answers:
+        raise ConfigError(f"{component} needs reference answers; give eval_dataset.answer_column")
+
+
+def _pad_pairs(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    tokens_BS = torch.full((len(pairs), width), pad_id)
+    mask_BS = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        tokens_BS[row, :end] = torch.tensor([*prompt, *answer])
+        mask_BS[row, len(prompt) : end] = True
+    return tokens_BS, mask_BS

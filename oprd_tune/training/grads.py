@@ -1,0 +1,57 @@
+"""The one denominator, the gradient norm, and what to do when either is not a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def backward(loss_sum: Tensor, count: int, *, world_size: int = 1) -> None:
+    """Backpropagate one microbatch's share of the global mean.
+
+    The loss of an optimizer step is Σ over microbatches and ranks of `loss_sum`, divided once by `count`. FSDP averages
+    gradients over ranks, so each share is multiplied by their number.
+
+    Args:
+        loss_sum: the microbatch's sum.
+        count: N of the whole step, over all microbatches and ranks; positive.
+        world_size: data-parallel ranks.
+    """
+    (loss_sum * (world_size / count)).backward()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
+    """Clip to a total norm, unless that is None; returns the norm before clipping."""
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm).item()
+
+
+class FiniteGuard:
+    """Decides whether a step may be taken, and stops the run when too many in a row may not.
+
+    Args:
+        max_in_a_row: that many steps without a finite loss and gradient end the run.
+    """
+
+    def __init__(self, max_in_a_row: int) -> None:
+        self._max_in_a_row = max_in_a_row
+        self._in_a_row = 0
+
+    def allows(self, step: int, *, loss: float, grad_norm: float) -> bool:
+        """True if both are finite.
+
+        Raises:
+            FloatingPointError: at the last of `max_in_a_row` steps that are not.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._in_a_row = 0
+            return True
+        self._in_a_row += 1
+        if self._in_a_row >= self._max_in_a_row:
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; the {self._in_a_row}. step in a row that is not "
+                "finite. Lower the learning rate, or set dtype=fp32 to see whether precision is the cause"
+            )
+        return False

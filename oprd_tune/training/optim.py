@@ -1,0 +1,34 @@
+"""Learning-rate schedules whose first step already learns: its rate is 1/warmup_steps of the full one, not 0."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def cosine_with_warmup(
+    optimizer: Optimizer, *, num_training_steps: int, warmup_steps: int = 0, final_ratio: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up, then half a cosine down to `final_ratio` of the rate.
+
+    Args:
+        optimizer: its rate is scaled.
+        num_training_steps: the run's length; recipes pass `max_steps`.
+        warmup_steps: steps of the linear rise.
+        final_ratio: of the full rate, at the end.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, num_training_steps - warmup_steps))
+        return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def constant_with_warmup(optimizer: Optimizer, *, num_training_steps: int, warmup_steps: int = 0) -> LambdaLR:
+    """Linear warm-up, then constant. `num_training_steps` is not used; every schedule is given it."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))

@@ -1,0 +1,66 @@
+"""What a run came to: `summary.json`, a table, and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from oprd_tune.metrics.history import History
+
+_GIB = 2**30
+
+
+def summarise(history: History, **facts: Any) -> dict[str, Any]:
+    """The content of `summary.json`: accuracies are fractions, what was not measured is None.
+
+    Args:
+        history: the run's course.
+        facts: what else the recipe wants to record, such as the seed.
+    """
+    first, last = (history.evaluations[0], history.evaluations[-1]) if history.evaluations else ({}, {})
+    scored = [e for e in history.evaluations if e["accuracy"] is not None]
+    best = max(scored, key=lambda e: e["accuracy"], default={})
+    seconds = history.loop_seconds
+    return {
+        "teacher": history.teacher_accuracy,
+        "student_before": first.get("accuracy"),
+        "student_after": last.get("accuracy"),
+        "student_best": best.get("accuracy"),
+        "best_step": best.get("step"),
+        "gap_closed": history.gap_closed(last.get("accuracy")),
+        "perplexity_before": first.get("perplexity"),
+        "perplexity_after": last.get("perplexity"),
+        "seconds": seconds,
+        "response_tokens": history.response_tokens,
+        "tokens_per_second": history.response_tokens / seconds if seconds else None,
+        "skipped_steps": history.skipped_steps,
+        "max_logprob_gap": None,
+        **facts,
+    }
+
+
+def write_summary(folder: Path, summary: dict[str, Any], history: History) -> None:
+    """Write `summary.json`, and `accuracy.png` if accuracy was measured."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if history.best_accuracy is not None:
+        history.accuracy_figure().savefig(folder / "accuracy.png", dpi=150)
+
+
+def as_table(summary: dict[str, Any]) -> str:
+    """The summary for reading; rows that were not measured are left out."""
+    rows = [
+        ("accuracy, student before", summary["student_before"], "{:.4f}"),
+        ("accuracy, student after", summary["student_after"], "{:.4f}"),
+        ("accuracy, teacher", summary["teacher"], "{:.4f}"),
+        ("share of the gap closed", summary["gap_closed"], "{:.1%}"),
+        ("perplexity of reference answers, before", summary["perplexity_before"], "{:,.4g}"),
+        ("perplexity of reference answers, after", summary["perplexity_after"], "{:,.4g}"),
+        ("optimizer steps", summary["steps"], "{}"),
+        ("seconds in the training loop", summary["seconds"], "{:.1f}"),
+        ("response tokens per second", summary["tokens_per_second"], "{:,.0f}"),
+        ("peak memory, GiB", summary["peak_memory_bytes"] / _GIB, "{:.2f}"),
+    ]
+    shown = [(label, pattern.format(value)) for label, value, pattern in rows if value is not None]
+    wide = max(len(label) for label, _ in shown)
+    return "\n".join(f"  {label:<{wide}}  {value:>10}" for label, value in shown)
