@@ -3,7 +3,7 @@
     python -m oprd_tune run oprd_single_device --config tiny/oprd
     python -m oprd_tune export CHECKPOINT_FOLDER HF_FOLDER
 
-It does what `tune` does where `.pth` files are not read. `export` writes a training checkpoint as a Hugging Face folder.
+It does what `tune` does where `.pth` files are not read. `export` writes a checkpoint as a Hugging Face folder.
 """
 
 from __future__ import annotations

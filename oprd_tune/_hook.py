@@ -13,7 +13,7 @@ class _RegistryFinder:
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name != _REGISTRY:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         from importlib.machinery import PathFinder
 
         spec = PathFinder.find_spec(name, path)
@@ -31,4 +31,4 @@ class _RegistryFinder:
 
 
 if not os.environ.get("OPRD_TUNE_NO_HOOK") and _REGISTRY not in sys.modules:
-    sys.meta_path.insert(0, _RegistryFinder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _RegistryFinder())

@@ -7,6 +7,7 @@ folder, and an absolute path wins there.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -54,13 +55,16 @@ def register(registry: ModuleType) -> None:
         )
 
 
-def owner_of_config(path: str) -> str | None:
-    """The recipe, torchtune's or ours, that a shipped config file was written for; None if nobody ships it."""
+def owner_of_running_config() -> str | None:
+    """The recipe, torchtune's or ours, that the config on this process's command line is shipped with, if any."""
+    if "--config" not in sys.argv[:-1]:
+        return None
     import torchtune
     from torchtune._recipe_registry import get_all_recipes
 
-    configs = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
+    running = Path(sys.argv[sys.argv.index("--config") + 1]).resolve()
+    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
     for recipe in get_all_recipes():
-        if any(Path(path).resolve() == (configs / config.file_path).resolve() for config in recipe.configs):
+        if any((folder / config.file_path).resolve() == running for config in recipe.configs):
             return recipe.name
     return None

@@ -15,6 +15,7 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.registry import owner_of_running_config
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class OPRDSettings:
         if self.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"dtype is {self.dtype!r}; allowed are bf16 and fp32")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null to switch it off")
+            raise ConfigError(
+                f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null to switch it off"
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it must lie within 0 and 2**32 - 1")
 
@@ -95,8 +98,11 @@ def parse_settings(
             one; a missing key; or a value of another type.
     """
     _check_recipe(cfg, recipe)
+    for name in optional_components:  # torchtune reads `task_accuracy=null` as `task_accuracy._component_=null`
+        if OmegaConf.select(cfg, f"{name}._component_", default="") is None:
+            cfg[name] = None
     try:
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the config cannot be resolved: {error}") from error
     scalar_names = [f.name for f in fields(settings)]  # type: ignore[arg-type]
@@ -138,10 +144,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def _check_recipe(cfg: DictConfig, recipe: str) -> None:
     named = cfg.get("recipe")
+    if named is None and (owner := owner_of_running_config()) is not None:
+        named = owner
     if named is None:
-        raise ConfigError(
-            f"this config has no `recipe` key, so it was not written for {recipe}; `tune ls` lists the configs that were"
-        )
+        raise ConfigError(f"this config has no `recipe` key; write `recipe: {recipe}` if it was made for that recipe")
     if named != recipe:
         raise ConfigError(f"this config belongs to {named}, not to {recipe}: tune run {named} --config …")
 

@@ -32,7 +32,7 @@ from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.settings import OPRDSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint, restore_rng
-from oprd_tune.training.evaluation import decode_responses
+from oprd_tune.training.evaluation import samples_as_markdown
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.launch import StopSignals, run_recipe
 from oprd_tune.training.student import TiedHeadDrift, prepare_student
@@ -45,7 +45,6 @@ COMPONENTS = (
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
 OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
-SAMPLES_SHOWN = 4
 GIB = 2**30
 
 
@@ -164,7 +163,9 @@ class OPRDRecipe:
         dataset = config.instantiate(node, self._tokenizer, max_prompt_tokens=self._settings.max_prompt_tokens)
         if dataset.dropped:
             limit = self._settings.max_prompt_tokens
-            print(f"{dataset.dropped} of {dataset.dropped + len(dataset)} prompts are longer than {limit} tokens: dropped")
+            print(
+                f"{dataset.dropped} of {dataset.dropped + len(dataset)} prompts are longer than {limit} tokens: dropped"
+            )
         return dataset
 
     # ---- the method ----
@@ -235,10 +236,10 @@ class OPRDRecipe:
                 self._step += 1
                 self._history.skipped_steps += loss is None
                 self._finish_step()
-                due = self._step == s.max_steps or self._step % s.evaluate_every_n_steps == 0
-                if due:
+                done = self._step == s.max_steps
+                if done or self._step % s.evaluate_every_n_steps == 0:
                     self._evaluate()
-                if self._step % s.checkpoint_every_n_steps == 0 or self._step == s.max_steps or stop.received:
+                if done or self._step % s.checkpoint_every_n_steps == 0 or stop.received:
                     self._save()
                 self._show(bar, loss)
         if stop.received:
@@ -256,32 +257,18 @@ class OPRDRecipe:
             self._lr_scheduler.step()
         seconds = self._phase.take()
         self._history.loop_seconds += sum(seconds.values())
-        self._speed = self._last_rollout.response_tokens / sum(seconds.values())
-        read = int(self._last_rollout.lengths_B.sum())
-        for phase, tokens in (("rollout", self._last_rollout.response_tokens), ("teacher", read), ("student", read)):
-            if seconds.get(phase):
-                metrics.set(f"speed/{phase}", tokens / seconds[phase])
-        for phase, value in {**seconds, "step": sum(seconds.values())}.items():
-            metrics.set(f"time/{phase}", value)
-        metrics.set("speed/step", self._speed)
+        metrics.add_times(seconds, self._last_rollout)
         metrics.set("memory/peak", peak_memory_bytes(self._device) / GIB)
         metrics.set("optimizer/skipped_steps", self._history.skipped_steps)
         if (drift := self._drift.measure(self._model)) is not None:
             metrics.set("head/drift", drift)
-        finished = metrics.finish()
+        self._logged = finished = metrics.finish()
         self._history.add_cosines(step, finished)
         if step % s.log_every_n_steps == 0:
             self._logger.log_dict(finished, step)
         if step % s.log_samples_every_n_steps == 0 and hasattr(self._logger, "log_text"):
-            self._log_samples()
-
-    def _log_samples(self) -> None:
-        rollout, tokenizer = self._last_rollout.rows(torch.arange(min(SAMPLES_SHOWN, len(self._last_rollout)))), self._tokenizer
-        everything_BS = torch.arange(rollout.tokens_BS.shape[1], device=self._device) < rollout.lengths_B[:, None]
-        prompts = decode_responses(rollout.tokens_BS, everything_BS & ~rollout.response_mask_BS, tokenizer)
-        responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, tokenizer)
-        rows = [f"**prompt**\n\n```\n{p}\n```\n\n**response**\n\n```\n{r}\n```" for p, r in zip(prompts, responses)]
-        self._logger.log_text("rollout/samples", "\n\n---\n\n".join(rows), self._step)
+            samples = samples_as_markdown(self._last_rollout, self._tokenizer)
+            self._logger.log_text("rollout/samples", samples, step)
 
     def _evaluate(self) -> None:
         """Measure the student, and export it if it is the best so far."""
@@ -303,9 +290,9 @@ class OPRDRecipe:
         if step and accuracy is not None and best is not None and accuracy > best:
             self._folder.export("best", self._model, self._make_checkpointer)
 
-    def _show(self, bar: tqdm, loss: float | None) -> None:
+    def _show(self, bar: Any, loss: float | None) -> None:
         last = self._history.evaluations[-1] if self._history.evaluations else {}
-        shown = {"loss": "skipped" if loss is None else f"{loss:.3g}", "tok/s": f"{self._speed:.0f}"}
+        shown = {"loss": "skipped" if loss is None else f"{loss:.3g}", "tok/s": f"{self._logged['speed/step']:.0f}"}
         shown |= {name: f"{last[name]:.4g}" for name in ("accuracy", "perplexity") if last.get(name) is not None}
         bar.set_postfix(shown, refresh=False)
         bar.update()

@@ -65,7 +65,9 @@ class PromptDataset:
         kept = tokenized.filter(_fits, fn_kwargs={"longest": longest}, load_from_cache_file=False)
         self.dropped = found - len(kept)
         if not len(kept):
-            reason = f"all {found} prompts are longer than max_prompt_tokens {max_prompt_tokens}" if found else "no rows"
+            reason = (
+                f"all {found} prompts are longer than max_prompt_tokens {max_prompt_tokens}" if found else "no rows"
+            )
             raise ConfigError(f"the data set is empty after filtering: {reason}")
         self._tokens: list[list[int]] = kept["tokens"][:]
         self._answers: list[str | None] = kept["answer"][:]
@@ -162,8 +164,8 @@ def _load(source: str, split: str, subset: str | None) -> Dataset:
         raise
     except Exception as error:  # the library raises many kinds, most of them about the hub
         raise ConfigError(
-            f"dataset.source {source!r} (split {split!r}) cannot be loaded: {error}. Give a hub name, or a file ending in "
-            f"{', '.join(_LOCAL_FORMATS)}"
+            f"dataset.source {source!r} (split {split!r}) cannot be loaded: {error}. Give a hub name, or a file "
+            f"ending in {', '.join(_LOCAL_FORMATS)}"
         ) from error
 
 

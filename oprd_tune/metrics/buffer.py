@@ -45,6 +45,17 @@ class MetricBuffer:
         for quarter, (total, tokens) in enumerate(zip(stream.quarter_cosines, tokens_4.tolist(), strict=True)):
             self.add(f"positions/cosine_quarter_{quarter + 1}", total, tokens * len(stream.cosines))
 
+    def add_times(self, seconds: dict[str, float], rollout: Rollout) -> None:
+        """Add the step's seconds by phase, and the speeds that follow from them."""
+        total = sum(seconds.values())
+        for phase, value in {**seconds, "step": total}.items():
+            self.set(f"time/{phase}", value)
+        sampled, read = rollout.response_tokens, int(rollout.lengths_B.sum())
+        for phase, tokens in (("rollout", sampled), ("teacher", read), ("student", read)):
+            if phase in seconds:
+                self.set(f"speed/{phase}", tokens / seconds[phase])
+        self.set("speed/step", sampled / total)
+
     def finish(self) -> dict[str, float]:
         """The step's metrics; the buffer is empty afterwards. A mean over nothing is left out."""
         names = [name for name, count in self._counts.items() if count]

@@ -43,7 +43,12 @@ METRICS = [
     ),
     Metric("optimizer/grad_norm", "1", "over all parameters", "Gradient norm before clipping."),
     Metric("optimizer/lr", "1", "last", "Learning rate of the step."),
-    Metric("optimizer/skipped_steps", "steps", "sum since the start", "Steps without update: nothing selected, or not finite."),
+    Metric(
+        "optimizer/skipped_steps",
+        "steps",
+        "sum since the start",
+        "Steps without update: nothing selected, or not finite.",
+    ),
     Metric(
         "time/<phase>",
         "seconds",

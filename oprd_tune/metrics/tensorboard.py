@@ -12,8 +12,8 @@ from torchtune.training.metric_logging import save_config
 class TensorBoardLogger:
     """Writes scalars, texts and figures into one folder, also across resumes.
 
-    torchtune's `TensorBoardLogger` starts a new folder on every start, which cuts curves in two. This one goes on in the
-    same folder, and hides what a crashed run had written beyond the checkpoint that it resumes from.
+    torchtune's `TensorBoardLogger` starts a new folder on every start, which cuts curves in two. This one goes on in
+    the same folder, and hides what a crashed run had written beyond the checkpoint that it resumes from.
 
     Args:
         log_dir: the folder; open it with `tensorboard --logdir`.

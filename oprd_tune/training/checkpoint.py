@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 from torchtune import config
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
@@ -66,6 +67,7 @@ class RunFolder:
             return None
         latest = self.latest()
         if latest is None:
+            print(f"resume: {self.path} has no checkpoint yet, so the run starts at step 0")
             return None
         saved = OmegaConf.load(latest / "config.yaml")
         changed = differences(_plain(saved), _plain(cfg))
@@ -87,7 +89,9 @@ class RunFolder:
         """The newest complete checkpoint."""
         return max(self._checkpoints.glob("step_*"), default=None)
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], cfg: DictConfig) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], cfg: DictConfig
+    ) -> None:
         """Write the checkpoint of `step`, then remove those beyond `keep`."""
         target = self._checkpoints / f"step_{step:08d}"
         if target.exists():
@@ -95,7 +99,7 @@ class RunFolder:
         with _staged(target) as folder:
             weights, moments = get_state_dict(model, optimizer)
             with _quiet():
-                dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=True)
+                save_tensors({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=True)
             OmegaConf.save(cfg, folder / "config.yaml")
             with open(folder / "state.pt", "wb") as file:
                 torch.save({**state, "rng": _rng_state()}, file)
@@ -118,9 +122,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
         optimizer: over its trainable parameters.
     """
     weights, moments = get_state_dict(model, optimizer)
-    saved = {"model": weights, "optimizer": moments}
+    saved: dict[str, Any] = {"model": weights, "optimizer": moments}
     with _quiet():
-        dcp.load(saved, checkpoint_id=checkpoint, no_dist=True)
+        load_tensors(saved, checkpoint_id=checkpoint, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     return torch.load(checkpoint / "state.pt", weights_only=True)
 
@@ -136,11 +140,11 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 
 def _rng_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
@@ -180,12 +184,10 @@ def export_checkpoint(checkpoint: str, target: str) -> Path:
     if Path(target).exists():
         raise ConfigError(f"{target} exists already; give a folder that does not")
     cfg = OmegaConf.load(folder / "config.yaml")
-    model = config.instantiate(cfg.model)
-    weights = {"model": get_model_state_dict(model)}
-    with _quiet():
-        dcp.load(weights, checkpoint_id=folder, no_dist=True)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.get("dtype", "bf16")]
-    weights["model"] = {key: value.to(dtype) for key, value in weights["model"].items()}
+    weights = {"model": get_model_state_dict(config.instantiate(cfg.model).to(dtype))}
+    with _quiet():
+        load_tensors(weights, checkpoint_id=folder, no_dist=True)
     return export_model(weights["model"], lambda **kwargs: config.instantiate(cfg.checkpointer, **kwargs), Path(target))
 
 
@@ -218,4 +220,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=False)  # type: ignore[return-value]
+    return OmegaConf.to_container(cfg, resolve=False)

@@ -16,7 +16,7 @@ from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.head import token_logprobs
 from oprd_tune.rollout.native import NativeEngine
-from oprd_tune.types import Prompts
+from oprd_tune.types import Prompts, Rollout
 
 
 class TaskAccuracy:
@@ -126,6 +126,17 @@ def decode_responses(tokens_BS: Tensor, response_mask_BS: Tensor, tokenizer: Hug
     stops: Collection[int] = set(tokenizer.stop_tokens)
     kept = [[t for t, marked in zip(tokens, mask, strict=True) if marked and t not in stops] for tokens, mask in rows]
     return [tokenizer.decode(tokens) for tokens in kept]
+
+
+def samples_as_markdown(rollout: Rollout, tokenizer: HuggingFaceTokenizer, count: int = 4) -> str:
+    """The first prompts and responses of a rollout, for reading."""
+    shown = rollout.rows(torch.arange(min(count, len(rollout)), device=rollout.tokens_BS.device))
+    columns_S = torch.arange(shown.tokens_BS.shape[1], device=shown.tokens_BS.device)
+    prompt_mask_BS = (columns_S < shown.lengths_B[:, None]) & ~shown.response_mask_BS
+    prompts = decode_responses(shown.tokens_BS, prompt_mask_BS, tokenizer)
+    responses = decode_responses(shown.tokens_BS, shown.response_mask_BS, tokenizer)
+    texts = zip(prompts, responses, strict=True)
+    return "\n\n---\n\n".join(f"**prompt**\n\n```\n{p}\n```\n\n**response**\n\n```\n{r}\n```" for p, r in texts)
 
 
 def _need_answers(dataset: PromptDataset, component: str) -> None:
