@@ -11,6 +11,7 @@ _REGISTRY = "torchtune._recipe_registry"
 
 class _RegistryFinder:
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        """Answer for the registry module only: its own spec, with our registration after its execution."""
         if name != _REGISTRY:
             return None
         sys.meta_path.remove(self)

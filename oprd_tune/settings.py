@@ -180,5 +180,5 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return [_typed(name, item, get_args(option)[0]) for item in value]
         if isinstance(option, type) and isinstance(value, option) and (option is bool) == isinstance(value, bool):
             return value
-    wanted = " or ".join("null" if o is type(None) else str(getattr(o, "__name__", o)) for o in options)
+    wanted = " or ".join("null" if o is type(None) else o.__name__ if isinstance(o, type) else str(o) for o in options)
     raise ConfigError(f"{name} is {value!r}; it must be {wanted}")

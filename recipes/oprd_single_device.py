@@ -27,7 +27,14 @@ from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
-from oprd_tune.modeling.load import build_on_meta, check_weights, load_decoder, open_checkpointer, width_of
+from oprd_tune.modeling.load import (
+    build_on_meta,
+    check_context,
+    check_weights,
+    load_decoder,
+    open_checkpointer,
+    width_of,
+)
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.settings import OPRDSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher
@@ -131,13 +138,8 @@ class OPRDRecipe:
         self._pairs = pair_layers(
             s.layers, s.layer_pairs, student_depth=len(student.layers), teacher_depth=len(teacher.layers)
         )
-        longest = s.max_prompt_tokens + s.max_new_tokens
         for name, model in (("student", student), ("teacher", teacher)):
-            if longest > model.max_seq_len:
-                raise ConfigError(
-                    f"max_prompt_tokens {s.max_prompt_tokens} + max_new_tokens {s.max_new_tokens} = {longest} exceeds "
-                    f"the {name}'s context of {model.max_seq_len}; lower one of them"
-                )
+            check_context(name, model, max_prompt_tokens=s.max_prompt_tokens, max_new_tokens=s.max_new_tokens)
         check_weights("checkpointer", student_files, student)
         check_weights("teacher_checkpointer", teacher_files, teacher)
         return student_files, teacher_files
@@ -337,16 +339,10 @@ class OPRDRecipe:
         print(f"\n{as_table(summary)}\n\n  student     {final}\n  everything  {self._folder.path}")
 
 
-def run(cfg: DictConfig) -> int:
-    recipe = OPRDRecipe(cfg)
-    recipe.setup()
-    return recipe.train()
-
-
 @config.parse
 def recipe_main(cfg: DictConfig) -> int:
     """On-policy representation distillation on one device."""
-    return run_recipe(run, cfg)
+    return run_recipe(OPRDRecipe, cfg)
 
 
 if __name__ == "__main__":

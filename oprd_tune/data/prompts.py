@@ -92,7 +92,7 @@ class PromptDataset:
         return (*self._tokenizer.encode(answer, add_bos=False, add_eos=False), self._tokenizer.eos_id)
 
     def _tokenize(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        prompt = str(row["prompt"])
+        prompt = row["prompt"]
         if self._prompt_template is not None:
             text = self._prompt_template.replace(PLACEHOLDER, prompt)
             return {"tokens": self._tokenizer.encode(text, add_bos=False, add_eos=False)}
@@ -170,7 +170,8 @@ def _load(source: str, split: str, subset: str | None) -> Dataset:
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    return {"answer": None} | {new: row[old] for new, old in columns.items()}
+    texts = {new: None if row[old] is None else str(row[old]) for new, old in columns.items()}
+    return {"answer": None} | texts
 
 
 def in_memory(prompts: Sequence[str], answers: Sequence[str]) -> Dataset:

@@ -32,6 +32,7 @@ def streamed_sum(state_BSD: Tensor, index_T: Tensor, sum_of_errors: Callable[[Te
 class _StreamedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state_BSD: Tensor, index_T: Tensor, sum_of_errors: Callable[[Tensor], Tensor]) -> Tensor:
+        """Evaluate the sum and, if anybody will ask for it, its gradient."""
         selected_TD = state_BSD.detach().flatten(0, 1)[index_T]
         selected_TD = selected_TD.to(torch.promote_types(selected_TD.dtype, torch.float32))
         if not ctx.needs_input_grad[0]:
@@ -46,6 +47,7 @@ class _StreamedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        """Scale the gradient and put it back into its rows."""
         gradient_TD, index_T = ctx.saved_tensors
         batch, length, width = ctx.shape_BSD
         gradient_BSD = gradient_TD.new_zeros(batch * length, width)

@@ -30,6 +30,16 @@ def width_of(model: TransformerDecoder) -> int:
     return model.tok_embeddings.embedding_dim
 
 
+def check_context(name: str, model: TransformerDecoder, *, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ConfigError if the longest possible row exceeds the model's context."""
+    longest = max_prompt_tokens + max_new_tokens
+    if longest > model.max_seq_len:
+        raise ConfigError(
+            f"max_prompt_tokens {max_prompt_tokens} + max_new_tokens {max_new_tokens} = {longest} exceeds the {name}'s "
+            f"context of {model.max_seq_len}; lower one of them"
+        )
+
+
 def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) -> FullModelHFCheckpointer:
     """Construct a checkpointer, which looks at its folder but reads no weights.
 

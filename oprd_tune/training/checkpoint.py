@@ -106,7 +106,9 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         for old in sorted(self._checkpoints.glob("step_*"))[: -self._keep]:
-            shutil.rmtree(old)
+            doomed = old.with_name(_STAGED + old.name)  # so that a crash leaves no half-removed checkpoint
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
 
     def export(self, name: str, model: nn.Module, make_checkpointer: CheckpointerFactory) -> Path:
         """Write the model as a Hugging Face folder, OUTPUT_DIR/`name`."""

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Protocol
 
 from omegaconf import DictConfig
 
@@ -14,13 +15,25 @@ from oprd_tune.errors import ConfigError
 _USER_ERROR = 2
 
 
-def run_recipe(recipe: Callable[[DictConfig], int], cfg: DictConfig) -> int:
+class Recipe(Protocol):
+    """What every recipe class offers."""
+
+    def setup(self) -> None:
+        """Check, load, prepare."""
+
+    def train(self) -> int:
+        """Run to the end; returns the exit status."""
+
+
+def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> int:
     """Run a recipe; returns the process's exit status.
 
     What the user got wrong is printed as one message, without a traceback.
     """
     try:
-        return recipe(cfg)
+        recipe = make_recipe(cfg)
+        recipe.setup()
+        return recipe.train()
     except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _USER_ERROR

@@ -1,0 +1,74 @@
+"""Shared fixtures: small random models, and recipes run in-process."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.models.qwen2 import qwen2
+
+from oprd_tune.registry import config_files, recipe_files
+
+VOCAB, WIDTH, DEPTH = 23, 16, 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def make_model(depth=DEPTH, *, tied=True, vocab=VOCAB, seed=0, build=qwen2, **kwargs):
+    """A random Qwen2 with grouped heads and non-zero biases."""
+    torch.manual_seed(seed)
+    model = build(
+        vocab_size=vocab,
+        num_layers=depth,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=WIDTH,
+        intermediate_dim=24,
+        max_seq_len=64,
+        rope_base=10_000.0,
+        tie_word_embeddings=tied,
+        **kwargs,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.tok_embeddings.weight.mul_(0.3)
+    return model
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def load_config(name, **overrides):
+    """A shipped config with overrides, as a recipe receives it."""
+    cfg = OmegaConf.load(config_files()[name])
+    return OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in overrides.items()]))
+
+
+def load_recipe(name):
+    """A recipe file's namespace."""
+    return runpy.run_path(str(recipe_files()[name]), run_name="recipe")
+
+
+SMALL = {"max_steps": 4, "prompts_per_step": 4, "eval_dataset.count": 20, "dataset.count": 64}
+
+
+def run_recipe(name, config, output_dir, **overrides):
+    """Run a recipe in-process; returns it after training."""
+    cfg = load_config(config, output_dir=output_dir, **{**SMALL, **overrides})
+    recipe = load_recipe(name)["OPRDRecipe"](cfg)
+    recipe.setup()
+    assert recipe.train() == 0
+    return recipe
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"

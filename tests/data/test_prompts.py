@@ -1,0 +1,163 @@
+import csv
+import json
+
+import pytest
+from datasets import Dataset
+from torchtune.data import Message
+
+from oprd_tune.data import HuggingFaceTokenizer, PromptDataset, PromptStream, prompt_dataset
+from oprd_tune.errors import ConfigError
+from oprd_tune.tiny import addition, tokenizer
+
+ROWS = [{"question": f"{i}+{i}=", "result": str(2 * i), "other": None} for i in range(1, 30)]
+
+
+def write(folder, suffix):
+    path = folder / f"data{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ROWS[0])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        Dataset.from_list(ROWS).to_parquet(str(path))
+    return str(path)
+
+
+def load(source, **kwargs):
+    columns = {"prompt_column": "question", "answer_column": "result", "prompt_template": "{prompt}"}
+    return prompt_dataset(tokenizer(), source=source, **{**columns, **kwargs})
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_reads_local_files(tmp_path, suffix):
+    data = load(write(tmp_path, suffix))
+    assert len(data) == len(ROWS)
+    tokens, answer = data[11]
+    assert tokenizer().decode(tokens) == "12+12="
+    assert answer == "24"
+    assert data.answer_tokens(11) == (*tokenizer().encode("24"), tokenizer().eos_id)
+
+
+def test_takes_splits_and_the_first_rows(tmp_path):
+    assert len(load(write(tmp_path, ".jsonl"), split="train[5:9]")) == 4
+    assert len(load(write(tmp_path, ".jsonl"), first=3)) == 3
+
+
+def test_drops_and_counts_prompts_that_are_too_long(tmp_path):
+    data = load(write(tmp_path, ".jsonl"), max_prompt_tokens=4)
+    assert (len(data), data.dropped) == (9, 20)
+
+
+def test_wraps_prompts_in_a_plain_template(tmp_path):
+    data = load(write(tmp_path, ".jsonl"), prompt_template="0+{prompt}")
+    assert tokenizer().decode(data[0][0]) == "0+1+1="
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_column": "query"}, r"no column \['query'\]; it has \['question', 'result', 'other'\]"),
+        ({"answer_column": "gold"}, r"no column \['gold'\]"),
+        ({"max_prompt_tokens": 1}, "empty after filtering: all 29 prompts are longer than max_prompt_tokens 1"),
+        ({"prompt_template": "Q:"}, r"must contain \{prompt\}"),
+        ({"system_prompt": "Be brief."}, "write it into prompt_template"),
+        ({"prompt_template": None}, "no chat template"),
+        ({"split": "test"}, "cannot be loaded"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, ".jsonl"), **arguments)
+
+
+def test_a_missing_file_and_missing_answers_are_explained(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file"):
+        load(str(tmp_path / "nothing.jsonl"))
+    data = load(write(tmp_path, ".jsonl"), answer_column=None)
+    assert not data.has_answers
+    with pytest.raises(ConfigError, match="give dataset.answer_column"):
+        data.answer_tokens(0)
+
+
+TEMPLATE = (
+    "{%- for message in messages %}\n    {{- message.role + ':' + message.content | trim + eos_token }}\n"
+    "{%- endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_folder(tmp_path):
+    from oprd_tune.tiny.model import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 14]}))
+    return tmp_path
+
+
+def test_chat_template_renders_as_in_transformers(chat_folder):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(chat_folder)
+    ours = HuggingFaceTokenizer(str(chat_folder))
+    turns = [("system", "1 2"), ("user", "3+4="), ("assistant", "")]
+    ids, _ = ours.tokenize_messages([Message(role=r, content=c) for r, c in turns])
+    conversation = [{"role": r, "content": c} for r, c in turns[:2]]
+    wanted = reference.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert ids == wanted
+    assert ours.stop_tokens == [1, 14]
+
+
+def test_data_uses_the_chat_template_and_the_system_prompt(chat_folder):
+    ours = HuggingFaceTokenizer(str(chat_folder))
+    rows = Dataset.from_dict({"prompt": ["3+4="], "answer": ["7"]})
+    plain, with_system = (PromptDataset(rows, ours, system_prompt=s)[0][0] for s in (None, "1 2"))
+    assert len(with_system) == len(plain) + len("system:1 2") + 1  # and its EOS
+
+
+def test_a_folder_without_tokenizer_is_explained(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        HuggingFaceTokenizer(str(tmp_path))
+
+
+def test_the_splits_of_the_tiny_task_are_disjoint():
+    train = addition(tokenizer(), split="train", count=3000)
+    held_out = addition(tokenizer(), split="held_out", count=500, seed=1)
+    assert not {train[i][0] for i in range(3000)} & {held_out[i][0] for i in range(500)}
+    assert {len(train[i][1]) for i in range(3000)} == {1, 2, 3, 4}
+    with pytest.raises(ValueError, match="'train' and 'held_out'"):
+        addition(tokenizer(), split="test", count=1)
+
+
+def stream(size=10, per_step=4, **kwargs):
+    rows = Dataset.from_dict({"prompt": [str(i) for i in range(size)], "answer": ["0"] * size})
+    data = PromptDataset(rows, tokenizer(), prompt_template="{prompt}")
+    return PromptStream(data, prompts_per_step=per_step, **{"seed": 3, **kwargs})
+
+
+def test_each_pass_uses_every_prompt_once_in_another_order():
+    steps = [stream().at_step(i) for i in range(5)]
+    order = [tokens for step in steps for tokens in step.tokens]
+    assert sorted(order[:10]) == sorted(order[10:]) == sorted(stream().at(list(range(10))).tokens)
+    assert order[:10] != order[10:]
+    assert [p for step in steps for p in step.positions] == list(range(20))
+
+
+def test_the_stream_is_a_function_of_its_position_and_seed():
+    assert stream().at_step(3) == stream().at_step(3)
+    assert stream(seed=4).at_step(3) != stream().at_step(3)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_a_step_without_overlap(world_size):
+    whole = stream().at_step(2)
+    parts = [stream(rank=r, world_size=world_size).at_step(2) for r in range(world_size)]
+    by_position = {p: t for part in parts for p, t in zip(part.positions, part.tokens, strict=True)}
+    assert [by_position[p] for p in whole.positions] == list(whole.tokens)
+    assert sum(map(len, parts)) == len(whole)

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.masking import count_selected, select_states
+
+PROMPTS = [3, 1, 5, 2, 4]
+RESPONSES = [7, 1, 0, 50, 2]
+
+
+def response_mask():
+    mask = torch.zeros(len(PROMPTS), max(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)) + 2, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        mask[row, prompt : prompt + response] = True
+    return mask
+
+
+def expected_index(positions, k, shift):
+    """Row by row, with plain lists."""
+    width, index = response_mask().shape[1], []
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        tokens = list(range(prompt, prompt + response))
+        chosen = {
+            "all": tokens,
+            "last": tokens[-1:],
+            "first_k": tokens[:k],
+            "last_k": tokens[-k:],
+        }[positions]
+        index += [row * width + column - shift for column in chosen]
+    return index
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("positions", ["all", "last", "first_k", "last_k"])
+@pytest.mark.parametrize(("anchor", "shift"), [("predict", 1), ("consume", 0)])
+def test_selects_tokens_by_position_and_shifts_their_states(positions, k, anchor, shift):
+    selection = select_states(response_mask(), positions=positions, k=k, anchor=anchor)
+    assert selection.index_T.tolist() == expected_index(positions, k, shift)
+    assert len(selection) == count_selected(response_mask(), positions=positions, k=k)
+
+
+def test_predict_takes_the_last_prompt_state_and_leaves_the_last_response_state():
+    mask = torch.tensor([[False, False, True, True, True, False]])
+    assert select_states(mask, anchor="predict").index_T.tolist() == [1, 2, 3]
+    assert select_states(mask, anchor="consume").index_T.tolist() == [2, 3, 4]
+    assert select_states(mask, positions="last", anchor="predict").index_T.tolist() == [3]
+
+
+def test_quarters_run_along_each_response():
+    selection = select_states(response_mask())
+    quarters = selection.quarter_T.split([r for r in RESPONSES if r])
+    assert quarters[0].tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert quarters[1].tolist() == [0]
+    assert quarters[2].bincount().tolist() == [13, 12, 13, 12]
+
+
+def test_nothing_to_select_is_an_empty_selection():
+    assert len(select_states(torch.zeros(3, 5, dtype=torch.bool))) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"positions": "tail"}, "'tail'; allowed are all, last, first_k, last_k"),
+        ({"positions": "last_k", "k": 0}, "positions_k is 0"),
+        ({"anchor": "after"}, "'after'; allowed are predict, consume"),
+    ],
+)
+def test_explains_what_is_allowed(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        select_states(response_mask(), **arguments)
+
+
+def test_refuses_a_response_that_nothing_predicts():
+    with pytest.raises(ValueError, match="column 0"):
+        select_states(torch.ones(1, 3, dtype=torch.bool), anchor="predict")

@@ -1,0 +1,224 @@
+"""The recipe end to end on the tiny pair."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchtune.training import FullModelHFCheckpointer
+
+from oprd_tune.registry import config_files
+from oprd_tune.training.checkpoint import export_checkpoint
+from tests.conftest import SMALL, load_config, load_recipe, run_recipe
+
+NAME, CONFIG = "oprd_single_device", "tiny/oprd"
+
+
+def weights(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_same_student(one, other):
+    a, b = weights(one / "final"), weights(other / "final")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_student_approaches_its_teacher(out):
+    recipe = run_recipe(NAME, CONFIG, out, max_steps=40, prompts_per_step=32, **{"eval_dataset.count": 400})
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["gap_closed"] > 0.4
+    assert summary["perplexity_after"] < 0.85 * summary["perplexity_before"]
+    assert summary["teacher"] > 0.99
+    assert summary["steps"] == 40
+    history = recipe._history
+    first, last = (history.cosines[step] for step in (1, 40))
+    assert all(after > before for before, after in zip(first, last, strict=True))
+
+
+def test_leaves_what_a_user_looks_for(out):
+    run_recipe(NAME, CONFIG, out, **{"log_samples_every_n_steps": 2})
+    assert (out / "accuracy.png").exists()
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000004"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["tensors"])
+    assert {"loss/total", "layers/cosine_04", "positions/cosine_quarter_1", "rollout/samples/text_summary"} <= tags
+    assert {"time/rollout", "time/teacher", "time/student", "time/optimizer", "time/sync", "head/drift"} <= tags
+    assert "layers/cosine" in events.Tags()["images"]
+
+
+def test_the_final_student_and_every_checkpoint_load_in_transformers(out, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = run_recipe(NAME, CONFIG, out)
+    tokens = torch.tensor([[3, 4, 12, 5, 6, 13]])
+    wanted = recipe._model(tokens)
+    exported = export_checkpoint(str(out / "checkpoints" / "step_00000004"), str(tmp_path / "exported"))
+    for folder in (out / "final", exported):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert AutoTokenizer.from_pretrained(folder).decode([3, 12, 4]) == "1+2"
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("extra", [{}, {"loss.normalisation": "rms", "layers": "[1,3]"}], ids=["none", "rms truncated"])
+def test_two_steps_and_two_more_are_four_bit_by_bit(tmp_path, extra):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    schedule = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}  # max_steps shapes a cosine
+    run_recipe(NAME, CONFIG, whole, **schedule, **extra)
+    run_recipe(NAME, CONFIG, parts, max_steps=2, **schedule, **extra)
+    run_recipe(NAME, CONFIG, parts, resume="true", **schedule, **extra)
+    assert_same_student(whole, parts)
+
+
+def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
+    losses = []
+    variants = ({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})
+    for i, extra in enumerate(variants):
+        recipe = run_recipe(NAME, CONFIG, tmp_path / str(i), **extra)
+        losses.append(recipe._logged["loss/total"])
+    assert math.isclose(losses[1], losses[0], rel_tol=1e-5)
+    assert losses[2] == losses[0]
+    assert_same_student(tmp_path / "0", tmp_path / "2")
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(out):
+    recipe = run_recipe(NAME, CONFIG, out, max_steps=1, **{"checkpointer.name": "teacher"})
+    assert recipe._logged["loss/total"] == 0
+    assert recipe._logged["optimizer/grad_norm"] == 0
+
+
+def test_layer_pairs_heal_a_student_of_other_depth(out):
+    overrides = {
+        "teacher_model._component_": "tests.recipes.models.deeper_tiny_qwen2",
+        "teacher_checkpointer._component_": "tests.recipes.models.deeper_checkpointer",
+        "teacher_checkpointer.name": str(out.parent),
+        "layer_pairs": "[[1,1],[2,2],[4,5]]",
+    }
+    recipe = run_recipe(NAME, CONFIG, out, max_steps=2, **overrides)
+    assert [(p.student, p.teacher) for p in recipe._pairs] == [(1, 1), (2, 2), (4, 5)]
+    assert sorted(n for n in recipe._logged if n.startswith("layers/mse")) == [f"layers/mse_0{i}" for i in (1, 2, 4)]
+
+
+def test_bf16_and_compile_run(out, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+    recipe = run_recipe(NAME, CONFIG, out, max_steps=2, dtype="bf16", compile="true")
+    assert recipe._model.tok_embeddings.weight.dtype == torch.bfloat16
+    assert 0 < recipe._logged["loss/total"] < 10
+
+
+BAD_INPUTS = {
+    "unknown key": ({"max_step": 3}, "did you mean 'max_steps'"),
+    "positions": ({"positions": "tail"}, "allowed are all, last, first_k, last_k"),
+    "layers": ({"layers": "[1,9]"}, "has [9]; the student's layers count from 1 to 4"),
+    "context": ({"max_new_tokens": 200}, "exceeds the student's context of 128"),
+    "other width": ({"teacher_model._component_": "tests.recipes.models.wider_tiny_qwen2"}, "need a bridge"),
+    "other depth": ({"teacher_model._component_": "tests.recipes.models.deeper_tiny_qwen2"}, "give `layer_pairs`"),
+    "missing folder": (
+        {"checkpointer._component_": "tests.recipes.models.missing_checkpointer"},
+        "checkpointer: the checkpoint folder is missing or incomplete",
+    ),
+    "damaged file": (
+        {"checkpointer._component_": "tests.recipes.models.damaged_checkpointer"},
+        "is damaged or incomplete",
+    ),
+    "another model's file": (
+        {"checkpointer._component_": "tests.recipes.models.foreign_checkpointer"},
+        "does not fit the model's builder: it lacks layers.3",
+    ),
+    "empty data": ({"max_prompt_tokens": 1}, "all 64 prompts are longer than max_prompt_tokens 1"),
+    "grader": ({"task_accuracy.grader": "nowhere.grade"}, "'nowhere.grade' cannot be found"),
+    "evaluation without data": ({"eval_dataset._component_": "null"}, "need an eval_dataset"),
+    "normalisation": ({"loss.normalisation": "unit"}, "allowed are none, l2, rms"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch, tmp_path, capsys):
+    from oprd_tune.training.launch import run_recipe as launch
+
+    overrides, message = BAD_INPUTS[case]
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
+    cfg = load_config(CONFIG, output_dir=out, **{**SMALL, **overrides})
+    assert launch(load_recipe(NAME)["OPRDRecipe"], cfg) == 2
+    assert message in capsys.readouterr().err.rpartition("error: ")[2]
+    assert not (out / "config.yaml").exists()
+
+
+def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
+    from oprd_tune.training.launch import run_recipe as launch
+
+    run_recipe(NAME, CONFIG, out, max_steps=1)
+    recipe = load_recipe(NAME)["OPRDRecipe"]
+    assert launch(recipe, load_config(CONFIG, output_dir=out, **SMALL)) == 2
+    assert "holds another run; continue it with resume=true" in capsys.readouterr().err
+    changed = load_config(CONFIG, output_dir=out, resume="true", **SMALL, **{"optimizer.lr": 0.5})
+    assert launch(recipe, changed) == 2
+    assert "optimizer.lr: 0.001 then, 0.5 now" in capsys.readouterr().err.replace("0.004", "0.001")
+
+
+DRIVER = """
+import os, runpy, signal, sys
+import torch
+
+saves = 0
+save = torch.save
+
+
+def save_or_die(*args, **kwargs):
+    global saves
+    saves += str(getattr(args[1], "name", "")).endswith("state.pt")
+    if saves == 2:
+        os.kill(os.getpid(), signal.SIGKILL)  # in the middle of the second checkpoint
+    save(*args, **kwargs)
+
+
+if "--die" in sys.argv:
+    sys.argv.remove("--die")
+    torch.save = save_or_die
+sys.argv = ["recipe", *sys.argv[1:]]
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_student(tmp_path):
+    from oprd_tune.registry import recipe_files
+
+    driver = tmp_path / "driver.py"
+    driver.write_text(textwrap.dedent(DRIVER.format(recipe=str(recipe_files()[NAME]))))
+
+    def run(folder, *extra):
+        overrides = {**SMALL, "max_steps": 6, "checkpoint_every_n_steps": 2, "evaluate_every_n_steps": 3}
+        words = [f"{key}={value}" for key, value in overrides.items()]
+        command = [sys.executable, str(driver), "--config", str(config_files()[CONFIG]), f"output_dir={folder}"]
+        return subprocess.run([*command, *words, *extra], capture_output=True, text=True, check=False)
+
+    assert run(tmp_path / "whole").returncode == 0
+    killed = run(tmp_path / "killed", "--die")
+    assert killed.returncode == -9
+    assert (tmp_path / "killed" / "checkpoints" / ".staged-step_00000004").exists()
+    resumed = run(tmp_path / "killed", "resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming after step 2" in resumed.stdout
+    assert_same_student(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_closes_95_percent_of_the_gap_over_three_seeds(tmp_path):
+    closed = []
+    for seed in range(3):
+        recipe = load_recipe(NAME)["OPRDRecipe"](load_config(CONFIG, output_dir=tmp_path / str(seed), seed=seed))
+        recipe.setup()
+        assert recipe.train() == 0
+        summary = json.loads((tmp_path / str(seed) / "summary.json").read_text())
+        assert summary["steps"] <= 200
+        closed.append(summary["gap_closed"])
+    assert sum(closed) / 3 >= 0.95, closed

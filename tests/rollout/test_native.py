@@ -1,0 +1,174 @@
+import pytest
+import torch
+from torchtune import training
+from torchtune.modules import TransformerSelfAttentionLayer
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.head import token_logprobs
+from oprd_tune.rollout import NativeEngine
+from oprd_tune.rollout.noise import sample_noise
+from oprd_tune.types import Prompts
+from tests.conftest import VOCAB, make_model
+
+STOP, PAD = 1, 0
+
+
+def make_prompts(lengths=(5, 2, 7, 1, 3), first_position=0):
+    generator = torch.Generator().manual_seed(3)
+    tokens = tuple(tuple(torch.randint(2, VOCAB, (n,), generator=generator).tolist()) for n in lengths)
+    return Prompts(tokens, tuple(range(first_position, first_position + len(tokens))), (None,) * len(tokens))
+
+
+def engine(model, **kwargs):
+    return NativeEngine(model, **{"stop_tokens": [STOP], "pad_id": PAD, "max_new_tokens": 12, **kwargs})
+
+
+def greedy_by_full_forward(model, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        token = int(model(torch.tensor([tokens]))[0, -1].argmax())
+        tokens.append(token)
+        if token == STOP:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_cached_greedy_equals_full_forward_greedy(tied):
+    model = make_model(tied=tied)
+    prompts = make_prompts()
+    rollout = engine(model, temperature=0).generate(prompts)
+    for row, prompt in enumerate(prompts.tokens):
+        length = int(rollout.lengths_B[row])
+        assert rollout.tokens_BS[row, :length].tolist() == greedy_by_full_forward(model, prompt, 12)
+
+
+def test_log_probabilities_are_the_trainers():
+    model = make_model()
+    rollout = engine(model, samples_per_prompt=3).generate(make_prompts())
+    trainers = token_logprobs(model, rollout.tokens_BS, rollout.response_mask_BS)
+    samplers = rollout.sampler_logprobs_BS[rollout.response_mask_BS]
+    assert (samplers < -0.1).float().mean() > 0.5
+    torch.testing.assert_close(samplers, trainers, rtol=0, atol=1e-5)
+    assert rollout.sampler_logprobs_BS[~rollout.response_mask_BS].abs().max() == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_neither_batching_nor_neighbours_change_what_is_sampled(batch_size):
+    model, prompts = make_model(), make_prompts()
+    whole = engine(model, samples_per_prompt=2).generate(prompts, stream=7)
+    parts = engine(model, samples_per_prompt=2, batch_size=batch_size).generate(prompts, stream=7)
+    assert torch.equal(whole.tokens_BS, parts.tokens_BS)
+    alone = Prompts(prompts.tokens[2:3], prompts.positions[2:3], (None,))
+    rows = engine(model, samples_per_prompt=2).generate(alone, stream=7)
+    width = rows.tokens_BS.shape[1]
+    assert torch.equal(rows.tokens_BS, whole.tokens_BS[4:6, :width])
+
+
+def test_seed_stream_and_position_each_change_the_noise():
+    base = sample_noise(0, 0, [0, 1], 50)
+    assert torch.equal(base[1:], sample_noise(0, 0, [1], 50))
+    others = [base[1:], sample_noise(1, 0, [0], 50), sample_noise(0, 1, [0], 50)]
+    assert all((other - base[:1]).abs().max() > 0.1 for other in others)
+    assert 0 <= base.min() <= base.max() < 1
+
+
+def test_samples_follow_the_models_distribution():
+    model = make_model()
+    prompt = (4, 9, 2)
+    count = 20_000
+    prompts = Prompts((prompt,), (0,), (None,))
+    rollout = engine(model, max_new_tokens=1, samples_per_prompt=count).generate(prompts)
+    drawn = rollout.tokens_BS[:, 3].bincount(minlength=VOCAB) / count
+    probability = model(torch.tensor([prompt]))[0, -1].softmax(-1)
+    deviation = (drawn - probability).abs() / (probability * (1 - probability) / count).sqrt()
+    assert deviation.max() < 4.5  # standard deviations; the seed is fixed
+
+
+def test_responses_end_at_stop_tokens_or_at_the_limit():
+    model = make_model()
+    rollout = engine(model, samples_per_prompt=40, stop_tokens=[1, 5, 6, 7, 8]).generate(make_prompts())
+    for row in range(len(rollout)):
+        response = rollout.tokens_BS[row][rollout.response_mask_BS[row]].tolist()
+        stops = [i for i, token in enumerate(response) if token in (1, 5, 6, 7, 8)]
+        assert stops in ([], [len(response) - 1])
+        assert bool(rollout.truncated_B[row]) == (not stops)
+        assert stops or len(response) == 12
+        assert rollout.tokens_BS[row, int(rollout.lengths_B[row]) :].eq(PAD).all()
+    assert 0 < rollout.truncated_B.float().mean() < 1
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        "tok_embeddings",
+        "q_proj.weight",
+        "q_proj.bias",
+        "k_proj.bias",
+        "v_proj.bias",
+        "output_proj",
+        "sa_norm",
+        "mlp_norm",
+        "w1",
+        "w2",
+        "w3",
+        "norm.scale",
+    ],
+)
+def test_every_changed_weight_shows_at_once(group):
+    model, prompts = make_model(), make_prompts()
+    sampler = engine(model, temperature=0, max_new_tokens=1)
+    before = sampler.generate(prompts).sampler_logprobs_BS
+    changed = [p for name, p in model.named_parameters() if group in name]
+    assert changed
+    with torch.no_grad():
+        for parameter in changed:
+            parameter.mul_(1.5)
+    assert (sampler.generate(prompts).sampler_logprobs_BS - before).abs().max() > 1e-4
+
+
+def test_works_checkpointed_and_compiled_and_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+    plain, wrapped = make_model(), make_model()
+    training.compile_model(wrapped, verbose=False)
+    training.set_activation_checkpointing(wrapped, auto_wrap_policy={TransformerSelfAttentionLayer})
+    wrapped.train()
+    tokens = [engine(m).generate(make_prompts()).tokens_BS for m in (plain, wrapped)]
+    assert torch.equal(*tokens)
+    assert wrapped.training
+    assert not any("forward" in layer.attn.__dict__ for layer in wrapped.layers)
+    assert wrapped(make_rows()).shape == (1, 3, VOCAB)
+
+
+def make_rows():
+    return torch.tensor([[2, 3, 4]])
+
+
+def test_rollout_records_prompt_and_policy():
+    sampler = engine(make_model(), samples_per_prompt=2)
+    sampler.sync_weights(17)
+    rollout = sampler.generate(make_prompts((2, 3), first_position=10))
+    assert rollout.policy_version == 17
+    assert rollout.prompt_positions_B.tolist() == [10, 10, 11, 11]
+
+
+def test_split_keeps_every_row_within_the_budget():
+    rollout = engine(make_model(), samples_per_prompt=3).generate(make_prompts())
+    micro_batches = rollout.split(40)
+    assert sum(len(m) for m in micro_batches) == len(rollout)
+    assert all(m.tokens_BS.numel() <= 40 for m in micro_batches)
+    assert sum(m.response_tokens for m in micro_batches) == rollout.response_tokens
+    assert len(rollout.split(1)) == len(rollout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        engine(make_model(), **arguments)

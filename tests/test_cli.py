@@ -1,0 +1,103 @@
+"""torchtune's own `tune` knows our recipes, however we are installed."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from oprd_tune.registry import config_files, recipe_files
+
+ROOT = Path(__file__).parents[1]
+TUNE = Path(sys.executable).with_name("tune")
+
+
+def call(*words, cwd=None, **env):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+def test_tune_lists_copies_and_shows(tmp_path):
+    listed = call(TUNE, "ls", cwd=tmp_path).stdout
+    for name in (*recipe_files(), *config_files(), "full_finetune_single_device"):
+        assert name in listed
+    assert call(TUNE, "cp", "oprd_single_device", "my_recipe.py", cwd=tmp_path).returncode == 0
+    assert call(TUNE, "cp", "tiny/oprd", "my.yaml", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "my_recipe.py").read_text() == recipe_files()["oprd_single_device"].read_text()
+    assert "HiddenStateMSE" in call(TUNE, "cat", "tiny/oprd", cwd=tmp_path).stdout
+    assert "well-formed" in call(TUNE, "validate", "my.yaml", cwd=tmp_path).stdout
+
+
+def test_a_copied_recipe_runs_in_a_foreign_folder(tmp_path):
+    (tmp_path / "my_recipe.py").write_text(recipe_files()["oprd_single_device"].read_text())
+    (tmp_path / "my.yaml").write_text(config_files()["tiny/oprd"].read_text())
+    words = ("max_steps=1", "eval_dataset.count=20", "dataset.count=64", "output_dir=run")
+    result = call(TUNE, "run", "my_recipe.py", "--config", "my.yaml", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_torchtune_config_is_refused_by_name(tmp_path):
+    config = "llama3_2/1B_full_single_device"
+    result = call(TUNE, "run", "oprd_single_device", "--config", config, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "error: this config belongs to full_finetune_single_device" in result.stderr
+
+
+def test_module_form_works_without_the_hook(tmp_path):
+    listed = call(TUNE, "ls", cwd=tmp_path, OPRD_TUNE_NO_HOOK="1").stdout
+    assert "full_finetune_single_device" in listed
+    assert "oprd_single_device" not in listed
+    listed = call(sys.executable, "-m", "oprd_tune", "ls", cwd=tmp_path, OPRD_TUNE_NO_HOOK="1").stdout
+    assert listed.count("oprd_single_device") == 1
+    listed = call(sys.executable, "-m", "oprd_tune", "ls", cwd=tmp_path).stdout
+    assert listed.count("oprd_single_device") == 1
+
+
+def test_export_explains_itself(tmp_path):
+    result = call(sys.executable, "-m", "oprd_tune", "export", tmp_path, tmp_path / "x")
+    assert result.returncode == 1
+    assert "error:" in result.stderr
+    assert "is no checkpoint" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    result = call(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_registers_recipes_and_occupies_no_foreign_name(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+        top = {name.split("/")[0] for name in archive.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"oprd_tune", "oprd_tune.pth"}
+    # A bare interpreter whose only .pth file is the wheel's.
+    code = (
+        "import sys, site; sys.path += sys.argv[2:]; site.addsitedir(sys.argv[1])\n"
+        "assert 'torch' not in sys.modules and 'torchtune' not in sys.modules\n"
+        "from torchtune._recipe_registry import get_all_recipes\n"
+        "ours = [r for r in get_all_recipes() if r.name == 'oprd_single_device']\n"
+        "print(len(ours), ours[0].file_path, *(c.file_path for c in ours[0].configs))"
+    )
+    packages = [p for p in sys.path if p.endswith("site-packages")]
+    result = call(sys.executable, "-I", "-S", "-c", code, tmp_path, *packages, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    count, *paths = result.stdout.split()
+    assert count == "1"
+    assert all(path.startswith(str(tmp_path / "oprd_tune" / "_shipped")) and Path(path).exists() for path in paths)
+
+
+def test_the_hook_costs_less_than_a_millisecond():
+    """At interpreter start, with bytecode cached: the package, the hook, and nothing else."""
+    microseconds = []
+    for _ in range(10):
+        trace = call(sys.executable, "-X", "importtime", "-c", "pass").stderr
+        microseconds.append(int(re.search(r"(\d+) \|\s+oprd_tune\._hook", trace)[1]))
+        assert "torch" not in trace
+    assert min(microseconds) < 1000, microseconds

@@ -1,0 +1,83 @@
+import pytest
+from omegaconf import OmegaConf
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.registry import config_files, recipe_files, recipe_named_in
+from oprd_tune.settings import OPRDSettings, differences, parse_settings
+from tests.conftest import load_config, load_recipe
+
+COMPONENTS = load_recipe("oprd_single_device")
+
+
+def parse(cfg):
+    return parse_settings(
+        cfg,
+        OPRDSettings,
+        recipe="oprd_single_device",
+        components=COMPONENTS["COMPONENTS"],
+        optional_components=COMPONENTS["OPTIONAL_COMPONENTS"],
+    )
+
+
+def test_returns_typed_values():
+    settings = parse(load_config("tiny/oprd", layers="[1,3]", clip_grad_norm=2))
+    assert settings.layers == [1, 3]
+    assert isinstance(settings.clip_grad_norm, float)
+    assert settings.layer_pairs is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"max_step": 5}, "unknown config key 'max_step'; did you mean 'max_steps'"),
+        ({"loss.normalization": "l2"}, "takes no argument loss.normalization; did you mean 'normalisation'"),
+        ({"optimizer._component_": "torch.optim.AdamV"}, "'torch.optim.AdamV' cannot be found"),
+        ({"loss": 3}, "loss must be a component"),
+        ({"layers": "1"}, r"layers is 1; it must be str or list\[int\]"),
+        ({"max_steps": "many"}, "max_steps is 'many'; it must be int"),
+        ({"max_steps": "0"}, "max_steps is 0; it must be at least 1"),
+        ({"max_steps": "true"}, "max_steps is True; it must be int"),
+        ({"dtype": "fp16"}, "allowed are bf16 and fp32"),
+        ({"clip_grad_norm": "0"}, "give a positive number, or null"),
+        ({"seed": "-1"}, "seed is -1"),
+        ({"recipe": "opd_topk_single_device"}, "belongs to opd_topk_single_device, not to oprd_single_device"),
+        ({"output_dir": "null"}, "the config lacks output_dir"),
+        ({"output_dir": "'${nothing}'"}, "cannot be resolved"),
+    ],
+)
+def test_mistakes_are_explained(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(load_config("tiny/oprd", **overrides))
+
+
+def test_a_config_of_a_torchtune_recipe_is_named(monkeypatch):
+    import torchtune
+
+    path = torchtune.__path__[0] + "/../recipes/configs/llama3_2/1B_full_single_device.yaml"
+    monkeypatch.setattr("sys.argv", ["recipe", "--config", path])
+    with pytest.raises(ConfigError, match="belongs to full_finetune_single_device, not to oprd_single_device"):
+        parse(OmegaConf.load(path))
+
+
+def test_an_optional_component_can_be_switched_off_as_torchtune_writes_it():
+    cfg = load_config("tiny/oprd", **{"task_accuracy._component_": "null"})
+    parse(cfg)
+    assert cfg.task_accuracy is None
+
+
+def test_differences_name_keys_and_values_but_not_what_may_change():
+    old = {"max_steps": 1, "optimizer": {"lr": 1, "eps": 2}, "seed": 0, "metric_logger": 1}
+    new = {"max_steps": 2, "optimizer": {"lr": 3, "eps": 2}, "seed": 0, "layers": "all"}
+    assert differences(old, new) == ["layers: None then, 'all' now", "optimizer.lr: 1 then, 3 now"]
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_every_shipped_config_belongs_to_a_recipe_and_is_well_formed(name):
+    from torchtune import config
+
+    path = config_files()[name]
+    assert recipe_named_in(path) in recipe_files()
+    cfg = OmegaConf.load(path)
+    config.validate(cfg)
+    if cfg.recipe == "oprd_single_device":
+        parse(cfg)

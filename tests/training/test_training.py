@@ -1,0 +1,252 @@
+import itertools
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from oprd_tune.data import PromptDataset
+from oprd_tune.data.prompts import in_memory
+from oprd_tune.errors import ConfigError
+from oprd_tune.metrics.history import History
+from oprd_tune.tiny import tokenizer
+from oprd_tune.training import ReferencePerplexity, TaskAccuracy, constant_with_warmup, cosine_with_warmup
+from oprd_tune.training.checkpoint import RunFolder, export_checkpoint, load_checkpoint, restore_rng
+from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
+from oprd_tune.training.launch import StopSignals, run_recipe
+from oprd_tune.training.student import TiedHeadDrift, prepare_student
+from oprd_tune.training.summary import as_table, summarise, write_summary
+from tests.conftest import make_model
+
+CFG = OmegaConf.create({"seed": 0, "max_steps": 3, "output_dir": "there"})
+
+
+def rates(make_schedule, steps, **kwargs):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule(optimizer, num_training_steps=steps, **kwargs)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_schedules_learn_from_the_first_step():
+    assert rates(constant_with_warmup, 5, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(constant_with_warmup, 2) == [1.0, 1.0]
+    cosine = rates(cosine_with_warmup, 12, warmup_steps=2, final_ratio=0.1)
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert math.isclose(cosine[7], 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert all(a >= b for a, b in itertools.pairwise(cosine))
+
+
+def test_microbatches_of_any_size_give_the_gradient_of_the_global_mean():
+    x = torch.randn(7, 3, dtype=torch.float64)
+    gradients = []
+    for sizes in ([7], [1, 6], [3, 3, 1]):
+        weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        for part in x.split(sizes):
+            backward((part @ weight).square().sum(), 7)
+        gradients.append(weight.grad)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, (2 * (x @ torch.ones(3).double())[:, None] * x).mean(0))
+
+
+def test_world_size_undoes_the_average_over_ranks():
+    weight = nn.Parameter(torch.ones(1))
+    backward(3 * weight.sum(), 6, world_size=4)
+    assert weight.grad.item() == 3 * 4 / 6
+
+
+def test_clipping_returns_the_norm_before():
+    for max_norm, after in ((1.0, 1.0), (None, 5.0), (10.0, 5.0)):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([3.0, 4.0])
+        assert clip_gradients([weight], max_norm) == 5.0
+        assert math.isclose(weight.grad.norm().item(), after, rel_tol=1e-5)
+
+
+def test_steps_that_are_not_finite_are_refused_and_stop_the_run_when_they_repeat():
+    guard = FiniteGuard(2)
+    assert guard.allows(1, loss=1.0, grad_norm=1.0)
+    assert not guard.allows(2, loss=math.nan, grad_norm=1.0)
+    assert guard.allows(3, loss=1.0, grad_norm=1.0)
+    assert not guard.allows(4, loss=1.0, grad_norm=math.inf)
+    with pytest.raises(FloatingPointError, match="step 5: .*Lower the learning rate"):
+        guard.allows(5, loss=math.nan, grad_norm=1.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_what_the_loss_reaches_is_trained(tied):
+    model = make_model(tied=tied)
+    message = prepare_student(model, top=2, freeze_embedding=True, activation_checkpointing=False, compile=False)
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"0", "1"}
+    assert "blocks above layer 2" in message
+    assert ("the LM head" in message) == (not tied)
+
+
+def test_drift_of_a_tied_head_is_relative_and_survives_a_checkpoint():
+    model = make_model()
+    drift = TiedHeadDrift(model)
+    assert drift.measure(model) == 0
+    with torch.no_grad():
+        model.tok_embeddings.weight.mul_(1.25)
+    assert math.isclose(drift.measure(model), 0.25, rel_tol=1e-5)
+    later = TiedHeadDrift(model)
+    later.load_state_dict(drift.state_dict())
+    assert math.isclose(later.measure(model), 0.25, rel_tol=1e-5)
+    assert TiedHeadDrift(make_model(tied=False)).measure(model) is None
+
+
+def data(prompts=("1+1=", "20+30=", "5+4="), answers=("2", "50", "9")):
+    return PromptDataset(in_memory(prompts, answers), tokenizer(), prompt_template="{prompt}")
+
+
+def test_perplexity_is_that_of_the_formula():
+    model, texts = make_model(vocab=16), data()
+    total, count = 0.0, 0
+    for i in range(len(texts)):
+        prompt, answer = texts[i][0], texts.answer_tokens(i)
+        logprobs = model(torch.tensor([[*prompt, *answer]])).log_softmax(-1)[0]
+        total -= sum(logprobs[len(prompt) - 1 + j, t].item() for j, t in enumerate(answer))
+        count += len(answer)
+    for budget in (10, 1000):
+        measured = ReferencePerplexity(texts, tokenizer(), tokens_per_micro_batch=budget)(model)
+        assert math.isclose(measured, math.exp(total / count), rel_tol=1e-5)
+    assert ReferencePerplexity(texts, tokenizer(), first=1, max_answer_tokens=1).longest == 5
+
+
+def test_accuracy_is_the_graders_mean(monkeypatch):
+    monkeypatch.setattr("oprd_tune.training.evaluation.decode_responses", lambda *_: ["2", "51", "9 ", "2", "50", "8"])
+    measure = TaskAccuracy(
+        data(), tokenizer(), grader="oprd_tune.grading.exact_match", max_new_tokens=3, samples_per_prompt=2
+    )
+    monkeypatch.setattr(measure, "_grader", lambda response, answer: response.strip() in ("2", "9"))
+    assert measure(make_model(vocab=16)) == 0.5
+
+
+def test_evaluators_explain_what_they_lack():
+    with pytest.raises(ConfigError, match="grader 'oprd_tune.grading.fuzzy' cannot be found"):
+        TaskAccuracy(data(), tokenizer(), grader="oprd_tune.grading.fuzzy", max_new_tokens=3)
+    without = PromptDataset(
+        in_memory(["1"], ["1"]).map(lambda row: {"answer": None}), tokenizer(), prompt_template="{prompt}"
+    )
+    with pytest.raises(ConfigError, match="needs reference answers"):
+        ReferencePerplexity(without, tokenizer())
+
+
+def training_state(folder, *, steps):
+    """A model and optimizer after some steps, and the folder they are saved in."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.randint(0, 23, (2, 5))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, RunFolder(str(folder), keep=2)
+
+
+def test_a_checkpoint_restores_model_optimizer_and_randomness_bit_by_bit(out):
+    model, optimizer, folder = training_state(out, steps=2)
+    folder.open(CFG)
+    folder.save(2, model, optimizer, {"step": 2}, CFG)
+    drawn = torch.rand(3)
+    other, other_optimizer, _ = training_state(out, steps=0)
+    state = load_checkpoint(folder.latest(), other, other_optimizer)
+    restore_rng(state["rng"])
+    assert state["step"] == 2
+    assert torch.equal(torch.rand(3), drawn)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][key])
+
+
+def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_swept(out):
+    model, optimizer, folder = training_state(out, steps=1)
+    folder.open(CFG)
+    for step in (1, 2, 3):
+        folder.save(step, model, optimizer, {}, CFG)
+    (out / "checkpoints" / ".staged-step_00000004").mkdir()
+    folder.open(CFG)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(out, monkeypatch):
+    model, optimizer, folder = training_state(out, steps=1)
+    folder.open(CFG)
+    folder.save(1, model, optimizer, {"step": 1}, CFG)
+    save = torch.save
+
+    def crash(data, file):
+        return 1 / 0 if str(getattr(file, "name", "")).endswith("state.pt") else save(data, file)
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(ZeroDivisionError):
+        folder.save(2, model, optimizer, {"step": 2}, CFG)
+    assert folder.latest().name == "step_00000001"
+
+
+def test_a_folder_of_another_run_is_refused(out):
+    model, optimizer, folder = training_state(out, steps=1)
+    assert folder.check(CFG, resume=False) is None
+    folder.open(CFG)
+    with pytest.raises(ConfigError, match="holds another run; continue it with resume=true"):
+        folder.check(CFG, resume=False)
+    assert folder.check(CFG, resume=True) is None  # nothing saved yet: it starts at step 0
+    folder.save(1, model, optimizer, {}, CFG)
+    allowed = OmegaConf.merge(CFG, {"max_steps": 9, "output_dir": "here"})
+    assert folder.check(allowed, resume=True).name == "step_00000001"
+    with pytest.raises(ConfigError, match="another config: seed: 0 then, 1 now"):
+        folder.check(OmegaConf.merge(CFG, {"seed": 1}), resume=True)
+
+
+def test_export_explains_what_it_takes(tmp_path):
+    with pytest.raises(ConfigError, match="is no checkpoint"):
+        export_checkpoint(str(tmp_path), str(tmp_path / "x"))
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        export_checkpoint(str(tmp_path), str(tmp_path))
+
+
+def test_signals_ask_once_and_then_act(capsys):
+    with StopSignals() as stop:
+        assert stop.exit_status == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert stop.exit_status == 128 + signal.SIGTERM
+    assert "finishing the step, then saving" in capsys.readouterr().err
+
+
+def test_user_errors_become_one_message_and_a_status(capsys):
+    def make(cfg):
+        raise ConfigError("positions is 'tail'")
+
+    assert run_recipe(make, CFG) == 2
+    assert capsys.readouterr().err == "error: positions is 'tail'\n"
+
+
+def test_summary_has_every_key_and_null_where_nothing_was_measured(tmp_path):
+    history = History(teacher_accuracy=0.9, loop_seconds=2.0, response_tokens=10)
+    history.evaluations = [
+        {"step": 0, "accuracy": 0.1, "perplexity": None},
+        {"step": 5, "accuracy": 0.7, "perplexity": None},
+        {"step": 9, "accuracy": 0.5, "perplexity": None},
+    ]
+    summary = summarise(history, steps=9, peak_memory_bytes=2**30)
+    write_summary(tmp_path, summary, history)
+    read = json.loads((tmp_path / "summary.json").read_text())
+    assert (read["student_before"], read["student_after"], read["teacher"]) == (0.1, 0.5, 0.9)
+    assert (read["student_best"], read["best_step"], read["tokens_per_second"]) == (0.7, 5, 5.0)
+    assert math.isclose(read["gap_closed"], 0.5)
+    assert read["perplexity_before"] is None
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert "50.0%" in as_table(summary)
+    assert "perplexity" not in as_table(summary)
