@@ -1,0 +1,50 @@
+# Everything happens in .venv; PYTHON picks the interpreter that makes it (3.10 to 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On Linux PyPI's torch brings CUDA. Without an NVIDIA driver, PyTorch's own CPU wheels are a tenth of the size.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+TORCH := torch==2.13.0
+DEMO_OUT := outputs/demo
+
+.PHONY: help demo test test-all bench lint clean
+
+help:
+	@echo "make demo      distil the embedded student and show what came of it (minutes, most of it installation)"
+	@echo "make test      install what the tests need, lint, type-check, and run the quick tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make bench     write benchmarks/results/"
+
+# Two stamps: what a run needs, and what developing needs on top.
+$(VENV)/installed: pyproject.toml hatch_build.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check --retries 1 $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO_OUT)
+	$(BIN)/tune run oprd_single_device --config tiny/oprd output_dir=$(DEMO_OUT)
+	@echo "  curve       $(DEMO_OUT)/accuracy.png"
+	@echo "  TensorBoard $(BIN)/tensorboard --logdir $(DEMO_OUT)/tensorboard   (then open http://localhost:6006)"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/rollout.py
+
+clean:
+	rm -rf $(VENV) outputs dist build .pytest_cache .mypy_cache .ruff_cache
