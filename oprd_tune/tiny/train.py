@@ -25,9 +25,9 @@ from oprd_tune.tiny.model import SYMBOLS, hugging_face_config, tiny_qwen2, write
 from oprd_tune.tiny.task import sample_problems
 
 SEED = 0
-STEPS = 3000
+STEPS = 2000
 BATCH = 256
-LEARNING_RATE = 8e-4
+LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 100
 STUDENT_ACCURACY = 0.38
 EVALUATE_EVERY = 25
