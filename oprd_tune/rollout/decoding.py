@@ -7,16 +7,19 @@ share a key-value head into the query axis, so nothing is expanded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
 
-from oprd_tune.modeling.head import LastPositionHead, swapped_output
+from oprd_tune.modeling.head import Head, LastPositionHead, swapped_output
+
+_FEW_ROWS = 64
 
 
 class DecodingCache:
@@ -30,6 +33,7 @@ class DecodingCache:
     def __init__(self, visible_BS: Tensor, capacity: int) -> None:
         batch, self._prompt_columns = visible_BS.shape
         self.columns = 0
+        self.device = visible_BS.device
         self._capacity = capacity
         self._padded = not bool(visible_BS.all())
         self._visible_BS = torch.ones(batch, capacity, dtype=torch.bool, device=visible_BS.device)
@@ -84,10 +88,12 @@ def _cached_attention(
 ) -> Tensor:
     """Stand-in for `MultiHeadAttention.forward`: the same function, with `cache` behind it."""
     batch, length, _ = x.shape
-    query = attn.pos_embeddings(attn.q_proj(x).view(batch, length, attn.num_heads, attn.head_dim), input_pos=input_pos)
-    key = attn.pos_embeddings(attn.k_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim), input_pos=input_pos)
-    value = attn.v_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim)
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    query = attn.q_proj(x).view(batch, length, attn.num_heads, attn.head_dim)
+    key = attn.k_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim)
+    value = attn.v_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim).transpose(1, 2)
+    heads = (attn.num_heads, attn.num_kv_heads)
+    rotated = attn.pos_embeddings(torch.cat((query, key), dim=2), input_pos=input_pos)
+    query, key = rotated.transpose(1, 2).split(heads, dim=1)
     if attn.q_norm is not None:
         query, key = attn.q_norm(query), attn.k_norm(key)
     key, value = cache.append(layer, key, value)
@@ -101,6 +107,33 @@ def _cached_attention(
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         output = output.transpose(1, 2).reshape(batch, length, -1)
     return attn.output_proj(output)
+
+
+def _weight_major(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, but for one column of a few rows W·xᵀ, which on a CPU takes down to half the time of x·Wᵀ."""
+    if x.shape[1] > 1 or x.shape[0] > _FEW_ROWS:
+        return F.linear(x, weight, bias)
+    x_DB = x[:, 0].t()
+    output = torch.mm(weight, x_DB) if bias is None else torch.addmm(bias[:, None], weight, x_DB)
+    return output.t()[:, None]
+
+
+def _linear_forward(linear: nn.Linear, x: Tensor) -> Tensor:
+    return _weight_major(x, linear.weight, linear.bias)
+
+
+def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dict[nn.Module, Callable[..., Tensor]]:
+    """The forward functions that stand in while decoding, by module."""
+    patches: dict[nn.Module, Callable[..., Tensor]] = {
+        layer.attn: partial(_cached_attention, layer.attn, i, cache) for i, layer in enumerate(model.layers)
+    }
+    if cache.device.type == "cpu":
+        patches |= {m: partial(_linear_forward, m) for m in model.modules() if type(m) is nn.Linear}
+        if isinstance(head, TiedLinear):
+            patches[head.linear] = _weight_major
+        elif type(head) is nn.Linear:
+            patches[head] = partial(_linear_forward, head)
+    return patches
 
 
 @contextmanager
@@ -117,12 +150,12 @@ def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_
         RuntimeError: if the model is already decoding or tapped.
     """
     cache = DecodingCache(visible_BP, visible_BP.shape[1] + max_new_tokens)
-    attentions = [layer.attn for layer in model.layers]
+    patches = _patches(model, model.output, cache)
     with swapped_output(model, LastPositionHead), torch.compiler.set_stance("force_eager"):
-        for layer, attn in enumerate(attentions):
-            attn.forward = partial(_cached_attention, attn, layer, cache)
+        for module, forward in patches.items():
+            module.forward = forward
         try:
             yield cache
         finally:
-            for attn in attentions:
-                del attn.forward
+            for module in patches:
+                del module.forward

@@ -10,7 +10,7 @@ from torchtune.modules import TransformerDecoder
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.rollout.decoding import DecodingCache, incremental_decoding
-from oprd_tune.rollout.noise import sample_noise
+from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts, Rollout
 
 
@@ -117,17 +117,16 @@ class NativeEngine:
         return logits_B1V[:, -1]
 
     def _choose(self, logits_BV: Tensor, noise_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample by inverse CDF in fp64, or take the argmax; with log-probabilities at temperature 1."""
-        logprob_BV = logits_BV.float().log_softmax(-1)
+        """Sample, or take the argmax at temperature 0; with the log-probabilities at temperature 1."""
+        logits_BV = logits_BV.float()
+        normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
         if self._temperature == 0:
-            token_B = logprob_BV.argmax(-1)
+            token_B1 = logits_BV.argmax(-1, keepdim=True)
         else:
-            scaled_BV = logprob_BV if self._temperature == 1 else (logprob_BV / self._temperature).log_softmax(-1)
-            cumulative_BV = scaled_BV.exp().cumsum(-1, dtype=torch.float64)
-            threshold_B1 = noise_B[:, None] * cumulative_BV[:, -1:]
-            token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-            token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
-        return token_B, logprob_BV.gather(1, token_B[:, None]).squeeze(1)
+            scaled_BV = logits_BV - normaliser_B1
+            scaled_BV = scaled_BV if self._temperature == 1 else scaled_BV / self._temperature
+            token_B1 = inverse_cdf(scaled_BV.exp_(), noise_B[:, None])
+        return token_B1.squeeze(1), (logits_BV.gather(1, token_B1) - normaliser_B1).squeeze(1)
 
     def _left_pad(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_BLOCK = 256
+
 
 def sample_noise(seed: int, stream: int, sample_indices: Sequence[int], length: int) -> Tensor:
     """Uniform numbers for inverse-CDF sampling, one row per sample.
@@ -29,3 +31,28 @@ def sample_noise(seed: int, stream: int, sample_indices: Sequence[int], length: 
         for index in sample_indices
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+def inverse_cdf(weight_BV: Tensor, noise_B1: Tensor) -> Tensor:
+    """Draw one index a row, with probability proportional to its weight.
+
+    Two levels, blocks and then places within the block, so that only block sums are accumulated over the row.
+
+    Args:
+        weight_BV: non-negative weights, not necessarily normalised.
+        noise_B1: fp64, in [0, 1).
+
+    Returns:
+        Indices, shape [B, 1]. An index of weight 0 is never drawn.
+    """
+    rows, size = weight_BV.shape
+    padded_BV = torch.nn.functional.pad(weight_BV, (0, -size % _BLOCK))
+    block_BNK = padded_BV.view(rows, -1, _BLOCK)
+    cumulative_BN = block_BNK.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold_B1 = noise_B1 * cumulative_BN[:, -1:]
+    block_B1 = torch.searchsorted(cumulative_BN, threshold_B1, right=True).clamp(max=cumulative_BN.shape[1] - 1)
+    before_B1 = torch.where(block_B1 > 0, cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    within_BK = block_BNK[torch.arange(rows, device=block_BNK.device), block_B1[:, 0]].cumsum(-1, dtype=torch.float64)
+    # The two levels round differently; stay below the block's own total, so that the place has a weight.
+    rest_B1 = torch.minimum(threshold_B1 - before_B1, within_BK[:, -1:].nextafter(within_BK.new_zeros(())))
+    return block_B1 * _BLOCK + torch.searchsorted(within_BK, rest_B1, right=True)

@@ -6,7 +6,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.head import token_logprobs
 from oprd_tune.rollout import NativeEngine
-from oprd_tune.rollout.noise import sample_noise
+from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts
 from tests.conftest import VOCAB, make_model
 
@@ -71,6 +71,19 @@ def test_seed_stream_and_position_each_change_the_noise():
     others = [base[1:], sample_noise(1, 0, [0], 50), sample_noise(0, 1, [0], 50)]
     assert all((other - base[:1]).abs().max() > 0.1 for other in others)
     assert 0 <= base.min() <= base.max() < 1
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 257, 1000])
+def test_inverse_cdf_is_the_plain_one(size):
+    weight = torch.rand(200, size) * (torch.rand(200, size) < 0.3)
+    weight[:, size // 2] += 0.1
+    noise = torch.rand(200, 1, dtype=torch.float64)
+    noise[0], noise[1] = 0, 1 - 2**-53
+    cumulative = weight.double().cumsum(1)
+    wanted = (cumulative <= noise * cumulative[:, -1:]).sum(1, keepdim=True).clamp(max=size - 1)
+    drawn = inverse_cdf(weight, noise)
+    assert (drawn != wanted).float().mean() <= 0.005  # a threshold within rounding of a step may fall either way
+    assert weight.gather(1, drawn).min() > 0
 
 
 def test_samples_follow_the_models_distribution():
