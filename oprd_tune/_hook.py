@@ -1,35 +1,34 @@
-"""Runs at interpreter start, from one `.pth` line: lets torchtune's registry learn of our recipes when it is imported.
+"""How torchtune's command line learns of our recipes, without a change to torchtune.
 
-Nothing but this file is imported then, and the finder leaves after its one use. `OPRD_TUNE_NO_HOOK=1` switches it off.
+`oprd_tune.pth`, one line that runs at interpreter start, puts a finder in front of Python's own. It imports nothing and
+answers for one module only, torchtune's recipe registry; then it leaves, and this file takes over.
+`OPRD_TUNE_NO_HOOK=1` switches it off.
 """
 
+from __future__ import annotations
+
 import os
-import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
-_REGISTRY = "torchtune._recipe_registry"
 
+def registry_spec(path: Sequence[str] | None) -> ModuleSpec | None:
+    """The registry module's own spec, with our registration after its execution.
 
-class _RegistryFinder:
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        """Answer for the registry module only: its own spec, with our registration after its execution."""
-        if name != _REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        from importlib.machinery import PathFinder
-
-        spec = PathFinder.find_spec(name, path)
-        if spec is not None and spec.loader is not None:
-            run_module = spec.loader.exec_module
-
-            def run_module_then_register(module):  # type: ignore[no-untyped-def]
-                run_module(module)
-                from oprd_tune.registry import register
-
-                register(module)
-
-            spec.loader.exec_module = run_module_then_register  # type: ignore[method-assign]
+    Args:
+        path: where torchtune's modules are.
+    """
+    spec = PathFinder.find_spec("torchtune._recipe_registry", path)
+    if spec is None or spec.loader is None or os.environ.get("OPRD_TUNE_NO_HOOK"):
         return spec
+    execute = spec.loader.exec_module
 
+    def execute_and_register(module: ModuleType) -> None:
+        execute(module)
+        from oprd_tune.registry import register
 
-if not os.environ.get("OPRD_TUNE_NO_HOOK") and _REGISTRY not in sys.modules:
-    sys.meta_path.insert(0, _RegistryFinder())
+        register(module)
+
+    spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+    return spec

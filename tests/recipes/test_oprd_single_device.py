@@ -29,14 +29,15 @@ def assert_same_student(one, other):
 
 
 def test_the_student_approaches_its_teacher(out):
-    recipe = run_recipe(NAME, CONFIG, out, max_steps=40, prompts_per_step=32, **{"eval_dataset.count": 400})
+    overrides = {"max_steps": 60, "prompts_per_step": 64, "optimizer.lr": 4e-3, "dataset.count": 5000}
+    recipe = run_recipe(NAME, CONFIG, out, **overrides, **{"eval_dataset.count": 400})
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["gap_closed"] > 0.4
+    assert summary["gap_closed"] > 0.35
     assert summary["perplexity_after"] < 0.85 * summary["perplexity_before"]
     assert summary["teacher"] > 0.99
-    assert summary["steps"] == 40
+    assert summary["steps"] == 60
     history = recipe._history
-    first, last = (history.cosines[step] for step in (1, 40))
+    first, last = (history.cosines[step] for step in (1, 60))
     assert all(after > before for before, after in zip(first, last, strict=True))
 
 
@@ -162,7 +163,7 @@ def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
     assert "holds another run; continue it with resume=true" in capsys.readouterr().err
     changed = load_config(CONFIG, output_dir=out, resume="true", **SMALL, **{"optimizer.lr": 0.5})
     assert launch(recipe, changed) == 2
-    assert "optimizer.lr: 0.001 then, 0.5 now" in capsys.readouterr().err.replace("0.004", "0.001")
+    assert "optimizer.lr: 0.006 then, 0.5 now" in capsys.readouterr().err
 
 
 DRIVER = """

@@ -42,7 +42,7 @@ def test_schedules_learn_from_the_first_step():
     cosine = rates(cosine_with_warmup, 12, warmup_steps=2, final_ratio=0.1)
     assert cosine[:3] == [0.5, 1.0, 1.0]
     assert math.isclose(cosine[7], 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert all(a >= b for a, b in itertools.pairwise(cosine))
+    assert all(a >= b for a, b in itertools.pairwise(cosine[1:]))
 
 
 def test_microbatches_of_any_size_give_the_gradient_of_the_global_mean():
