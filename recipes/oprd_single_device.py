@@ -36,6 +36,7 @@ from oprd_tune.modeling.load import (
     width_of,
 )
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.rollout.engine import RolloutEngine
 from oprd_tune.settings import OPRDSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint, restore_rng
@@ -110,7 +111,7 @@ class OPRDRecipe:
             if cfg.get("lr_scheduler")
             else None
         )
-        self._engine = config.instantiate(
+        self._engine: RolloutEngine = config.instantiate(
             cfg.rollout,
             self._model,
             stop_tokens=self._tokenizer.stop_tokens,
@@ -176,7 +177,7 @@ class OPRDRecipe:
         """One optimizer step; returns its loss, or None if no update was made."""
         s = self._settings
         with self._phase("rollout"):
-            rollout: Rollout = self._engine.generate(prompts, stream=self._step)
+            rollout = self._engine.generate(prompts, stream=self._step)
         self._metrics.add_rollout(rollout)
         self._last_rollout = rollout
         self._history.response_tokens += rollout.response_tokens

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -79,6 +81,34 @@ def test_two_steps_and_two_more_are_four_bit_by_bit(tmp_path, extra):
     assert_same_student(whole, parts)
 
 
+def test_sigterm_saves_and_the_run_goes_on_from_there(out, tmp_path):
+    run_recipe(NAME, CONFIG, tmp_path / "whole")
+    recipe = load_recipe(NAME)["OPRDRecipe"](load_config(CONFIG, output_dir=out, **SMALL))
+    recipe.setup()
+    step = recipe.train_step
+
+    def step_and_signal(prompts):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(prompts)
+
+    recipe.train_step = step_and_signal
+    assert recipe.train() == 128 + signal.SIGTERM
+    assert recipe._step == 1
+    run_recipe(NAME, CONFIG, out, resume="true")
+    assert_same_student(tmp_path / "whole", out)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(out, capsys):
+    recipe = load_recipe(NAME)["OPRDRecipe"](load_config(CONFIG, output_dir=out, **SMALL))
+    recipe.setup()
+    before = [p.clone() for p in recipe._model.parameters()]
+    recipe._teacher.targets = lambda tokens, index: {n: torch.full((len(index), 128), torch.nan) for n in (1, 2, 3, 4)}
+    with pytest.raises(FloatingPointError, match="step 3"):
+        recipe.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, recipe._model.parameters(), strict=True))
+    assert recipe._history.skipped_steps == 2
+
+
 def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
     losses = []
     variants = ({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})
@@ -106,6 +136,13 @@ def test_layer_pairs_heal_a_student_of_other_depth(out):
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, **overrides)
     assert [(p.student, p.teacher) for p in recipe._pairs] == [(1, 1), (2, 2), (4, 5)]
     assert sorted(n for n in recipe._logged if n.startswith("layers/mse")) == [f"layers/mse_0{i}" for i in (1, 2, 4)]
+
+
+def test_torchtunes_own_loggers_work(out):
+    logger = {"metric_logger._component_": "torchtune.training.metric_logging.DiskLogger"}
+    run_recipe(NAME, CONFIG, out, max_steps=1, **logger)
+    (log,) = (out / "tensorboard").glob("log_*.txt")
+    assert "loss/total" in log.read_text()
 
 
 def test_bf16_and_compile_run(out, monkeypatch):
