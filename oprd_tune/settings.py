@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torchtune import config
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
@@ -60,7 +61,7 @@ class OPRDSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"dtype is {self.dtype!r}; allowed are bf16 and fp32")
-        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(
                 f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null to switch it off"
             )
@@ -121,6 +122,28 @@ def parse_settings(
     return settings(**scalars)
 
 
+def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Construct the component at a config's key, or return None where there is none.
+
+    Args:
+        cfg: the config.
+        name: the key.
+        args: positional arguments that the recipe adds.
+        kwargs: keyword arguments that the recipe adds.
+
+    Raises:
+        ConfigError: if the component refuses its arguments; the message starts with the key.
+    """
+    if cfg.get(name) is None:
+        return None
+    try:
+        return config.instantiate(cfg[name], *args, **kwargs)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        raise ConfigError(f"{name}: {cfg[name]['_component_']} cannot be constructed: {error}") from error
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at the most similar known word, or at all of them."""
     known = sorted(known)
@@ -157,8 +180,8 @@ def _check_component(name: str, node: object) -> None:
         raise ConfigError(f"{name} must be a component: give it a `_component_` with a dotted path")
     path = node["_component_"]
     try:
-        signature = inspect.signature(_get_component_from_path(path))
-    except (InstantiationError, ValueError) as error:
+        signature = inspect.signature(_get_component_from_path(str(path)))
+    except (InstantiationError, ValueError, TypeError) as error:
         raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
     parameters = signature.parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config, training, utils
+from torchtune import config, training
 from tqdm import tqdm
 
 from oprd_tune.data import PromptDataset, PromptStream
@@ -26,23 +26,18 @@ from oprd_tune.losses.masking import check_selection, count_selected, select_sta
 from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
-from oprd_tune.modeling.layer_map import check_widths, pair_layers
-from oprd_tune.modeling.load import (
-    build_on_meta,
-    check_context,
-    check_weights,
-    load_decoder,
-    open_checkpointer,
-    width_of,
-)
+from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.rollout.engine import RolloutEngine
-from oprd_tune.settings import OPRDSettings, parse_settings
+from oprd_tune.settings import OPRDSettings, instantiate, parse_settings
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint, restore_rng
+from oprd_tune.training.device import pick_device
 from oprd_tune.training.evaluation import samples_as_markdown
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.launch import StopSignals, run_recipe
+from oprd_tune.training.optim import restore_schedule
+from oprd_tune.training.pair import ModelPair, check_pair
 from oprd_tune.training.student import TiedHeadDrift, prepare_student
 from oprd_tune.training.summary import as_table, summarise, write_summary
 from oprd_tune.types import Prompts, Rollout, Selection
@@ -64,8 +59,7 @@ class OPRDRecipe:
         self._settings = s = parse_settings(
             cfg, OPRDSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
         )
-        self._device = utils.get_device(s.device)
-        self._dtype = training.get_dtype(s.dtype, device=self._device)
+        self._device, self._dtype = pick_device(s.device, s.dtype)
         self._folder = RunFolder(s.output_dir, s.keep_checkpoints)
         self._history = History()
         self._metrics = MetricBuffer()
@@ -81,19 +75,23 @@ class OPRDRecipe:
         if s.num_threads is not None:
             torch.set_num_threads(s.num_threads)
         training.set_seed(s.seed)
+        check_selection(s.positions, s.positions_k, s.anchor)
         checkpoint = self._folder.check(cfg, resume=s.resume)
-        build, build_teacher = partial(config.instantiate, cfg.model), partial(config.instantiate, cfg.teacher_model)
-        student_files, teacher_files = self._check_models(build, build_teacher)
-        self._setup_data()
-        self._loss = config.instantiate(cfg.loss)
-        self._folder.open(cfg)
+        make = partial(instantiate, cfg)
+        build, build_teacher = partial(make, "model"), partial(make, "teacher_model")
+        pair = check_pair(
+            build,
+            build_teacher,
+            self._make_checkpointer,
+            partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir),
+            layers=s.layers,
+            layer_pairs=s.layer_pairs,
+        )
+        self._pairs = pair.layers
+        self._setup_data(pair)
+        self._loss = make("loss")
 
-        teacher = load_decoder(build_teacher, teacher_files, dtype=self._dtype, device=self._device)
-        if checkpoint is None and self._task_accuracy is not None:
-            self._history.teacher_accuracy = self._task_accuracy(teacher)
-        self._teacher = FrozenTeacher(teacher, sorted({pair.teacher for pair in self._pairs}))
-
-        self._model = load_decoder(build, student_files, dtype=self._dtype, device=self._device)
+        self._model = load_decoder(build, pair.student_files, dtype=self._dtype, device=self._device)
         self._drift = TiedHeadDrift(self._model)
         frozen = prepare_student(
             self._model,
@@ -105,14 +103,10 @@ class OPRDRecipe:
         if frozen:
             print(frozen)
         self._trainable = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = config.instantiate(cfg.optimizer, self._trainable)
-        self._lr_scheduler = (
-            config.instantiate(cfg.lr_scheduler, self._optimizer, num_training_steps=s.max_steps)
-            if cfg.get("lr_scheduler")
-            else None
-        )
-        self._engine: RolloutEngine = config.instantiate(
-            cfg.rollout,
+        self._optimizer = make("optimizer", self._trainable)
+        self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
+        self._engine: RolloutEngine = make(
+            "rollout",
             self._model,
             stop_tokens=self._tokenizer.stop_tokens,
             pad_id=self._tokenizer.pad_id,
@@ -120,55 +114,48 @@ class OPRDRecipe:
             samples_per_prompt=s.samples_per_prompt,
             seed=s.seed,
         )
-        self._logger = config.instantiate(cfg.metric_logger)
+        self._logger = make("metric_logger")
+
+        teacher = load_decoder(build_teacher, pair.teacher_files, dtype=self._dtype, device=self._device)
+        if checkpoint is None and self._task_accuracy is not None:
+            self._history.teacher_accuracy = self._task_accuracy(teacher)
+        self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}))
+        self._folder.open(cfg)
         if checkpoint is not None:
             self._resume(checkpoint)
+        if s.resume and hasattr(self._logger, "resume_at"):
+            self._logger.resume_at(self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
         self._logger.log_config(cfg)
-
-    def _check_models(self, build: Any, build_teacher: Any) -> tuple[Any, Any]:
-        """Compare both models' shapes with the settings and with their files; returns the opened checkpointers."""
-        s, cfg = self._settings, self._cfg
-        check_selection(s.positions, s.positions_k, s.anchor)
-        student_files = open_checkpointer("checkpointer", self._make_checkpointer)
-        teacher_files = open_checkpointer(
-            "teacher_checkpointer", partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir)
-        )
-        student, teacher = build_on_meta(build), build_on_meta(build_teacher)
-        check_widths(width_of(student), width_of(teacher))
-        self._pairs = pair_layers(
-            s.layers, s.layer_pairs, student_depth=len(student.layers), teacher_depth=len(teacher.layers)
-        )
-        for name, model in (("student", student), ("teacher", teacher)):
-            check_context(name, model, max_prompt_tokens=s.max_prompt_tokens, max_new_tokens=s.max_new_tokens)
-        check_weights("checkpointer", student_files, student)
-        check_weights("teacher_checkpointer", teacher_files, teacher)
-        return student_files, teacher_files
 
     def _make_checkpointer(self, output_dir: str | None = None) -> Any:
         return config.instantiate(self._cfg.checkpointer, output_dir=output_dir or self._settings.output_dir)
 
-    def _setup_data(self) -> None:
+    def _setup_data(self, pair: ModelPair) -> None:
         s, cfg = self._settings, self._cfg
-        self._tokenizer = config.instantiate(cfg.tokenizer)
-        dataset = self._load_dataset(cfg.dataset)
-        self._prompts = PromptStream(dataset, prompts_per_step=s.prompts_per_step, seed=s.seed)
-        self._task_accuracy = self._reference_perplexity = None
-        evaluators = [name for name in ("task_accuracy", "reference_perplexity") if cfg.get(name)]
-        if evaluators and not cfg.get("eval_dataset"):
-            raise ConfigError(f"{' and '.join(evaluators)} need an eval_dataset, with held-out prompts")
-        if evaluators:
-            held_out = self._load_dataset(cfg.eval_dataset)
-            for name in evaluators:
-                setattr(self, f"_{name}", config.instantiate(cfg[name], held_out, self._tokenizer))
+        self._tokenizer = instantiate(cfg, "tokenizer")
+        datasets = {name: self._load_dataset(name) for name in ("dataset", "eval_dataset") if cfg.get(name)}
+        pair.check_tokens(self._tokenizer, list(datasets.values()))
+        self._prompts = PromptStream(datasets["dataset"], prompts_per_step=s.prompts_per_step, seed=s.seed)
+        held_out = datasets.get("eval_dataset")
+        if held_out is None and (cfg.get("task_accuracy") or cfg.get("reference_perplexity")):
+            raise ConfigError("task_accuracy and reference_perplexity need an eval_dataset, with held-out prompts")
+        self._task_accuracy = instantiate(cfg, "task_accuracy", held_out, self._tokenizer)
+        self._reference_perplexity = instantiate(cfg, "reference_perplexity", held_out, self._tokenizer)
+        lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
+        if self._task_accuracy:
+            longest = s.max_prompt_tokens + self._task_accuracy.max_new_tokens
+            lengths["max_prompt_tokens + task_accuracy.max_new_tokens"] = longest
+        if self._reference_perplexity:
+            lengths["the longest reference answer with its prompt"] = self._reference_perplexity.longest
+        pair.check_lengths(lengths)
 
-    def _load_dataset(self, node: DictConfig) -> PromptDataset:
-        dataset = config.instantiate(node, self._tokenizer, max_prompt_tokens=self._settings.max_prompt_tokens)
+    def _load_dataset(self, name: str) -> PromptDataset:
+        limit = self._settings.max_prompt_tokens
+        dataset: PromptDataset = instantiate(self._cfg, name, self._tokenizer, max_prompt_tokens=limit)
         if dataset.dropped:
-            limit = self._settings.max_prompt_tokens
-            print(
-                f"{dataset.dropped} of {dataset.dropped + len(dataset)} prompts are longer than {limit} tokens: dropped"
-            )
+            total = dataset.dropped + len(dataset)
+            print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")
         return dataset
 
     # ---- the method ----
@@ -242,10 +229,11 @@ class OPRDRecipe:
                 done = self._step == s.max_steps
                 if done or self._step % s.evaluate_every_n_steps == 0:
                     self._evaluate()
-                if done or self._step % s.checkpoint_every_n_steps == 0 or stop.received:
+                if done or self._step % s.checkpoint_every_n_steps == 0:
                     self._save()
                 self._show(bar, loss)
         if stop.received:
+            self._save()
             print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
             self._logger.close()
             return stop.exit_status
@@ -317,9 +305,7 @@ class OPRDRecipe:
         self._loss.load_state_dict(state["loss"])
         self._drift.load_state_dict(state["drift"])
         if self._lr_scheduler is not None:
-            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if hasattr(self._logger, "resume_at"):
-            self._logger.resume_at(self._step + 1)
+            restore_schedule(self._lr_scheduler, state["lr_scheduler"])
         restore_rng(state["rng"])
         print(f"Resuming after step {self._step}, from {checkpoint}")
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 from torchtune.data import Message
 
 from oprd_tune.errors import ConfigError
 
 _LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXTS = Features({"prompt": Value("string"), "answer": Value("string")})
 PLACEHOLDER = "{prompt}"
 
 
@@ -31,12 +32,13 @@ class PromptDataset:
     Args:
         rows: texts, with `prompt` and, where known, `answer` (None otherwise).
         tokenizer: makes the tokens; the only place where prompts are tokenized.
-        max_prompt_tokens: longer prompts are dropped and counted; None keeps all.
+        max_prompt_tokens: longer prompts, and empty ones, are dropped and counted; None keeps all.
         prompt_template: a plain text around `{prompt}`, or None for the tokenizer's chat template.
         system_prompt: a system message for the chat template.
 
     Attributes:
-        dropped: how many prompts were too long.
+        dropped: how many prompts were empty or too long.
+        largest_token: the largest token id in any prompt.
 
     Raises:
         ConfigError: for a template without placeholder, a system prompt without chat, or no prompt left.
@@ -65,12 +67,12 @@ class PromptDataset:
         kept = tokenized.filter(_fits, fn_kwargs={"longest": longest}, load_from_cache_file=False)
         self.dropped = found - len(kept)
         if not len(kept):
-            reason = (
-                f"all {found} prompts are longer than max_prompt_tokens {max_prompt_tokens}" if found else "no rows"
-            )
+            reason = f"all {found} prompts are empty or longer than max_prompt_tokens {max_prompt_tokens}"
+            reason = reason if found else "it has no rows"
             raise ConfigError(f"the data set is empty after filtering: {reason}")
         self._tokens: list[list[int]] = kept["tokens"][:]
         self._answers: list[str | None] = kept["answer"][:]
+        self.largest_token = max(map(max, self._tokens))
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -93,6 +95,8 @@ class PromptDataset:
 
     def _tokenize(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         prompt = row["prompt"]
+        if not prompt:
+            return {"tokens": []}
         if self._prompt_template is not None:
             text = self._prompt_template.replace(PLACEHOLDER, prompt)
             return {"tokens": self._tokenizer.encode(text, add_bos=False, add_eos=False)}
@@ -142,7 +146,7 @@ def prompt_dataset(
         raise ConfigError(f"{source} has no column {missing}; it has {data.column_names}")
     data = data.select(range(min(first, len(data)))) if first is not None else data
     data = data.select_columns(list(dict.fromkeys(columns.values())))
-    rows = data.map(_rename, fn_kwargs={"columns": columns}, remove_columns=data.column_names)
+    rows = data.map(_rename, fn_kwargs={"columns": columns}, remove_columns=data.column_names, features=_TEXTS)
     return PromptDataset(
         rows,
         tokenizer,

@@ -73,7 +73,9 @@ class HiddenStateMSE:
         """
         scales = {layer: total / count for layer, total in square_sums.items()}
         if dead := [layer for layer, scale in scales.items() if not scale > 0]:
-            raise ValueError(f"the teacher states paired with student layers {dead} are all zero; `rms` needs a scale")
+            raise ValueError(
+                f"the teacher's states for student layers {dead} are zero or not finite: no scale for `rms`"
+            )
         self.scales = scales
         self.needs_calibration = False
 

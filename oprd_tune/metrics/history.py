@@ -70,7 +70,9 @@ class History:
         figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(layers)), layout="constrained")
         axes = figure.add_subplot()
         columns = [self.cosines[step] for step in sorted(self.cosines)]
-        image = axes.pcolormesh(sorted(self.cosines), range(len(layers)), list(zip(*columns, strict=True)))
+        extent = (min(self.cosines) - 0.5, max(self.cosines) + 0.5, -0.5, len(layers) - 0.5)
+        picture = list(zip(*columns, strict=True))
+        image = axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
         axes.set(xlabel="optimizer steps", ylabel="student layer", yticks=range(len(layers)), yticklabels=layers)
         figure.colorbar(image, label="cosine to the teacher")
         return figure

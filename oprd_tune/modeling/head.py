@@ -42,6 +42,17 @@ def swapped_output(model: TransformerDecoder, make_output: Callable[[Head], nn.M
         _set_output(model, head)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the scope, the model is in evaluation mode: no dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class OutputStandIn(nn.Module):
     """Base of everything that takes the head's place for a while."""
 
@@ -95,5 +106,6 @@ def token_logprobs(model: TransformerDecoder, tokens_BS: Tensor, response_mask_B
         fp32, shape [T], in row-major order of the mask. Nothing of size [T, V] is ever alive.
     """
     index_T = response_mask_BS.flatten().nonzero(as_tuple=True)[0]
-    with swapped_output(model, lambda head: _TokenScorer(head, index_T - 1, tokens_BS.flatten()[index_T])):
+    scorer = swapped_output(model, lambda head: _TokenScorer(head, index_T - 1, tokens_BS.flatten()[index_T]))
+    with evaluating(model), scorer:
         return model(tokens_BS)

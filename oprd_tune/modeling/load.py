@@ -30,16 +30,6 @@ def width_of(model: TransformerDecoder) -> int:
     return model.tok_embeddings.embedding_dim
 
 
-def check_context(name: str, model: TransformerDecoder, *, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError if the longest possible row exceeds the model's context."""
-    longest = max_prompt_tokens + max_new_tokens
-    if longest > model.max_seq_len:
-        raise ConfigError(
-            f"max_prompt_tokens {max_prompt_tokens} + max_new_tokens {max_new_tokens} = {longest} exceeds the {name}'s "
-            f"context of {model.max_seq_len}; lower one of them"
-        )
-
-
 def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) -> FullModelHFCheckpointer:
     """Construct a checkpointer, which looks at its folder but reads no weights.
 
@@ -52,7 +42,9 @@ def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) ->
     """
     try:
         return make()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"{name}: the checkpoint folder is missing or incomplete: {error}. It needs config.json and every file of "
             "checkpoint_files; `tune download <hub name> --output-dir <folder>` fetches them"
@@ -80,8 +72,13 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
     if checkpointer._model_type is ModelType.QWEN2:
-        tied = checkpointer._config.get("tie_word_embeddings", False)
-        _compare(name, qwen2_hf_to_tune(found, tie_word_embeddings=tied), model.state_dict())
+        if "tie_word_embeddings" not in checkpointer._config:
+            raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")
+        try:
+            converted = qwen2_hf_to_tune(found, tie_word_embeddings=checkpointer._config["tie_word_embeddings"])
+        except Exception as error:  # torchtune raises the base class for a name that it does not know
+            raise ConfigError(f"{name}: the checkpoint is not of the architecture Qwen2: {error}") from error
+        _compare(name, converted, model.state_dict())
 
 
 def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from oprd_tune.modeling.head import Head, LastPositionHead, swapped_output
 
 _FEW_ROWS = 64
+_MARGIN = 32  # columns to spare when a cache grows
 
 
 class DecodingCache:
@@ -27,7 +28,7 @@ class DecodingCache:
 
     Args:
         visible_BS: True on real prompt tokens; the prompts' columns come first.
-        capacity: columns to reserve, prompts included.
+        capacity: the most columns there will be, prompts included; memory is taken as they fill.
     """
 
     def __init__(self, visible_BS: Tensor, capacity: int) -> None:
@@ -42,15 +43,23 @@ class DecodingCache:
 
     def append(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write new columns of one layer; returns views of everything written so far."""
-        batch, heads, length, width = key_BHSD.shape
-        if layer not in self._keys_values:
-            shape = (batch, heads, self._capacity, width)
-            self._keys_values[layer] = (key_BHSD.new_empty(shape), value_BHSD.new_empty(shape))
-        end = self.columns + length
-        for store, new in zip(self._keys_values[layer], (key_BHSD, value_BHSD), strict=True):
+        end = self.columns + key_BHSD.shape[2]
+        stores = self._keys_values.get(layer)
+        if stores is None or stores[0].shape[2] < end:
+            columns = min(self._capacity, max(end + _MARGIN, end * 5 // 4))
+            old = stores or (key_BHSD[:, :, :0], value_BHSD[:, :, :0])
+            self._keys_values[layer] = stores = (self._copy(old[0], columns), self._copy(old[1], columns))
+        for store, new in zip(stores, (key_BHSD, value_BHSD), strict=True):
             store[:, :, self.columns : end] = new
-        keys, values = self._keys_values[layer]
-        return keys[:, :, :end], values[:, :, :end]
+        return stores[0][:, :, :end], stores[1][:, :, :end]
+
+    def _copy(self, store: Tensor, columns: int, index_B: Tensor | None = None) -> Tensor:
+        """The filled columns, of some rows or of all, in a new store with room for `columns`."""
+        rows, heads, _, width = store.shape
+        copy = store.new_empty(rows if index_B is None else len(index_B), heads, columns, width)
+        filled = store[:, :, : self.columns]
+        copy[:, :, : filled.shape[2]] = filled if index_B is None else filled[index_B]
+        return copy
 
     def advance(self, length: int) -> None:
         """Count the columns that a forward pass through all layers has written."""
@@ -73,7 +82,9 @@ class DecodingCache:
         """Drop all other rows."""
         self._visible_BS = self._visible_BS[index_B]
         self._padded = not bool(self._visible_BS[:, : self._prompt_columns].all())
-        self._keys_values = {k: (keys[index_B], values[index_B]) for k, (keys, values) in self._keys_values.items()}
+        for layer, (keys, values) in self._keys_values.items():  # one by one: two caches never live side by side
+            columns = keys.shape[2]
+            self._keys_values[layer] = (self._copy(keys, columns, index_B), self._copy(values, columns, index_B))
 
 
 def _cached_attention(
@@ -144,7 +155,7 @@ def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_
     Args:
         model: a decoder; left as it was when the scope ends, even by an exception.
         visible_BP: True on the real tokens of left-padded prompts.
-        max_new_tokens: columns to reserve beyond the prompts.
+        max_new_tokens: the most columns beyond the prompts.
 
     Raises:
         RuntimeError: if the model is already decoding or tapped.

@@ -9,13 +9,14 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.head import evaluating
 from oprd_tune.rollout.decoding import DecodingCache, incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts, Rollout
 
 
 class NativeEngine:
-    """Batched sampling with a key-value cache. What it samples does not depend on how prompts are batched.
+    """Batched sampling with a key-value cache. Its noise does not depend on how prompts are batched.
 
     Args:
         model: the student itself, in any wrapping the taps work with.
@@ -75,13 +76,11 @@ class NativeEngine:
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = self._batch_size or len(rows)
         responses: dict[int, tuple[Tensor, Tensor]] = {}
-        was_training = self._model.training
-        self._model.eval()
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            decoded = self._decode([rows[row] for row in batch], noise_BT[batch])
-            responses |= dict(zip(batch, decoded, strict=True))
-        self._model.train(was_training)
+        with evaluating(self._model):
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                decoded = self._decode([rows[row] for row in batch], noise_BT[batch])
+                responses |= dict(zip(batch, decoded, strict=True))
         positions = [position for position in prompts.positions for _ in range(n)]
         return self._pack(rows, [responses[row] for row in range(len(rows))], positions)
 
@@ -107,6 +106,11 @@ class NativeEngine:
                 if len(going_B) < len(row_B):
                     cache.keep_rows(going_B)
                     row_B, input_BS, position_BS = row_B[going_B], input_BS[going_B], position_BS[going_B]
+        if not bool(logprob_BT.isfinite().all()):
+            raise FloatingPointError(
+                "the student's logits are not finite, so nothing can be sampled from it; lower the learning rate, or "
+                "set dtype=fp32 to see whether precision is the cause"
+            )
         lengths = length_B.tolist()
         return ((response_BT[b, :n], logprob_BT[b, :n]) for b, n in enumerate(lengths))
 
@@ -123,8 +127,7 @@ class NativeEngine:
         if self._temperature == 0:
             token_B1 = logits_BV.argmax(-1, keepdim=True)
         else:
-            scaled_BV = logits_BV - normaliser_B1
-            scaled_BV = scaled_BV if self._temperature == 1 else scaled_BV / self._temperature
+            scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).div_(self._temperature)
             token_B1 = inverse_cdf(scaled_BV.exp_(), noise_B[:, None])
         return token_B1.squeeze(1), (logits_BV.gather(1, token_B1) - normaliser_B1).squeeze(1)
 

@@ -55,4 +55,5 @@ def inverse_cdf(weight_BV: Tensor, noise_B1: Tensor) -> Tensor:
     within_BK = block_BNK[torch.arange(rows, device=block_BNK.device), block_B1[:, 0]].cumsum(-1, dtype=torch.float64)
     # The two levels round differently; stay below the block's own total, so that the place has a weight.
     rest_B1 = torch.minimum(threshold_B1 - before_B1, within_BK[:, -1:].nextafter(within_BK.new_zeros(())))
-    return block_B1 * _BLOCK + torch.searchsorted(within_BK, rest_B1, right=True)
+    drawn_B1 = block_B1 * _BLOCK + torch.searchsorted(within_BK, rest_B1, right=True)
+    return drawn_B1.clamp(max=size - 1)  # only weights that are not finite get there

@@ -1,6 +1,6 @@
 """The folder of a run: checkpoints that survive a crash in the middle of a save, and Hugging Face exports.
 
-    OUTPUT_DIR/config.yaml            the resolved config; marks the folder as a run's
+    OUTPUT_DIR/config.yaml            the config, overrides included; marks the folder as a run's
     OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), and state.pt
     OUTPUT_DIR/best/, final/          Hugging Face folders
     OUTPUT_DIR/summary.json, accuracy.png, tensorboard/
@@ -58,6 +58,10 @@ class RunFolder:
         Raises:
             ConfigError: if the folder is another run's and `resume` is false, or the checkpoint's config differs.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
         marker = self.path / "config.yaml"
         if not resume:
             if marker.exists():

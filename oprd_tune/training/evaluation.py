@@ -50,6 +50,12 @@ class TaskAccuracy:
             self._grader: Callable[[str, str], bool] = _get_component_from_path(grader)
         except (InstantiationError, ValueError) as error:
             raise ConfigError(f"task_accuracy.grader {grader!r} cannot be found: {error}") from error
+        if not callable(self._grader):
+            raise ConfigError(f"task_accuracy.grader {grader!r} is no function")
+        try:
+            self._grader("0", "0")
+        except ImportError as error:
+            raise ConfigError(f"task_accuracy.grader: {error}") from error
         _need_answers(dataset, "task_accuracy")
         rows = [dataset[i] for i in range(len(dataset))]
         self._prompts = Prompts(tuple(t for t, _ in rows), tuple(range(len(rows))), tuple(a for _, a in rows))
@@ -95,6 +101,9 @@ class ReferencePerplexity:
         tokens_per_micro_batch: int = 8192,
     ) -> None:
         _need_answers(dataset, "reference_perplexity")
+        for name, value in (("first", first), ("max_answer_tokens", max_answer_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"reference_perplexity.{name} is {value}; it must be at least 1")
         count = len(dataset) if first is None else min(first, len(dataset))
         pairs = [(dataset[i][0], dataset.answer_tokens(i)[:max_answer_tokens]) for i in range(count)]
         self._pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def cosine_with_warmup(
@@ -27,6 +28,18 @@ def cosine_with_warmup(
         return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
+
+
+def restore_schedule(schedule: LRScheduler, state: dict[str, Any]) -> None:
+    """Load a schedule's state, and set the rate that the schedule *now* gives its next step.
+
+    A schedule over more steps than before gives another rate there than the one that was saved with the optimizer.
+    """
+    schedule.load_state_dict(state)
+    if isinstance(schedule, LambdaLR):
+        groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, rate, factor in groups:
+            group["lr"] = rate * factor(schedule.last_epoch)
 
 
 def constant_with_warmup(optimizer: Optimizer, *, num_training_steps: int, warmup_steps: int = 0) -> LambdaLR:

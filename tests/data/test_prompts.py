@@ -43,6 +43,14 @@ def test_reads_local_files(tmp_path, suffix):
     assert data.answer_tokens(11) == (*tokenizer().encode("24"), tokenizer().eos_id)
 
 
+def test_drops_empty_prompts_and_takes_answers_that_come_late(tmp_path):
+    path = tmp_path / "late.jsonl"
+    rows = [{"q": None if i == 3 else "1+1=", "a": "2" if i > 1500 else None} for i in range(1600)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load(str(path), prompt_column="q", answer_column="a")
+    assert (len(data), data.dropped, data.has_answers) == (1599, 1, False)
+
+
 def test_takes_splits_and_the_first_rows(tmp_path):
     assert len(load(write(tmp_path, ".jsonl"), split="train[5:9]")) == 4
     assert len(load(write(tmp_path, ".jsonl"), first=3)) == 3
@@ -63,7 +71,7 @@ def test_wraps_prompts_in_a_plain_template(tmp_path):
     [
         ({"prompt_column": "query"}, r"no column \['query'\]; it has \['question', 'result', 'other'\]"),
         ({"answer_column": "gold"}, r"no column \['gold'\]"),
-        ({"max_prompt_tokens": 1}, "empty after filtering: all 29 prompts are longer than max_prompt_tokens 1"),
+        ({"max_prompt_tokens": 1}, "all 29 prompts are empty or longer than max_prompt_tokens 1"),
         ({"prompt_template": "Q:"}, r"must contain \{prompt\}"),
         ({"system_prompt": "Be brief."}, "write it into prompt_template"),
         ({"prompt_template": None}, "no chat template"),

@@ -182,5 +182,5 @@ def test_rms_scales_survive_a_checkpoint_and_must_be_positive():
     restored.load_state_dict(loss.state_dict())
     assert restored.scales == {1: 2.0, 2: 0.5}
     assert not restored.needs_calibration
-    with pytest.raises(ValueError, match=r"layers \[2\] are all zero"):
+    with pytest.raises(ValueError, match=r"layers \[2\] are zero"):
         HiddenStateMSE("rms").calibrate({1: 1.0, 2: 0.0}, 4)

@@ -4,12 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torchtune.models.qwen2 import qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.tiny import checkpointer
+from oprd_tune.tiny import checkpointer, tokenizer
 from oprd_tune.tiny.model import _SHAPE, MAX_SEQ_LEN
 
 
@@ -58,3 +59,16 @@ def foreign_checkpointer(name, output_dir):
         {k: v.contiguous() for k, v in qwen2_tune_to_hf(small.state_dict()).items()}, folder / "model.safetensors"
     )
     return _open(folder, output_dir)
+
+
+def qwen3_checkpointer(name, output_dir):
+    folder = _copy("qwen3")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}, folder / "model.safetensors")
+    return _open(folder, output_dir)
+
+
+def foreign_tokenizer():
+    foreign = tokenizer()
+    foreign.pad_id = 99
+    return foreign

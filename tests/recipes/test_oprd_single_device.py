@@ -156,7 +156,7 @@ BAD_INPUTS = {
     "unknown key": ({"max_step": 3}, "did you mean 'max_steps'"),
     "positions": ({"positions": "tail"}, "allowed are all, last, first_k, last_k"),
     "layers": ({"layers": "[1,9]"}, "has [9]; the student's layers count from 1 to 4"),
-    "context": ({"max_new_tokens": 200}, "exceeds the student's context of 128"),
+    "context": ({"max_new_tokens": 200}, "max_prompt_tokens + max_new_tokens = 216 exceeds the models' context of 128"),
     "other width": ({"teacher_model._component_": "tests.recipes.models.wider_tiny_qwen2"}, "need a bridge"),
     "other depth": ({"teacher_model._component_": "tests.recipes.models.deeper_tiny_qwen2"}, "give `layer_pairs`"),
     "missing folder": (
@@ -171,7 +171,20 @@ BAD_INPUTS = {
         {"checkpointer._component_": "tests.recipes.models.foreign_checkpointer"},
         "does not fit the model's builder: it lacks layers.3",
     ),
-    "empty data": ({"max_prompt_tokens": 1}, "all 64 prompts are longer than max_prompt_tokens 1"),
+    "empty data": ({"max_prompt_tokens": 1}, "all 64 prompts are empty or longer than max_prompt_tokens 1"),
+    "evaluation beyond the context": (
+        {"task_accuracy.max_new_tokens": 200},
+        "max_prompt_tokens + task_accuracy.max_new_tokens = 216 exceeds",
+    ),
+    "device": ({"device": "cuda" if not torch.cuda.is_available() else "xpu"}, "cannot be used"),
+    "component's argument": ({"dataset.count": "many"}, "dataset: oprd_tune.tiny.addition cannot be constructed"),
+    "no component": ({"dataset": "null"}, "the config lacks dataset"),
+    "foreign tokenizer": ({"tokenizer._component_": "tests.recipes.models.foreign_tokenizer"}, "uses id 99"),
+    "another architecture": (
+        {"checkpointer._component_": "tests.recipes.models.qwen3_checkpointer"},
+        "is not of the architecture Qwen2",
+    ),
+    "unusable output": ({"output_dir": "/proc/nowhere"}, "output_dir /proc/nowhere cannot be used"),
     "grader": ({"task_accuracy.grader": "nowhere.grade"}, "'nowhere.grade' cannot be found"),
     "evaluation without data": ({"eval_dataset._component_": "null"}, "need an eval_dataset"),
     "normalisation": ({"loss.normalisation": "unit"}, "allowed are none, l2, rms"),
@@ -185,7 +198,7 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch,
     overrides, message = BAD_INPUTS[case]
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
     monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
-    cfg = load_config(CONFIG, output_dir=out, **{**SMALL, **overrides})
+    cfg = load_config(CONFIG, **{"output_dir": out, **SMALL, **overrides})
     assert launch(load_recipe(NAME)["OPRDRecipe"], cfg) == 2
     assert message in capsys.readouterr().err.rpartition("error: ")[2]
     assert not (out / "config.yaml").exists()

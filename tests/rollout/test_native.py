@@ -6,6 +6,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.head import token_logprobs
 from oprd_tune.rollout import NativeEngine
+from oprd_tune.rollout.decoding import incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts
 from tests.conftest import VOCAB, make_model
@@ -63,6 +64,43 @@ def test_neither_batching_nor_neighbours_change_what_is_sampled(batch_size):
     rows = engine(model, samples_per_prompt=2).generate(alone, stream=7)
     width = rows.tokens_BS.shape[1]
     assert torch.equal(rows.tokens_BS, whole.tokens_BS[4:6, :width])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5, 3.0])
+def test_any_temperature_samples_tokens_of_the_vocabulary(temperature):
+    model = make_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight.mul_(20)
+    rollout = engine(model, temperature=temperature, samples_per_prompt=8).generate(make_prompts())
+    assert rollout.tokens_BS.max() < VOCAB
+    cold = engine(model, temperature=0.01).generate(make_prompts()).tokens_BS
+    greedy = engine(model, temperature=0).generate(make_prompts()).tokens_BS
+    assert (cold == greedy).float().mean() > 0.9
+
+
+def test_a_diverged_student_is_a_clear_message():
+    model = make_model()
+    with torch.no_grad():
+        model.norm.scale.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        engine(model).generate(make_prompts())
+
+
+def test_the_cache_takes_memory_as_it_fills():
+    model = make_model()
+    visible = torch.ones(4, 3, dtype=torch.bool)
+    with torch.no_grad(), incremental_decoding(model, visible, 50) as cache:
+        model(torch.ones(4, 3, dtype=torch.long), mask=cache.mask(3), input_pos=torch.arange(3).expand(4, 3))
+        cache.advance(3)
+        widths = [cache._keys_values[0][0].shape[2]]
+        cache.keep_rows(torch.tensor([2]))
+        for column in range(3, 53):
+            model(torch.ones(1, 1, dtype=torch.long), mask=cache.mask(1), input_pos=torch.tensor([[column]]))
+            cache.advance(1)
+            widths.append(cache._keys_values[0][0].shape[2])
+    assert widths[0] < 53 == widths[-1]
+    assert len(set(widths)) < 5
+    assert cache._keys_values[0][0].shape[0] == 1
 
 
 def test_seed_stream_and_position_each_change_the_noise():

@@ -18,6 +18,7 @@ from oprd_tune.training import ReferencePerplexity, TaskAccuracy, constant_with_
 from oprd_tune.training.checkpoint import RunFolder, export_checkpoint, load_checkpoint, restore_rng
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.launch import StopSignals, run_recipe
+from oprd_tune.training.optim import restore_schedule
 from oprd_tune.training.student import TiedHeadDrift, prepare_student
 from oprd_tune.training.summary import as_table, summarise, write_summary
 from tests.conftest import make_model
@@ -43,6 +44,23 @@ def test_schedules_learn_from_the_first_step():
     assert cosine[:3] == [0.5, 1.0, 1.0]
     assert math.isclose(cosine[7], 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
     assert all(a >= b for a, b in itertools.pairwise(cosine[1:]))
+
+
+def test_a_longer_schedule_applies_from_the_first_resumed_step():
+    def schedule(steps):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return optimizer, cosine_with_warmup(optimizer, num_training_steps=steps)
+
+    optimizer, short = schedule(4)
+    for _ in range(4):
+        optimizer.step()
+        short.step()
+    saved = optimizer.state_dict()
+    optimizer, longer = schedule(8)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0
+    restore_schedule(longer, short.state_dict())
+    assert math.isclose(optimizer.param_groups[0]["lr"], 0.5)
 
 
 def test_microbatches_of_any_size_give_the_gradient_of_the_global_mean():
@@ -120,6 +138,13 @@ def test_perplexity_is_that_of_the_formula():
         measured = ReferencePerplexity(texts, tokenizer(), tokens_per_micro_batch=budget)(model)
         assert math.isclose(measured, math.exp(total / count), rel_tol=1e-5)
     assert ReferencePerplexity(texts, tokenizer(), first=1, max_answer_tokens=1).longest == 5
+
+
+def test_perplexity_is_measured_without_dropout():
+    model = make_model(vocab=16, attn_dropout=0.5).train()
+    measure = ReferencePerplexity(data(), tokenizer())
+    assert measure(model) == measure(model)
+    assert model.training
 
 
 def test_accuracy_is_the_graders_mean(monkeypatch):
