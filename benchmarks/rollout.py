@@ -121,12 +121,13 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
     name = Path(args.model).name if args.model else "tiny"
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"rollout_{name}_{args.dtype}"
+    words = " ".join("FOLDER" if word == args.model else word for word in sys.argv[1:])
+    path = RESULTS / f"rollout_{name}_{args.dtype}_{args.new_tokens}_tokens"
     lines = [
         f"# Sampling, {name}, {args.dtype}",
         "",
         f"{args.new_tokens} new tokens after prompts of up to {args.prompt_tokens}; {args.threads or 'default'} "
-        f"threads; median of {args.repeats}. `python benchmarks/rollout.py {' '.join(sys.argv[1:])}`",
+        f"threads; median of {args.repeats}. `python benchmarks/rollout.py {words}`",
         "",
         "| batch | native / torchtune | native, tokens/s | torchtune `generate`, tokens/s |",
         "|---|---|---|---|",

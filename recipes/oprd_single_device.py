@@ -266,7 +266,6 @@ class OPRDRecipe:
         history, step = self._history, self._step
         accuracy = self._task_accuracy(self._model) if self._task_accuracy is not None else None
         perplexity = self._reference_perplexity(self._model) if self._reference_perplexity is not None else None
-        best = history.best_accuracy
         history.evaluations.append({"step": step, "accuracy": accuracy, "perplexity": perplexity})
         measured = {
             "eval/accuracy": accuracy,
@@ -278,7 +277,7 @@ class OPRDRecipe:
         if history.cosines and hasattr(self._logger, "log_figure"):
             figure = history.cosine_figure([pair.student for pair in self._pairs])
             self._logger.log_figure("layers/cosine", figure, step)
-        if step and accuracy is not None and best is not None and accuracy > best:
+        if step and history.best is history.evaluations[-1]:
             self._folder.export("best", self._model, self._make_checkpointer)
 
     def _show(self, bar: Any, loss: float | None) -> None:

@@ -10,6 +10,10 @@ from matplotlib.figure import Figure
 _MOST_COLUMNS = 256  # of the heatmap; older steps are thinned out beyond it
 
 
+def _perplexity(evaluation: dict[str, Any]) -> float:
+    return float(evaluation["perplexity"])
+
+
 @dataclass
 class History:
     """The course of a run.
@@ -39,9 +43,12 @@ class History:
             self.cosines = {s: self.cosines[s] for s in list(self.cosines)[::2]}
 
     @property
-    def best_accuracy(self) -> float | None:
-        """The highest accuracy so far, the start included."""
-        return max((e["accuracy"] for e in self.evaluations if e["accuracy"] is not None), default=None)
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation so far: the most accurate, or where accuracy is not measured the least perplexed."""
+        scored = [e for e in self.evaluations if e["accuracy"] is not None]
+        if scored:
+            return max(scored, key=lambda e: e["accuracy"])
+        return min((e for e in self.evaluations if e["perplexity"] is not None), key=_perplexity, default=None)
 
     def gap_closed(self, accuracy: float | None) -> float | None:
         """Share of the teacher's lead that an accuracy has made up; None where that is not defined."""

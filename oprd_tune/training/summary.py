@@ -19,8 +19,7 @@ def summarise(history: History, **facts: Any) -> dict[str, Any]:
         facts: what else the recipe wants to record, such as the seed.
     """
     first, last = (history.evaluations[0], history.evaluations[-1]) if history.evaluations else ({}, {})
-    scored = [e for e in history.evaluations if e["accuracy"] is not None]
-    best = max(scored, key=lambda e: e["accuracy"], default={})
+    best = history.best or {}
     seconds = history.loop_seconds
     return {
         "teacher": history.teacher_accuracy,
@@ -43,7 +42,7 @@ def summarise(history: History, **facts: Any) -> dict[str, Any]:
 def write_summary(folder: Path, summary: dict[str, Any], history: History) -> None:
     """Write `summary.json`, and `accuracy.png` if accuracy was measured."""
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if history.best_accuracy is not None:
+    if any(e["accuracy"] is not None for e in history.evaluations):
         history.accuracy_figure().savefig(folder / "accuracy.png", dpi=150)
 
 

@@ -36,6 +36,16 @@ def test_history_computes_the_gap():
     assert history.gap_closed(0.5) is None
 
 
+def test_the_best_is_the_first_most_accurate_or_else_the_least_perplexed():
+    history = History()
+    assert history.best is None
+    history.evaluations = [{"step": i, "accuracy": None, "perplexity": p} for i, p in enumerate((9.0, 3.0, 5.0))]
+    assert history.best["step"] == 1
+    for evaluation, accuracy in zip(history.evaluations, (0.5, 0.1, 0.5), strict=True):
+        evaluation["accuracy"] = accuracy
+    assert history.best["step"] == 0
+
+
 def test_history_thins_out_its_heatmap():
     history = History()
     for step in range(1000):
