@@ -123,7 +123,7 @@ class OPRDRecipe:
         self._folder.open(cfg)
         if checkpoint is not None:
             self._resume(checkpoint)
-        if s.resume and hasattr(self._logger, "resume_at"):
+        if hasattr(self._logger, "resume_at"):
             self._logger.resume_at(self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
         self._logger.log_config(cfg)

@@ -1,6 +1,6 @@
 """The folder of a run: checkpoints that survive a crash in the middle of a save, and Hugging Face exports.
 
-    OUTPUT_DIR/config.yaml            the config, overrides included; marks the folder as a run's
+    OUTPUT_DIR/config.yaml            the config, overrides included
     OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), and state.pt
     OUTPUT_DIR/best/, final/          Hugging Face folders
     OUTPUT_DIR/summary.json, accuracy.png, tensorboard/
@@ -62,9 +62,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
-        marker = self.path / "config.yaml"
         if not resume:
-            if marker.exists():
+            if self.latest() is not None:
                 raise ConfigError(
                     f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
                 )

@@ -34,6 +34,9 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
         recipe = make_recipe(cfg)
         recipe.setup()
         return recipe.train()
+    except KeyboardInterrupt:
+        print("\ninterrupted before the first step or for the second time; nothing was saved", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _USER_ERROR

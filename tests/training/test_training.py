@@ -222,10 +222,11 @@ def test_a_folder_of_another_run_is_refused(out):
     model, optimizer, folder = training_state(out, steps=1)
     assert folder.check(CFG, resume=False) is None
     folder.open(CFG)
+    assert folder.check(CFG, resume=False) is None  # nothing saved yet, so nothing to lose
+    assert folder.check(CFG, resume=True) is None
+    folder.save(1, model, optimizer, {}, CFG)
     with pytest.raises(ConfigError, match="holds another run; continue it with resume=true"):
         folder.check(CFG, resume=False)
-    assert folder.check(CFG, resume=True) is None  # nothing saved yet: it starts at step 0
-    folder.save(1, model, optimizer, {}, CFG)
     allowed = OmegaConf.merge(CFG, {"max_steps": 9, "output_dir": "here"})
     assert folder.check(allowed, resume=True).name == "step_00000001"
     with pytest.raises(ConfigError, match="another config: seed: 0 then, 1 now"):
