@@ -35,7 +35,7 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
         recipe.setup()
         return recipe.train()
     except KeyboardInterrupt:
-        print("\ninterrupted before the first step or for the second time; nothing was saved", file=sys.stderr)
+        print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
