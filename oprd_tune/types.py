@@ -46,6 +46,8 @@ class Rollout:
         truncated_B: True where the response hit the token limit instead of a stop token.
         prompt_positions_B: `Prompts.positions` of each row's prompt.
         policy_version: optimizer steps that the sampling weights had seen.
+        sampler_top_ids_BSK: the sampler's K most probable tokens at each response token, if it was asked for them.
+        sampler_top_mass_BS: their probability together.
     """
 
     tokens_BS: Tensor
@@ -55,6 +57,8 @@ class Rollout:
     truncated_B: Tensor
     prompt_positions_B: Tensor
     policy_version: int
+    sampler_top_ids_BSK: Tensor | None = None
+    sampler_top_mass_BS: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
@@ -67,8 +71,9 @@ class Rollout:
     def rows(self, index_B: Tensor) -> Rollout:
         """The given rows, trimmed to the longest of them."""
         width = int(self.lengths_B[index_B].max())
-        picked = {f.name: getattr(self, f.name)[index_B] for f in fields(self) if f.name != "policy_version"}
-        trimmed = {k: v[:, :width] if k.endswith("_BS") else v for k, v in picked.items()}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "policy_version"}
+        picked = {name: value[index_B] for name, value in tensors.items() if value is not None}
+        trimmed = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
         return replace(self, **trimmed)
 
     def split(self, tokens_per_micro_batch: int) -> list[Rollout]:
@@ -109,3 +114,43 @@ class Selection:
 
     def __len__(self) -> int:
         return self.index_T.numel()
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The response tokens of a microbatch, packed, in row-major order.
+
+    Attributes:
+        index_T: positions in the flattened [B * S] grid of the states that predict them.
+        tokens_T: the sampled ids.
+        sampler_logprobs_T: log-probabilities in nats that the sampler gave them.
+        sampler_top_ids_TK: see `Rollout`.
+        sampler_top_mass_T: see `Rollout`.
+    """
+
+    index_T: Tensor
+    tokens_T: Tensor
+    sampler_logprobs_T: Tensor
+    sampler_top_ids_TK: Tensor | None = None
+    sampler_top_mass_T: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.index_T.numel()
+
+    def chunk(self, start: int, size: int) -> ResponseTokens:
+        """`size` tokens from `start`, or what is left of them."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ResponseTokens(**{name: None if t is None else t[start : start + size] for name, t in tensors.items()})
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What the teacher says about a microbatch.
+
+    Attributes:
+        states: by teacher layer, the states [T, C] at the selection of the hidden-state loss.
+        final_TC: states after the final norm that predict the response tokens; None without a token loss.
+    """
+
+    states: dict[int, Tensor]
+    final_TC: Tensor | None = None

@@ -100,6 +100,7 @@ class LayerStream:
     """One microbatch of the loss: call it with each tapped layer in ascending order, then read the results.
 
     Attributes:
+        layers: the student layers that it reads.
         total: Σ_ℓ Σ_t of the token errors, divided by |layers| and times the coefficient; a scalar with a graph.
         squared_errors: by student layer, Σ_t 1/D · ‖h − g‖² (detached, never normalised).
         cosines: by student layer, Σ_t cos(h, g) (detached).
@@ -117,6 +118,7 @@ class LayerStream:
     ) -> None:
         self._loss = loss
         self._teacher_layer = {pair.student: pair.teacher for pair in pairs}
+        self.layers = frozenset(self._teacher_layer)
         self._uses_left = [pair.teacher for pair in pairs]
         self._targets = targets
         self._selection = selection

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.types import Selection
+from oprd_tune.types import ResponseTokens, Rollout, Selection
 
 # Token rank within its response (from 1), response length, k -> is the token selected?
 POSITIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
@@ -69,4 +69,17 @@ def count_selected(response_mask_BS: Tensor, *, positions: str, k: int) -> int:
     return int((response_mask_BS & POSITIONS[positions](rank_BS, rank_BS[:, -1:], k)).sum())
 
 
-__all__ = ["ANCHORS", "POSITIONS", "check_selection", "count_selected", "select_states"]
+def response_tokens(rollout: Rollout) -> ResponseTokens:
+    """All response tokens of a rollout, with the positions of the states that predict them."""
+    at_T = rollout.response_mask_BS.flatten().nonzero(as_tuple=True)[0]
+    top_ids_BSK, top_mass_BS = rollout.sampler_top_ids_BSK, rollout.sampler_top_mass_BS
+    return ResponseTokens(
+        index_T=select_states(rollout.response_mask_BS).index_T,
+        tokens_T=rollout.tokens_BS.flatten()[at_T],
+        sampler_logprobs_T=rollout.sampler_logprobs_BS.flatten()[at_T],
+        sampler_top_ids_TK=None if top_ids_BSK is None else top_ids_BSK.flatten(0, 1)[at_T],
+        sampler_top_mass_T=None if top_mass_BS is None else top_mass_BS.flatten()[at_T],
+    )
+
+
+__all__ = ["ANCHORS", "POSITIONS", "check_selection", "count_selected", "response_tokens", "select_states"]

@@ -1,0 +1,123 @@
+"""Several losses of one student forward and one teacher forward (Eq. 7 of arXiv 2606.06021: L_OPD + μ · L_OPRD)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.hidden_mse import HiddenStateMSE, LayerStream
+from oprd_tune.losses.masking import count_selected
+from oprd_tune.losses.token_loss import TokenLoss, TokenStream
+from oprd_tune.types import Rollout
+
+Loss = HiddenStateMSE | TokenLoss
+
+
+class Composite:
+    """loss = Σ_parts weight · sum_part / N_part: each part is divided by its own count.
+
+    Args:
+        parts: losses by name; any number of token losses, and at most one on hidden states.
+        weights: by the same names; a part without one weighs 1.
+
+    Raises:
+        ConfigError: if there is no part, two are on hidden states, a weight is negative or belongs to no part, or
+            something else than a loss is given.
+    """
+
+    def __init__(self, parts: Mapping[str, Loss], weights: Mapping[str, float] | None = None) -> None:
+        weights = weights or {}
+        if not parts:
+            raise ConfigError("loss.parts is empty; give at least one loss, such as `parts: {opd: {_component_: …}}`")
+        for name, part in parts.items():
+            if not isinstance(part, (HiddenStateMSE, TokenLoss)):
+                raise ConfigError(f"loss.parts.{name} is no loss but {part!r}; give it a `_component_`")
+        if unknown := sorted(set(weights) - set(parts)):
+            raise ConfigError(f"loss.weights names {', '.join(unknown)}; the parts are {', '.join(parts)}")
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ConfigError(f"loss.weights.{name} is {weight}; a weight must not be negative")
+        hidden = [part for part in parts.values() if isinstance(part, HiddenStateMSE)]
+        if len(hidden) > 1:
+            raise ConfigError("loss.parts has more than one loss on hidden states; there may be one")
+        self.parts = dict(parts)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in parts}
+        self.hidden = hidden[0] if hidden else None
+        self.token_losses = {name: part for name, part in parts.items() if isinstance(part, TokenLoss)}
+
+    @property
+    def sampler_top_k(self) -> int | None:
+        """How many of the sampler's top tokens a part wants with the rollout."""
+        return max((part.sampler_top_k for part in self.token_losses.values() if part.sampler_top_k), default=None)
+
+    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+        """See `TokenLoss.check`."""
+        for part in self.token_losses.values():
+            part.check(
+                vocabulary=vocabulary, sampler_temperature=sampler_temperature, sampler_is_student=sampler_is_student
+            )
+
+    def counts(self, rollout: Rollout, *, positions: str, positions_k: int) -> list[int]:
+        """N of each part: selected tokens for hidden states, all response tokens for token losses."""
+        selected = count_selected(rollout.response_mask_BS, positions=positions, k=positions_k)
+        tokens = rollout.response_tokens
+        return [selected if part is self.hidden else tokens for part in self.parts.values()]
+
+    def stream(
+        self, streams: Sequence[LayerStream | TokenStream], *, probe: Callable[[Tensor], None] | None = None
+    ) -> CompositeStream:
+        """Open one microbatch.
+
+        Args:
+            streams: its parts' own streams, in their order.
+            probe: called with the final state, for what is measured on it.
+        """
+        return CompositeStream(streams, list(self.weights.values()), probe)
+
+    def state_dict(self) -> dict[str, object]:
+        """What a part has to remember."""
+        return self.hidden.state_dict() if self.hidden is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, dict[int, float]]) -> None:
+        """Restore it."""
+        if self.hidden is not None:
+            self.hidden.load_state_dict(state)
+
+
+def as_composite(loss: Loss | Composite) -> Composite:
+    """A composite as it is; a single loss as one of a single part."""
+    return loss if isinstance(loss, Composite) else Composite({"loss": loss})
+
+
+class CompositeStream:
+    """One microbatch: call it with each tapped layer in ascending order.
+
+    The call with the last layer returns [parts]: each part's sum times its weight, with a graph.
+
+    Attributes:
+        layers: the student layers to tap, ascending.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[LayerStream | TokenStream],
+        weights: Sequence[float],
+        probe: Callable[[Tensor], None] | None,
+    ) -> None:
+        self._streams, self._weights, self._probe = streams, weights, probe
+        self.layers = sorted(set().union(*(stream.layers for stream in streams)))
+
+    def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
+        """Feed the parts that read this layer."""
+        for stream in self._streams:
+            if layer in stream.layers:
+                stream(layer, state_BSD)
+        if layer < self.layers[-1]:
+            return state_BSD
+        if self._probe is not None:
+            self._probe(state_BSD)
+        sums = [stream.total for stream in self._streams if stream.total is not None]
+        return torch.stack([weight * total for weight, total in zip(self._weights, sums, strict=True)])

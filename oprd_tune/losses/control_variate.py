@@ -1,0 +1,66 @@
+"""vOPD (arXiv 2605.07865): the sampled-token estimate with a control variate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.reverse_kl import SampledReverseKL, exact_kl
+from oprd_tune.losses.token_loss import Comparison, Measures
+from oprd_tune.losses.topk_kl import check_k, renormalised_kl
+
+
+class ControlVariateReverseKL(SampledReverseKL):
+    """loss = −w · A · log p(y) with the advantage A = r + baseline, which carries no gradient.
+
+    E_y r = −KL(p‖q) at a position. Adding the KL back leaves the expectation of the gradient as it is, since the baseline
+    does not depend on y, and removes most of its variance.
+
+    Args:
+        baseline_k: None takes the exact KL over the vocabulary; a number the KL between both distributions
+            renormalised on the student's top-k, as published. Either is unbiased.
+        others: see `SampledReverseKL`. A clipped reward meets the unclipped baseline.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        baseline_k: int | None = None,
+        reward_clip: float | None = None,
+        importance_ratio_cap: float | None = None,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+        chunk_tokens: int = 512,
+    ) -> None:
+        super().__init__(
+            reward_clip=reward_clip,
+            importance_ratio_cap=importance_ratio_cap,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            chunk_tokens=chunk_tokens,
+        )
+        if baseline_k is not None and baseline_k < 2:
+            raise ConfigError(
+                f"loss.baseline_k is {baseline_k}; it must be at least 2, or null for the whole vocabulary"
+            )
+        self.baseline_k = baseline_k
+
+    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+        """See `TokenLoss.check`."""
+        super().check(
+            vocabulary=vocabulary, sampler_temperature=sampler_temperature, sampler_is_student=sampler_is_student
+        )
+        if self.baseline_k is not None:
+            check_k("baseline_k", self.baseline_k, vocabulary)
+
+    def baseline(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+        """See `SampledReverseKL.baseline`."""
+        if self.baseline_k is None:
+            return exact_kl(chunk, measures)
+        log_p_TK, ids_TK = chunk.log_p_TV.topk(self.baseline_k, dim=-1)
+        baseline_T, _ = renormalised_kl(log_p_TK, log_p_TK - chunk.log_ratio_TV.gather(1, ids_TK))
+        _, p_TV = exact_kl(chunk, measures)
+        return baseline_T, p_TV

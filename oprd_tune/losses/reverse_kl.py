@@ -1,0 +1,114 @@
+"""Reverse KL over the full vocabulary, and its one-sample estimate (Eqs. 4 and 3 of arXiv 2606.06021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, row_dot
+
+
+class FullReverseKL(DenseTokenLoss):
+    """Exact KL(p‖q) over the whole vocabulary at every response token (Eq. 4).
+
+    ∂KL/∂logit_v = p_v · (log p_v − log q_v − KL).
+    """
+
+    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+        """See `DenseTokenLoss.objective`."""
+        p_TV, log_ratio_TV = chunk.log_p_TV.exp_(), chunk.log_ratio_TV
+        kl_T = row_dot(p_TV, log_ratio_TV)
+        measures.add("token/kl", kl_T)
+        return kl_T.sum(), log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
+
+
+class SampledReverseKL(DenseTokenLoss):
+    """The score-function estimate of ∇KL(p‖q) from the sampled token y (Eq. 3).
+
+    loss = −w · r · log p(y) with the reward r = log q(y) − log p(y); w and r carry no gradient. Unbiased where y was
+    sampled from p, so `student_temperature` has to be the sampler's temperature.
+
+    Args:
+        reward_clip: limits r to ±reward_clip, at the price of a bias; None leaves it alone.
+        importance_ratio_cap: weighs each token by w = min(p(y)/μ(y), importance_ratio_cap), where μ is the probability
+            that the sampler reported: for a sampler that is another engine. None means w = 1.
+        temperatures: see `TokenLoss`.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        reward_clip: float | None = None,
+        importance_ratio_cap: float | None = None,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+        chunk_tokens: int = 512,
+    ) -> None:
+        super().__init__(
+            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
+        )
+        for name, value in (("reward_clip", reward_clip), ("importance_ratio_cap", importance_ratio_cap)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"loss.{name} is {value}; give a positive number, or null to switch it off")
+        self.reward_clip = reward_clip
+        self.importance_ratio_cap = importance_ratio_cap
+
+    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+        """See `TokenLoss.check`."""
+        if self.student_temperature != sampler_temperature:
+            raise ConfigError(
+                f"loss.student_temperature is {self.student_temperature} and rollout.temperature {sampler_temperature}: "
+                f"{type(self).__name__} is unbiased only where they are equal"
+            )
+        if self.importance_ratio_cap is None:
+            return
+        if sampler_is_student:
+            raise ConfigError(
+                "loss.importance_ratio_cap corrects for a sampler that is another engine; here the trainer's own model "
+                "samples: set it to null"
+            )
+        if sampler_temperature != 1:
+            raise ConfigError(
+                f"loss.importance_ratio_cap needs rollout.temperature 1, not {sampler_temperature}: samplers report "
+                "log-probabilities at temperature 1"
+            )
+
+    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+        """See `DenseTokenLoss.objective`."""
+        token_T1 = chunk.tokens.tokens_T.unsqueeze(-1)
+        log_p_T1, log_ratio_T1 = chunk.log_p_TV.gather(1, token_T1), chunk.log_ratio_TV.gather(1, token_T1)
+        reward_T1 = -log_ratio_T1
+        if self.reward_clip is not None:
+            reward_T1.clamp_(-self.reward_clip, self.reward_clip)
+        weight_T1 = torch.ones_like(reward_T1)
+        if self.importance_ratio_cap is not None:
+            log_weight_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
+            weight_T1 = log_weight_T1.exp().clamp_(max=self.importance_ratio_cap)
+            measures.add("token/importance_ratio", weight_T1)
+        baseline_T, p_TV = self.baseline(chunk, measures)
+        advantage_T1 = weight_T1 * (reward_T1 + baseline_T.unsqueeze(-1))
+        return score_gradient(p_TV, log_p_T1, token_T1, advantage_T1)
+
+    def baseline(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+        """What is added to the reward, [T], and p, [T, V], in the place of its logarithm."""
+        kl_T, p_TV = exact_kl(chunk, measures)
+        return torch.zeros_like(kl_T), p_TV
+
+
+def exact_kl(chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    """KL(p‖q) at each token, which is measured too, and p in the place of its logarithm."""
+    p_TV = chunk.log_p_TV.exp_()
+    kl_T = row_dot(p_TV, chunk.log_ratio_TV)
+    measures.add("token/kl", kl_T)
+    return kl_T, p_TV
+
+
+def score_gradient(p_TV: Tensor, log_p_TK: Tensor, ids_TK: Tensor, advantage_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """−Σ_tk A_tk · log p(ids_tk) with A held constant, and its gradient (Σ_k A_tk) · p − A in the place of p."""
+    total = -(advantage_TK * log_p_TK).sum()
+    gradient_TV = p_TV.mul_(advantage_TK.sum(-1, keepdim=True))
+    return total, gradient_TV.scatter_add_(1, ids_TK, -advantage_TK)

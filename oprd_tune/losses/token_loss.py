@@ -1,0 +1,182 @@
+"""What the output-space losses share: their arguments, the stream of one microbatch, and the dense pass.
+
+Throughout, p is the student and q the teacher, KLs are reverse, KL(p‖q), in nats, and a position is a response token
+given its prefix. The score term that a gradient of the whole trajectory would have is dropped, as everywhere in the
+field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.head_pass import DenseHeadGradient, HeadSum, head_sum
+from oprd_tune.modeling.lm_head import Heads, head_logits
+from oprd_tune.types import ResponseTokens
+
+_ROWS_AT_ONCE = 32  # rows of [V] whose exponentials live at once in `logsumexp`
+
+
+class TokenLoss:
+    """Base of the losses that compare next-token distributions.
+
+    Args:
+        student_temperature: divides the student's logits.
+        teacher_temperature: divides the teacher's. The loss is not rescaled by either.
+        chunk_tokens: tokens whose logits exist at once; each takes 4·V bytes, once or twice. Bounds memory, never
+            changes the loss.
+
+    Raises:
+        ConfigError: for a temperature that is not positive, or an empty chunk.
+    """
+
+    def __init__(
+        self, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0, chunk_tokens: int = 512
+    ) -> None:
+        for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
+            if not value > 0:
+                raise ConfigError(f"loss.{name}_temperature is {value}; it must be positive")
+        if chunk_tokens < 1:
+            raise ConfigError(f"loss.chunk_tokens is {chunk_tokens}; it must be at least 1")
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.chunk_tokens = chunk_tokens
+
+    # How many of the sampler's top tokens the loss wants with the rollout; None for none.
+    sampler_top_k: int | None = None
+
+    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+        """Raise ConfigError if the loss does not suit the models or the sampler.
+
+        Args:
+            vocabulary: tokens that both heads have.
+            sampler_temperature: at which responses are sampled.
+            sampler_is_student: whether responses come from the trainer's own model.
+        """
+
+    def evaluate(
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
+    ) -> HeadSum:
+        """The sum over tokens with its unscaled gradients, and what it measured on the way."""
+        raise NotImplementedError
+
+    def stream(self, top: int, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
+        """Open one microbatch.
+
+        Args:
+            top: the student's last layer.
+            heads: both heads.
+            teacher_TC: the teacher's final state at `tokens.index_T`.
+            tokens: the microbatch's response tokens.
+        """
+        return TokenStream(self, top, heads, teacher_TC, tokens)
+
+
+class Measures:
+    """Sums over tokens of what a loss can tell at no cost, by metric name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value_T: Tensor) -> None:
+        """Add one value a token."""
+        total = value_T.detach().sum(dtype=torch.float64)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+
+class TokenStream:
+    """One microbatch of a token loss: call it with the last layer's state, then read the results.
+
+    Attributes:
+        layers: the one layer that it reads.
+        total: the sum over tokens, a scalar with a graph; None before the call.
+        measures: sums over the microbatch's tokens.
+        count: how many tokens those are.
+    """
+
+    def __init__(self, loss: TokenLoss, top: int, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> None:
+        self._loss, self._heads, self._teacher_TC, self._tokens = loss, heads, teacher_TC, tokens
+        self.layers = frozenset({top})
+        self.total: Tensor | None = None
+        self.measures = Measures()
+        self.count = len(tokens)
+
+    def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
+        """Form the sum and its gradients."""
+
+        def evaluate(student_TD: Tensor) -> HeadSum:
+            return self._loss.evaluate(student_TD, self._teacher_TC, self._heads, self._tokens, self.measures)
+
+        self.total = head_sum(state_BSD, self._tokens.index_T, self._heads.student.weight_VD, evaluate)
+        return self.total
+
+
+@dataclass
+class Comparison:
+    """Both next-token distributions over a chunk of tokens. Objectives may overwrite the tensors.
+
+    Attributes:
+        log_p_TV: the student's log-probabilities.
+        log_ratio_TV: log p − log q.
+        tokens: the chunk's tokens.
+    """
+
+    log_p_TV: Tensor
+    log_ratio_TV: Tensor
+    tokens: ResponseTokens
+
+
+# Sum over a chunk's tokens, and its gradient with respect to log-softmax's input, in a tensor of the chunk.
+ChunkObjective = Callable[[Comparison, Measures], tuple[Tensor, Tensor]]
+
+
+class DenseTokenLoss(TokenLoss):
+    """Base of the losses whose gradient reaches every token's logit: one pass over chunks, each head once forward."""
+
+    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+        """The chunk's sum, and its gradient with respect to the student's tempered logits, [T, V]."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
+    ) -> HeadSum:
+        """See `TokenLoss.evaluate`."""
+        weight_VD = heads.student_VD
+        gradient_TD = torch.empty_like(student_TD)
+        gradient_VD = torch.zeros_like(weight_VD) if heads.student.weight_VD.requires_grad else None
+        total = torch.zeros((), dtype=torch.promote_types(weight_VD.dtype, torch.float32), device=weight_VD.device)
+        for start in range(0, len(student_TD), self.chunk_tokens):
+            rows = slice(start, start + self.chunk_tokens)
+            chunk = self._compare(student_TD[rows], teacher_TC[rows], heads, tokens.chunk(start, self.chunk_tokens))
+            chunk_total, logits_TV = self.objective(chunk, measures)
+            total += chunk_total
+            del chunk
+            logits_TV = logits_TV.div_(self.student_temperature).to(weight_VD.dtype)
+            gradient_TD[rows] = logits_TV @ weight_VD
+            if gradient_VD is not None:
+                gradient_VD.addmm_(logits_TV.T, student_TD[rows])
+        return HeadSum(total, gradient_TD, None if gradient_VD is None else DenseHeadGradient(gradient_VD))
+
+    def _compare(self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens) -> Comparison:
+        log_p_TV = log_softmax_(head_logits(student_TD, heads.student_VD).div_(self.student_temperature))
+        log_q_TV = log_softmax_(head_logits(teacher_TC, heads.teacher_VC).div_(self.teacher_temperature))
+        return Comparison(log_p_TV, torch.sub(log_p_TV, log_q_TV, out=log_q_TV), tokens)
+
+
+def logsumexp(logits_TV: Tensor) -> Tensor:
+    """log Σ_v exp, [T]; without a second [T, V]."""
+    return torch.cat([rows.logsumexp(-1) for rows in logits_TV.split(_ROWS_AT_ONCE)])
+
+
+def log_softmax_(logits_TV: Tensor) -> Tensor:
+    """Log-probabilities in the place of logits."""
+    return logits_TV.sub_(logsumexp(logits_TV).unsqueeze(-1))
+
+
+def row_dot(a_TV: Tensor, b_TV: Tensor) -> Tensor:
+    """Σ_v a·b, [T]; without a third [T, V]."""
+    return torch.bmm(a_TV.unsqueeze(1), b_TV.unsqueeze(2)).flatten()

@@ -1,0 +1,248 @@
+"""Reverse KL on a support of K tokens (Eq. 5 of arXiv 2606.06021), and the detached form of the published baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.head_pass import HeadSum, SparseHeadGradient
+from oprd_tune.losses.reverse_kl import exact_kl, score_gradient
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, TokenLoss, logsumexp
+from oprd_tune.modeling.lm_head import Heads, gathered_logits, head_logits, weighted_rows
+from oprd_tune.types import ResponseTokens
+
+
+@dataclass(frozen=True)
+class Support:
+    """The tokens 𝒮 of a chunk, and what choosing them has brought to light.
+
+    Attributes:
+        ids_TK: token ids.
+        student_TK: the student's tempered logits there, or None if they are still to be computed.
+        teacher_TK: the teacher's.
+        repeated_TK: True where an id stands in its row a second time; None where none can.
+        student_mass_T: P(𝒮), or None if it is not known.
+        teacher_mass_T: Q(𝒮).
+    """
+
+    ids_TK: Tensor
+    student_TK: Tensor | None = None
+    teacher_TK: Tensor | None = None
+    repeated_TK: Tensor | None = None
+    student_mass_T: Tensor | None = None
+    teacher_mass_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SupportQuestion:
+    """What a support may be chosen from."""
+
+    student_TD: Tensor
+    teacher_TC: Tensor
+    heads: Heads
+    tokens: ResponseTokens
+    k: int
+    student_temperature: float
+    teacher_temperature: float
+
+
+def student_support(ask: SupportQuestion) -> Support:
+    """The student's top-k. The student's head runs once, without gradient; the teacher's does not run."""
+    logits_TK, ids_TK, mass_T = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
+    return Support(ids_TK, student_TK=logits_TK, student_mass_T=mass_T)
+
+
+def teacher_support(ask: SupportQuestion) -> Support:
+    """The teacher's top-k. The teacher's head runs once; the student's does not run."""
+    logits_TK, ids_TK, mass_T = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
+    return Support(ids_TK, teacher_TK=logits_TK, teacher_mass_T=mass_T)
+
+
+def union_support(ask: SupportQuestion) -> Support:
+    """The tokens of either top-k, each counted once. Both heads run once."""
+    _, student_ids_TK, _ = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
+    _, teacher_ids_TK, _ = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
+    ids_TK = torch.cat([student_ids_TK, teacher_ids_TK], dim=1).sort(dim=1).values
+    repeated_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
+    repeated_TK[:, 1:] = ids_TK[:, 1:] == ids_TK[:, :-1]
+    return Support(ids_TK, repeated_TK=repeated_TK)
+
+
+def sampler_support(ask: SupportQuestion) -> Support:
+    """The top-k that the sampler returned with the rollout: neither head runs."""
+    assert ask.tokens.sampler_top_ids_TK is not None
+    return Support(ask.tokens.sampler_top_ids_TK[:, : ask.k], student_mass_T=ask.tokens.sampler_top_mass_T)
+
+
+SUPPORTS: dict[str, Callable[[SupportQuestion], Support]] = {
+    "student": student_support,
+    "teacher": teacher_support,
+    "union": union_support,
+    "sampler": sampler_support,
+}
+
+
+class TopKReverseKL(TokenLoss):
+    """KL(p̄‖q̄), both renormalised on a support 𝒮 of K tokens, with its exact gradient (Eq. 5).
+
+    The mass on 𝒮 is unconstrained: watch P(𝒮) and Q(𝒮). Beyond choosing 𝒮, both models' logits are K dot products a
+    token, and the gradient reaches K rows of the head.
+
+    Args:
+        k: size of the support, at least 2; a single token renormalised says nothing.
+        support: `student` (its top-k), `teacher`, `union`, or `sampler` (the top-k that the rollout engine returns; no
+            head runs at all, and with another engine it may differ from the student's own).
+        temperatures: see `TokenLoss`.
+
+    Raises:
+        ConfigError: for a k below 2 or an unknown support.
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 16,
+        support: str = "student",
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+        chunk_tokens: int = 256,
+    ) -> None:
+        super().__init__(
+            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
+        )
+        if k < 2:
+            raise ConfigError(f"loss.k is {k}; it must be at least 2, since one renormalised token is always certain")
+        if support not in SUPPORTS:
+            raise ConfigError(f"loss.support is {support!r}; allowed are {', '.join(SUPPORTS)}")
+        self.k = k
+        self._choose = SUPPORTS[support]
+        self.sampler_top_k = k if support == "sampler" else None
+
+    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+        """See `TokenLoss.check`."""
+        check_k("k", self.k, vocabulary)
+
+    def evaluate(
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
+    ) -> HeadSum:
+        """See `TokenLoss.evaluate`."""
+        weight_VD = heads.student_VD
+        gradient_TD = torch.empty_like(student_TD)
+        total = torch.zeros((), dtype=torch.promote_types(weight_VD.dtype, torch.float32), device=weight_VD.device)
+        all_ids, all_factors = [], []
+        for start in range(0, max(1, len(student_TD)), self.chunk_tokens):
+            rows = slice(start, start + self.chunk_tokens)
+            part = tokens.chunk(start, self.chunk_tokens)
+            support, student_TK, teacher_TK = self._logits(student_TD[rows], teacher_TC[rows], heads, part)
+            kl_T, factor_TK = renormalised_kl(student_TK, teacher_TK, support.repeated_TK)
+            total += kl_T.sum()
+            factor_TK = factor_TK.div_(self.student_temperature)
+            gradient_TD[rows] = weighted_rows(weight_VD, support.ids_TK, factor_TK)
+            all_ids.append(support.ids_TK)
+            all_factors.append(factor_TK)
+            _measure(measures, kl_T, support)
+        return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
+
+    def _logits(
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens
+    ) -> tuple[Support, Tensor, Tensor]:
+        """The support, and both models' tempered logits on it; repeated tokens at −∞."""
+        ask = SupportQuestion(
+            student_TD, teacher_TC, heads, tokens, self.k, self.student_temperature, self.teacher_temperature
+        )
+        support = self._choose(ask)
+        student_TK, teacher_TK, ids_TK = support.student_TK, support.teacher_TK, support.ids_TK
+        if student_TK is None:
+            student_TK = gathered_logits(student_TD, heads.student_VD, ids_TK).div_(self.student_temperature)
+        if teacher_TK is None:
+            teacher_TK = gathered_logits(teacher_TC, heads.teacher_VC, ids_TK).div_(self.teacher_temperature)
+        if support.repeated_TK is not None:
+            student_TK = student_TK.masked_fill(support.repeated_TK, -torch.inf)
+            teacher_TK = teacher_TK.masked_fill(support.repeated_TK, -torch.inf)
+        return support, student_TK, teacher_TK
+
+
+class DetachedTopKReverseKL(DenseTokenLoss):
+    """The top-k loss of the OPRD authors' published baseline: detached weights, full-vocabulary log-probabilities.
+
+    loss = −Σ_{v ∈ 𝒮} sg[p̄_v · (log q_v − log p_v)] · log p_v with 𝒮 the student's top-k. Its gradient is that of
+    `TopKReverseKL` plus D̄ · ∇log P(𝒮), D̄ = KL(p̄‖q̄) + log(P(𝒮)/Q(𝒮)): mass leaks out of 𝒮 wherever D̄ > 0. Here for
+    fair comparisons with published numbers.
+
+    Args:
+        k: size of the support; at least 2.
+        others: see `TokenLoss`.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 16,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+        chunk_tokens: int = 512,
+    ) -> None:
+        super().__init__(
+            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
+        )
+        if k < 2:
+            raise ConfigError(f"loss.k is {k}; it must be at least 2")
+        self.k = k
+
+    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+        """See `TokenLoss.check`."""
+        check_k("k", self.k, vocabulary)
+
+    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+        """See `DenseTokenLoss.objective`."""
+        log_p_TK, ids_TK = chunk.log_p_TV.topk(self.k, dim=-1)
+        log_ratio_TK = chunk.log_ratio_TV.gather(1, ids_TK)
+        measures.add("token/student_mass", log_p_TK.exp().sum(-1))
+        measures.add("token/teacher_mass", (log_p_TK - log_ratio_TK).exp().sum(-1))
+        _, p_TV = exact_kl(chunk, measures)
+        return score_gradient(p_TV, log_p_TK, ids_TK, -log_p_TK.softmax(-1) * log_ratio_TK)
+
+
+def renormalised_kl(log_p_TK: Tensor, log_q_TK: Tensor, skipped_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """KL(p̄‖q̄), [T], and its gradient with respect to the student's logits, [T, K].
+
+    Args:
+        log_p_TK: the student's logits or log-probabilities on the support.
+        log_q_TK: the teacher's.
+        skipped_TK: True where an entry does not count; both inputs are −∞ there.
+    """
+    log_p_TK, log_q_TK = log_p_TK.log_softmax(-1), log_q_TK.log_softmax(-1)
+    log_ratio_TK = log_p_TK - log_q_TK
+    if skipped_TK is not None:
+        log_ratio_TK = log_ratio_TK.masked_fill(skipped_TK, 0)
+    p_TK = log_p_TK.exp()
+    kl_T1 = (p_TK * log_ratio_TK).sum(-1, keepdim=True)
+    return kl_T1.squeeze(-1), p_TK * (log_ratio_TK - kl_T1)
+
+
+def check_k(name: str, k: int, vocabulary: int) -> None:
+    """Raise ConfigError for a support that is larger than the vocabulary."""
+    if k > vocabulary:
+        raise ConfigError(f"loss.{name} is {k}, but student and teacher share {vocabulary} tokens; lower it")
+
+
+def _top(state_TD: Tensor, weight_VD: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tempered logits and ids of the top-k, and their probability together."""
+    logits_TV = head_logits(state_TD, weight_VD).div_(temperature)
+    logits_TK, ids_TK = logits_TV.topk(k, dim=-1)
+    return logits_TK, ids_TK, (logits_TK.logsumexp(-1) - logsumexp(logits_TV)).exp()
+
+
+def _measure(measures: Measures, kl_T: Tensor, support: Support) -> None:
+    measures.add("token/support_kl", kl_T)
+    if support.student_mass_T is not None:
+        measures.add("token/student_mass", support.student_mass_T)
+    if support.teacher_mass_T is not None:
+        measures.add("token/teacher_mass", support.teacher_mass_T)

@@ -1,0 +1,326 @@
+"""Output-space losses: values and gradients against their formulas, the exact identities, and what stays in memory."""
+
+import pytest
+import torch
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses import (
+    ControlVariateReverseKL,
+    DetachedTopKReverseKL,
+    FullReverseKL,
+    SampledReverseKL,
+    TopKReverseKL,
+)
+from oprd_tune.losses.diagnostics import diagnose, evenly_spaced
+from oprd_tune.types import ResponseTokens
+from tests.losses.token_losses import LOSSES, TOP, Case, K, V, Weight, kl, on, plain_topk
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def formula(case, loss, plain, tokens=None):
+    return plain(loss, *case.distributions(loss), tokens or case.tokens)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (2, 7), (3, 50)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradients_equal_the_formula(name, lengths):
+    make, plain = LOSSES[name]
+    case, loss = Case(lengths, marked=1.0), make(student_temperature=0.7, teacher_temperature=1.3, chunk_tokens=4)
+    expected = formula(case, loss, plain)
+    wanted = case.gradients(expected, 3.7)
+    stream = case.stream(loss)
+    got = case.gradients(stream.total, 3.7)
+    torch.testing.assert_close(stream.total, expected.detach(), **EXACT)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
+        assert w.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_heads_padded_to_other_sizes_are_compared_on_the_tokens_that_both_have(name):
+    make, plain = LOSSES[name]
+    case = Case(student_padding=3, teacher_padding=2)
+    wanted = case.gradients(formula(case, make(), plain))
+    got = case.gradients(case.stream(make()).total)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
+    assert got[1][V:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_neither_chunks_nor_microbatches_change_the_sum(name):
+    make, _ = LOSSES[name]
+    case = Case((4, 11))
+    results = [case.stream(make(chunk_tokens=size)).total for size in (1, 5, 512)]
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+    torch.testing.assert_close(results[0], results[2], **EXACT)
+    whole = case.gradients(results[2])
+    half = len(case.tokens) // 2
+    parts = 0.0
+    for start, size in ((0, half), (half, len(case.tokens) - half)):
+        stream = make().stream(TOP, case.heads, case.teacher_TC[start : start + size], case.tokens.chunk(start, size))
+        parts = parts + stream(TOP, case.state_BSD)
+    for g, w in zip(case.gradients(parts), whole, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_student_at_the_teacher_has_no_gradient(name):
+    make, _ = LOSSES[name]
+    case = Case()
+    case.heads = type(case.heads)(case.heads.student, Weight(case.student_VD.detach().clone()), V)
+    case.teacher_TC = case.state_BSD.detach().flatten(0, 1)[case.index_T].clone()
+    stream = case.stream(make())
+    assert stream.total.abs() < 1e-13
+    assert all(g.abs().max() < 1e-13 for g in case.gradients(stream.total))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_changes_with_the_teacher(name):
+    make, _ = LOSSES[name]
+    case = Case()
+    one = case.gradients(case.stream(make()).total)[0].clone()
+    case.teacher_TC = case.teacher_TC.flip(0) * 0.5
+    other = case.gradients(case.stream(make()).total)[0]
+    assert (one - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_token_at_all_still_has_a_graph(name):
+    make, _ = LOSSES[name]
+    case = Case(marked=0.0)
+    stream = case.stream(make())
+    assert stream.total.item() == 0
+    assert all(g.abs().max() == 0 for g in case.gradients(stream.total))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bf16_agrees_with_fp64_to_bf16_precision(name):
+    """Logits and sums are fp32, so values agree to 1e-3; gradients are rounded to bf16 twice (8 bits of mantissa)."""
+    make, _ = LOSSES[name]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        case = Case((4, 11), dtype=dtype)
+        total = case.stream(make()).total
+        results.append((total.double(), *(g.double() for g in case.gradients(total))))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
+    for low, high in zip(results[0][1:], results[1][1:], strict=True):
+        assert (low - high).norm() / high.norm() < 2**-6
+
+
+# ---- identities, with every possible next token enumerated ----
+
+ENUMERATED = {
+    "sampled": SampledReverseKL(),
+    "vopd": ControlVariateReverseKL(),
+    **{f"vopd top-{k}": ControlVariateReverseKL(baseline_k=k) for k in range(2, V + 1)},
+}
+
+
+def of_each_token(case, loss):
+    """p [T, V], and the gradients of the state, [V, …], if every response token had been v."""
+    gradients = []
+    for v in range(V):
+        tokens = ResponseTokens(case.index_T, torch.full_like(case.index_T, v), case.tokens.sampler_logprobs_T)
+        gradients.append(case.gradients(case.stream(loss, tokens).total))
+    return case.distributions()[0].exp().detach(), gradients
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_sampled_estimates_are_unbiased(name):
+    case = Case((1, 1), marked=1.0)
+    p_1V, gradients = of_each_token(case, ENUMERATED[name])
+    wanted = case.gradients(kl(*case.distributions()).sum())
+    for which in (0, 1):
+        mean = sum(p * g[which] for p, g in zip(p_1V[0], gradients, strict=True))
+        torch.testing.assert_close(mean, wanted[which], **EXACT)
+
+
+def test_the_advantage_of_vopd_has_zero_mean_and_a_smaller_square():
+    log_p, log_q = Case((3, 50)).distributions()
+    reward = log_q - log_p
+    advantage = reward + kl(log_p, log_q)[:, None]
+    p = log_p.exp()
+    torch.testing.assert_close((p * advantage).sum(-1), torch.zeros_like(p[:, 0]), **EXACT)
+    assert ((p * advantage.square()).sum(-1) <= (p * reward.square()).sum(-1)).all()
+
+
+def test_vopd_lowers_the_variance_of_the_gradient_on_this_fixture():
+    case = Case((1, 1), marked=1.0)
+    variance = {}
+    for name in ("sampled", "vopd"):
+        p_1V, gradients = of_each_token(case, ENUMERATED[name])
+        stacked = torch.stack([g[0].flatten() for g in gradients])
+        mean = (p_1V[0][:, None] * stacked).sum(0)
+        variance[name] = (p_1V[0][:, None] * (stacked - mean).square()).sum()
+    assert variance["vopd"] < 0.8 * variance["sampled"]
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "union"])
+def test_top_k_of_the_whole_vocabulary_is_full_kl(support):
+    case = Case()
+    full, top = FullReverseKL(), TopKReverseKL(k=V, support=support)
+    wanted = case.gradients(case.stream(full).total)
+    got = case.gradients(case.stream(top).total)
+    torch.testing.assert_close(case.stream(top).total, case.stream(full).total, **EXACT)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
+
+
+def test_the_detached_form_differs_from_eq_5_by_the_leak_of_mass():
+    case = Case()
+    log_p, log_q = case.distributions()
+    ids = log_p.topk(K).indices
+    log_mass_p, log_mass_q = (x.gather(1, ids).logsumexp(-1) for x in (log_p, log_q))
+    leak = kl(*on(ids, log_p, log_q)) + log_mass_p - log_mass_q
+    wanted = case.gradients((kl(*on(ids, log_p, log_q)) + leak.detach() * log_mass_p).sum())
+    got = case.gradients(case.stream(DetachedTopKReverseKL(k=K)).total)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
+
+
+def test_the_sampler_may_supply_the_support():
+    case = Case()
+    ids = torch.stack([torch.randperm(V)[:K] for _ in range(len(case.tokens))])
+    tokens = ResponseTokens(
+        case.index_T, case.tokens.tokens_T, case.tokens.sampler_logprobs_T, ids, torch.rand(len(ids))
+    )
+    loss = TopKReverseKL(k=K, support="sampler")
+    assert loss.sampler_top_k == K
+    expected = formula(case, loss, plain_topk, tokens)
+    wanted = case.gradients(expected)
+    stream = case.stream(loss, tokens)
+    torch.testing.assert_close(stream.total, expected.detach(), **EXACT)
+    for g, w in zip(case.gradients(stream.total), wanted, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
+
+
+# ---- metrics ----
+
+
+def test_measures_what_the_formulas_say():
+    case = Case()
+    log_p, log_q = (x.detach() for x in case.distributions())
+    ids = log_p.topk(K).indices
+    mass_p, mass_q = (x.gather(1, ids).exp().sum() for x in (log_p, log_q))
+    for name in ("full", "sampled", "vopd", "top-k detached"):
+        torch.testing.assert_close(case.stream(LOSSES[name][0]()).measures.sums["token/kl"], kl(log_p, log_q).sum())
+    top = case.stream(TopKReverseKL(k=K)).measures.sums
+    torch.testing.assert_close(top["token/student_mass"], mass_p)
+    torch.testing.assert_close(top["token/support_kl"], kl(*on(ids, log_p, log_q)).sum())
+    detached = case.stream(DetachedTopKReverseKL(k=K)).measures.sums
+    torch.testing.assert_close(detached["token/teacher_mass"], mass_q)
+
+
+def test_diagnoses_exactly():
+    case = Case((1, 1), marked=1.0)
+    log_p, log_q = (x.detach() for x in case.distributions())
+    p, q = log_p.exp(), log_q.exp()
+    state = case.state_BSD.detach().flatten(0, 1)[case.index_T]
+    sums = diagnose(state, case.teacher_TC, case.heads, k=K).sums
+    ids, teacher_ids = log_p.topk(K).indices, log_q.topk(K).indices
+    torch.testing.assert_close(sums["diagnostics/kl"], kl(log_p, log_q).sum())
+    torch.testing.assert_close(sums["diagnostics/student_entropy"], -(p * log_p).sum())
+    torch.testing.assert_close(sums["diagnostics/entropy_gap"], (p * log_p).sum() - (q * log_q).sum())
+    torch.testing.assert_close(sums["diagnostics/teacher_mass"], q.gather(1, ids).sum())
+    assert sums["diagnostics/top_k_overlap"] == len({*ids[0].tolist()} & {*teacher_ids[0].tolist()}) / K
+    # Variance over the next token of the estimates' gradients with respect to the logits, by enumeration.
+    score = torch.eye(V, dtype=torch.float64) - p
+    ratio = (log_p - log_q)[0]
+    for name, advantage in (("sampled", ratio), ("vopd", ratio - kl(log_p, log_q))):
+        estimate = advantage[:, None] * score
+        mean = (p[0][:, None] * estimate).sum(0)
+        variance = (p[0] * (estimate - mean).square().sum(-1)).sum()
+        torch.testing.assert_close(sums[f"diagnostics/variance_{name}"], variance)
+        torch.testing.assert_close(sums["diagnostics/gradient_square"], mean.square().sum())
+
+
+def test_a_subsample_is_spread_evenly():
+    assert evenly_spaced(10, 4, torch.device("cpu")).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced(3, 8, torch.device("cpu")).tolist() == [0, 1, 2]
+    assert evenly_spaced(0, 8, torch.device("cpu")).tolist() == []
+
+
+# ---- memory ----
+
+
+def largest_live(function):
+    """Elements of the largest tensor that any operation within `function` made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            views = isinstance(result, torch.Tensor) and result._is_view()
+            sizes.extend([result.numel()] if isinstance(result, torch.Tensor) and not views else [])
+            return result
+
+    with Watch():
+        function()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_of_tokens_times_vocabulary_is_ever_made(name):
+    make, _ = LOSSES[name]
+    case, tokens, vocabulary, chunk = Case((4, 100), marked=1.0), 400, V, 10
+    case.gradients(case.stream(make(chunk_tokens=chunk)).total)
+    most = largest_live(lambda: case.gradients(case.stream(make(chunk_tokens=chunk)).total))
+    state = case.state_BSD.numel()
+    assert most <= max(state, tokens * 2 * K, chunk * vocabulary)
+    assert tokens * vocabulary > state
+
+
+def test_the_head_s_gradient_goes_straight_into_its_buffer():
+    case = Case()
+    once = case.gradients(case.stream(TopKReverseKL(k=K)).total)[1].clone()
+    buffer = case.student_VD.grad
+    case.stream(TopKReverseKL(k=K)).total.backward()
+    assert case.student_VD.grad is buffer
+    torch.testing.assert_close(buffer, 2 * once)
+
+
+@pytest.mark.parametrize("name", ["full", "top-k student"])
+def test_a_frozen_head_gets_no_gradient(name):
+    case = Case()
+    wanted = case.gradients(case.stream(LOSSES[name][0]()).total)[0].clone()
+    case.student_VD.requires_grad_(False)
+    got, head = case.gradients(case.stream(LOSSES[name][0]()).total)
+    assert head is None
+    torch.testing.assert_close(got, wanted, **EXACT)
+
+
+# ---- mistakes ----
+
+ON_POLICY = {"vocabulary": V, "sampler_temperature": 1.0, "sampler_is_student": True}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopKReverseKL(k=1), "k is 1; it must be at least 2"),
+        (lambda: TopKReverseKL(support="both"), "allowed are student, teacher, union, sampler"),
+        (lambda: DetachedTopKReverseKL(k=0), "k is 0; it must be at least 2"),
+        (lambda: ControlVariateReverseKL(baseline_k=1), "baseline_k is 1"),
+        (lambda: SampledReverseKL(reward_clip=0), "reward_clip is 0; give a positive number"),
+        (lambda: FullReverseKL(teacher_temperature=0), "teacher_temperature is 0; it must be positive"),
+        (lambda: FullReverseKL(chunk_tokens=0), "chunk_tokens is 0"),
+        (lambda: TopKReverseKL(k=V + 1).check(**ON_POLICY), f"k is {V + 1}, but student and teacher share {V} tokens"),
+        (lambda: DetachedTopKReverseKL(k=V + 1).check(**ON_POLICY), "share 9 tokens"),
+        (lambda: ControlVariateReverseKL(baseline_k=V + 1).check(**ON_POLICY), "baseline_k is 10"),
+        (lambda: SampledReverseKL(student_temperature=2.0).check(**ON_POLICY), "unbiased only where they are equal"),
+        (lambda: SampledReverseKL(importance_ratio_cap=2.0).check(**ON_POLICY), "set it to null"),
+        (
+            lambda: SampledReverseKL(importance_ratio_cap=2.0, student_temperature=0.7).check(
+                vocabulary=V, sampler_temperature=0.7, sampler_is_student=False
+            ),
+            "needs rollout.temperature 1",
+        ),
+    ],
+)
+def test_mistakes_are_explained(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

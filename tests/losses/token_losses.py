@@ -1,0 +1,135 @@
+"""Fixtures for the output-space losses: two heads on random states, and every loss beside its formula written out."""
+
+import torch
+
+from oprd_tune.losses import (
+    ControlVariateReverseKL,
+    DetachedTopKReverseKL,
+    FullReverseKL,
+    SampledReverseKL,
+    TopKReverseKL,
+)
+from oprd_tune.modeling.lm_head import Heads
+from oprd_tune.types import ResponseTokens
+
+V, D, C, K = 9, 5, 7, 3
+TOP = 4
+
+
+class Weight:
+    """Stands where an LMHead does."""
+
+    def __init__(self, weight_VD):
+        self.weight_VD = weight_VD
+
+
+class Case:
+    """States, heads and tokens; `student_padding` rows more than the vocabulary on the student's head."""
+
+    def __init__(
+        self, lengths=(2, 7), *, student_padding=0, teacher_padding=0, seed=0, dtype=torch.float64, marked=0.7
+    ):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).bfloat16().to(dtype)
+
+        self.state_BSD = randn(*lengths, D).requires_grad_()
+        self.student_VD = randn(V + student_padding, D).requires_grad_()
+        self.heads = Heads(Weight(self.student_VD), Weight(randn(V + teacher_padding, C)), V)
+        mask = torch.rand(lengths, generator=generator) < marked
+        self.index_T = mask.flatten().nonzero(as_tuple=True)[0]
+        count = len(self.index_T)
+        self.teacher_TC = randn(count, C)
+        self.tokens = ResponseTokens(
+            self.index_T,
+            torch.randint(0, V, (count,), generator=generator),
+            torch.rand(count, generator=generator, dtype=torch.float64).log(),
+        )
+
+    def stream(self, loss, tokens=None):
+        stream = loss.stream(TOP, self.heads, self.teacher_TC, tokens or self.tokens)
+        stream(TOP, self.state_BSD)
+        return stream
+
+    def gradients(self, total, factor=1.0):
+        """With `backward`, as the loss writes the head's gradient in place."""
+        self.state_BSD.grad = self.student_VD.grad = None
+        (factor * total).backward()
+        return self.state_BSD.grad, self.student_VD.grad
+
+    def distributions(self, loss=None):
+        """log p and log q, [T, V], with a graph to the student."""
+        temperatures = (loss.student_temperature, loss.teacher_temperature) if loss else (1.0, 1.0)
+        student = self.state_BSD.flatten(0, 1)[self.index_T] @ self.student_VD[:V].T / temperatures[0]
+        teacher = self.teacher_TC @ self.heads.teacher.weight_VD[:V].T / temperatures[1]
+        return student.log_softmax(-1), teacher.log_softmax(-1)
+
+
+def kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def on(ids, log_p, log_q):
+    """Both, renormalised on a support."""
+    return log_p.gather(1, ids).log_softmax(-1), log_q.gather(1, ids).log_softmax(-1)
+
+
+def plain_full(loss, log_p, log_q, tokens):
+    return kl(log_p, log_q).sum()
+
+
+def plain_sampled(loss, log_p, log_q, tokens):
+    chosen, reference = (x.gather(1, tokens.tokens_T[:, None]).squeeze(1) for x in (log_p, log_q))
+    reward = (reference - chosen).detach()
+    if loss.reward_clip is not None:
+        reward = reward.clamp(-loss.reward_clip, loss.reward_clip)
+    if loss.importance_ratio_cap is not None:
+        ratio = (chosen.detach() - tokens.sampler_logprobs_T).exp().clamp(max=loss.importance_ratio_cap)
+    else:
+        ratio = 1.0
+    if isinstance(loss, ControlVariateReverseKL):
+        if loss.baseline_k is None:
+            reward = reward + kl(log_p, log_q).detach()
+        else:
+            ids = log_p.topk(loss.baseline_k).indices
+            reward = reward + kl(*on(ids, log_p, log_q)).detach()
+    return -(ratio * reward * chosen).sum()
+
+
+def plain_topk(loss, log_p, log_q, tokens):
+    student, teacher = (x.topk(loss.k).indices.tolist() for x in (log_p, log_q))
+    rows = {
+        "student_support": student,
+        "teacher_support": teacher,
+        "union_support": [sorted({*a, *b}) for a, b in zip(student, teacher, strict=True)],
+        "sampler_support": tokens.sampler_top_ids_TK.tolist() if tokens.sampler_top_ids_TK is not None else None,
+    }[loss._choose.__name__]
+    total = 0.0
+    for t, row in enumerate(rows):
+        ids = torch.tensor([row])
+        total = total + kl(*on(ids, log_p[t : t + 1], log_q[t : t + 1])).sum()
+    return total
+
+
+def plain_detached(loss, log_p, log_q, tokens):
+    ids = log_p.topk(loss.k).indices
+    log_p_on, log_q_on = log_p.gather(1, ids), log_q.gather(1, ids)
+    weight = (log_p_on.softmax(-1) * (log_q_on - log_p_on)).detach()
+    return -(weight * log_p_on).sum()
+
+
+# Name -> how to make the loss from further arguments, its formula.
+LOSSES = {
+    "full": (FullReverseKL, plain_full),
+    "sampled": (SampledReverseKL, plain_sampled),
+    "sampled clipped": (lambda **k: SampledReverseKL(reward_clip=0.5, **k), plain_sampled),
+    "sampled weighted": (lambda **k: SampledReverseKL(importance_ratio_cap=2.0, **k), plain_sampled),
+    "vopd": (ControlVariateReverseKL, plain_sampled),
+    "vopd top-k": (lambda **k: ControlVariateReverseKL(baseline_k=K, **k), plain_sampled),
+    "vopd weighted": (lambda **k: ControlVariateReverseKL(importance_ratio_cap=2.0, **k), plain_sampled),
+    "top-k student": (lambda **k: TopKReverseKL(k=K, **k), plain_topk),
+    "top-k teacher": (lambda **k: TopKReverseKL(k=K, support="teacher", **k), plain_topk),
+    "top-k union": (lambda **k: TopKReverseKL(k=K, support="union", **k), plain_topk),
+    "top-k detached": (lambda **k: DetachedTopKReverseKL(k=K, **k), plain_detached),
+}
