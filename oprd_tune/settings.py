@@ -69,6 +69,21 @@ class OPRDSettings:
             raise ConfigError(f"seed is {self.seed}; it must lie within 0 and 2**32 - 1")
 
 
+@dataclass(frozen=True)
+class OPDSettings(OPRDSettings):
+    """Scalars of the `opd_topk_*` recipes: those of `oprd_*`, and when to look at whole distributions."""
+
+    diagnostics_every_n_steps: int = 10
+    diagnostics_tokens: int = 256
+    diagnostics_k: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
 # May differ between a run and its resumption; everything else must not.
 FREE_ON_RESUME = frozenset(
     {"max_steps", "output_dir", "resume", "metric_logger", "log_every_n_steps", "log_samples_every_n_steps"}
@@ -123,7 +138,7 @@ def parse_settings(
 
 
 def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Construct the component at a config's key, or return None where there is none.
+    """Construct the component at a config's key, and those within it, or return None where there is none.
 
     Args:
         cfg: the config.
@@ -137,11 +152,35 @@ def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
     if cfg.get(name) is None:
         return None
     try:
-        return config.instantiate(cfg[name], *args, **kwargs)
+        return config.instantiate(cfg[name], *args, **_nested(cfg[name]), **kwargs)
     except ConfigError:
         raise
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise ConfigError(f"{name}: {cfg[name]['_component_']} cannot be constructed: {error}") from error
+
+
+def component(cfg: DictConfig, name: str) -> Any:
+    """The class or function that a component of a parsed config names."""
+    return _get_component_from_path(cfg[name]["_component_"])
+
+
+def _nested(node: DictConfig) -> dict[str, Any]:
+    """The arguments of a component that hold components themselves, constructed."""
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): _construct(value) for key, value in plain.items() if _holds_component(value)}
+
+
+def _construct(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if "_component_" in value:
+        return config.instantiate(OmegaConf.create(dict(value)), **_nested(OmegaConf.create(dict(value))))
+    return {key: _construct(inner) for key, inner in value.items()}
+
+
+def _holds_component(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("_component_" in value or any(map(_holds_component, value.values())))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -183,12 +222,19 @@ def _check_component(name: str, node: object) -> None:
         signature = inspect.signature(_get_component_from_path(str(path)))
     except (InstantiationError, ValueError, TypeError) as error:
         raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
-    parameters = signature.parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    for key in node:
-        if key != "_component_" and key not in signature.parameters:
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for key, value in node.items():
+        if key != "_component_" and key not in signature.parameters and not takes_any:
             raise ConfigError(f"{path} takes no argument {name}.{key}{nearest(key, signature.parameters)}")
+        _check_nested(f"{name}.{key}", value)
+
+
+def _check_nested(name: str, value: object) -> None:
+    if isinstance(value, Mapping) and "_component_" in value:
+        _check_component(name, value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_nested(f"{name}.{key}", inner)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

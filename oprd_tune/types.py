@@ -140,7 +140,7 @@ class ResponseTokens:
     def chunk(self, start: int, size: int) -> ResponseTokens:
         """`size` tokens from `start`, or what is left of them."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ResponseTokens(**{name: None if t is None else t[start : start + size] for name, t in tensors.items()})
+        return replace(self, **{name: t[start : start + size] for name, t in tensors.items() if t is not None})
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,6 @@ from tqdm import tqdm
 from oprd_tune.data import PromptDataset, PromptStream
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.masking import check_selection, count_selected, select_states
-from oprd_tune.metrics.buffer import MetricBuffer
-from oprd_tune.metrics.history import History
-from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
 from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.rollout.engine import RolloutEngine
@@ -33,13 +30,12 @@ from oprd_tune.settings import OPRDSettings, instantiate, parse_settings
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint, restore_rng
 from oprd_tune.training.device import pick_device
-from oprd_tune.training.evaluation import samples_as_markdown
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
+from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_recipe
 from oprd_tune.training.optim import restore_schedule
 from oprd_tune.training.pair import ModelPair, check_pair
 from oprd_tune.training.student import TiedHeadDrift, prepare_student
-from oprd_tune.training.summary import as_table, summarise, write_summary
 from oprd_tune.types import Prompts, Rollout, Selection
 
 RECIPE = "oprd_single_device"
@@ -48,7 +44,6 @@ COMPONENTS = (
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
 OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
-GIB = 2**30
 
 
 class OPRDRecipe:
@@ -61,9 +56,13 @@ class OPRDRecipe:
         )
         self._device, self._dtype = pick_device(s.device, s.dtype)
         self._folder = RunFolder(s.output_dir, s.keep_checkpoints)
-        self._history = History()
-        self._metrics = MetricBuffer()
-        self._phase = PhaseTimer(self._device)
+        self._journal = Journal(
+            self._folder.path,
+            self._device,
+            log_every_n_steps=s.log_every_n_steps,
+            log_samples_every_n_steps=s.log_samples_every_n_steps,
+        )
+        self._metrics, self._phase = self._journal.metrics, self._journal.phase
         self._guard = FiniteGuard(s.max_nonfinite_steps)
         self._step = 0  # optimizer steps done
 
@@ -96,6 +95,7 @@ class OPRDRecipe:
         frozen = prepare_student(
             self._model,
             top=self._pairs[-1].student,
+            trains_head=False,
             freeze_embedding=s.freeze_embedding,
             activation_checkpointing=s.activation_checkpointing,
             compile=s.compile,
@@ -113,20 +113,19 @@ class OPRDRecipe:
             max_new_tokens=s.max_new_tokens,
             samples_per_prompt=s.samples_per_prompt,
             seed=s.seed,
+            vocabulary=pair.vocabulary,
         )
-        self._logger = make("metric_logger")
-
+        logger = make("metric_logger")
         teacher = load_decoder(build_teacher, pair.teacher_files, dtype=self._dtype, device=self._device)
         if checkpoint is None and self._task_accuracy is not None:
-            self._history.teacher_accuracy = self._task_accuracy(teacher)
+            self._journal.history.teacher_accuracy = self._task_accuracy(teacher)
         self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}))
         self._folder.open(cfg)
         if checkpoint is not None:
             self._resume(checkpoint)
-        if hasattr(self._logger, "resume_at"):
-            self._logger.resume_at(self._step + (checkpoint is not None))
+        self._journal.open(logger, self._tokenizer, first_step=self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
-        self._logger.log_config(cfg)
+        logger.log_config(cfg)
 
     def _make_checkpointer(self, output_dir: str | None = None) -> Any:
         return config.instantiate(self._cfg.checkpointer, output_dir=output_dir or self._settings.output_dir)
@@ -165,9 +164,7 @@ class OPRDRecipe:
         s = self._settings
         with self._phase("rollout"):
             rollout = self._engine.generate(prompts, stream=self._step)
-        self._metrics.add_rollout(rollout)
-        self._last_rollout = rollout
-        self._history.response_tokens += rollout.response_tokens
+        self._journal.add_rollout(rollout)
         # One denominator for the whole step, known before the first backward.
         count = count_selected(rollout.response_mask_BS, positions=s.positions, k=s.positions_k)
         if count == 0:
@@ -182,7 +179,7 @@ class OPRDRecipe:
             with self._phase("teacher"):
                 targets = self._teacher.targets(micro.tokens_BS, selection.index_T)
             with self._phase("student"):
-                stream = self._loss.stream(self._pairs, targets, selection)
+                stream = self._loss.stream(self._pairs, targets.states, selection)
                 with layer_taps(self._model, [pair.student for pair in self._pairs], stream):
                     loss_sum = self._model(micro.tokens_BS)  # head-less: returns the streamed sum
                 backward(loss_sum, count)
@@ -218,81 +215,52 @@ class OPRDRecipe:
     def train(self) -> int:
         """Run to `max_steps`; returns the exit status."""
         s = self._settings
-        if self._step == 0 and not self._history.evaluations:
+        if self._step == 0 and not self._journal.history.evaluations:
             self._evaluate()
         with StopSignals() as stop, tqdm(total=s.max_steps, initial=self._step, desc="OPRD", unit="step") as bar:
             while self._step < s.max_steps and not stop.received:
                 loss = self.train_step(self._prompts.at_step(self._step))
                 self._step += 1
-                self._history.skipped_steps += loss is None
-                self._finish_step()
+                self._finish_step(updated=loss is not None)
                 done = self._step == s.max_steps
                 if done or self._step % s.evaluate_every_n_steps == 0:
                     self._evaluate()
                 if done or self._step % s.checkpoint_every_n_steps == 0:
                     self._save()
-                self._show(bar, loss)
+                self._journal.show(bar, loss)
         if stop.received:
             self._save()
             print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
-            self._logger.close()
+            self._journal.close()
             return stop.exit_status
-        self._finish()
+        final = self._folder.export("final", self._model, self._make_checkpointer)
+        self._journal.finish(final, recipe=RECIPE, steps=self._step, seed=s.seed, dtype=s.dtype)
         return 0
 
-    def _finish_step(self) -> None:
+    def _finish_step(self, *, updated: bool) -> None:
         """Advance the schedule and log the step."""
-        s, metrics, step = self._settings, self._metrics, self._step
-        metrics.set("optimizer/lr", self._optimizer.param_groups[0]["lr"])
+        self._metrics.set("optimizer/lr", self._optimizer.param_groups[0]["lr"])
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
-        seconds = self._phase.take()
-        self._history.loop_seconds += sum(seconds.values())
-        metrics.add_times(seconds, self._last_rollout)
-        metrics.set("memory/peak", peak_memory_bytes(self._device) / GIB)
-        metrics.set("optimizer/skipped_steps", self._history.skipped_steps)
         if (drift := self._drift.measure(self._model)) is not None:
-            metrics.set("head/drift", drift)
-        self._logged = finished = metrics.finish()
-        self._history.add_cosines(step, finished)
-        if step % s.log_every_n_steps == 0:
-            self._logger.log_dict(finished, step)
-        if step % s.log_samples_every_n_steps == 0 and hasattr(self._logger, "log_text"):
-            samples = samples_as_markdown(self._last_rollout, self._tokenizer)
-            self._logger.log_text("rollout/samples", samples, step)
+            self._metrics.set("head/drift", drift)
+        self._journal.finish_step(self._step, updated=updated)
 
     def _evaluate(self) -> None:
         """Measure the student, and export it if it is the best so far."""
-        history, step = self._history, self._step
         accuracy = self._task_accuracy(self._model) if self._task_accuracy is not None else None
         perplexity = self._reference_perplexity(self._model) if self._reference_perplexity is not None else None
-        history.evaluations.append({"step": step, "accuracy": accuracy, "perplexity": perplexity})
-        measured = {
-            "eval/accuracy": accuracy,
-            "eval/perplexity": perplexity,
-            "eval/teacher_accuracy": history.teacher_accuracy,
-            "eval/gap_closed": history.gap_closed(accuracy),
-        }
-        self._logger.log_dict({name: value for name, value in measured.items() if value is not None}, step)
-        if history.cosines and hasattr(self._logger, "log_figure"):
-            figure = history.cosine_figure([pair.student for pair in self._pairs])
-            self._logger.log_figure("layers/cosine", figure, step)
-        if step and history.best is history.evaluations[-1]:
+        layers = [pair.student for pair in self._pairs]
+        if self._journal.add_evaluation(self._step, accuracy, perplexity, layers):
             self._folder.export("best", self._model, self._make_checkpointer)
-
-    def _show(self, bar: Any, loss: float | None) -> None:
-        last = self._history.evaluations[-1] if self._history.evaluations else {}
-        shown = {"loss": "skipped" if loss is None else f"{loss:.3g}", "tok/s": f"{self._logged['speed/step']:.0f}"}
-        shown |= {name: f"{last[name]:.4g}" for name in ("accuracy", "perplexity") if last.get(name) is not None}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
 
     def _save(self) -> None:
         state = {
             "step": self._step,
-            "history": self._history.state_dict(),
+            "history": self._journal.history.state_dict(),
             "loss": self._loss.state_dict(),
             "drift": self._drift.state_dict(),
+            "guard": self._guard.state_dict(),
             "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler is not None else None,
         }
         self._folder.save(self._step, self._model, self._optimizer, state, self._cfg)
@@ -300,29 +268,14 @@ class OPRDRecipe:
     def _resume(self, checkpoint: Any) -> None:
         state = load_checkpoint(checkpoint, self._model, self._optimizer)
         self._step = state["step"]
-        self._history.load_state_dict(state["history"])
+        self._journal.history.load_state_dict(state["history"])
         self._loss.load_state_dict(state["loss"])
         self._drift.load_state_dict(state["drift"])
+        self._guard.load_state_dict(state["guard"])
         if self._lr_scheduler is not None:
             restore_schedule(self._lr_scheduler, state["lr_scheduler"])
         restore_rng(state["rng"])
         print(f"Resuming after step {self._step}, from {checkpoint}")
-
-    def _finish(self) -> None:
-        final = self._folder.export("final", self._model, self._make_checkpointer)
-        s = self._settings
-        summary = summarise(
-            self._history,
-            recipe=RECIPE,
-            steps=self._step,
-            peak_memory_bytes=peak_memory_bytes(self._device),
-            seed=s.seed,
-            device=str(self._device),
-            dtype=s.dtype,
-        )
-        write_summary(self._folder.path, summary, self._history)
-        self._logger.close()
-        print(f"\n{as_table(summary)}\n\n  student     {final}\n  everything  {self._folder.path}")
 
 
 @config.parse

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torchtune.models.qwen2 import qwen2
 
 from oprd_tune.registry import config_files, recipe_files
@@ -57,13 +58,19 @@ def load_recipe(name):
     return runpy.run_path(str(recipe_files()[name]), run_name="recipe")
 
 
+def recipe_class(name):
+    """The class that a recipe file defines."""
+    (found,) = (v for v in load_recipe(name).values() if isinstance(v, type) and v.__module__ == "recipe")
+    return found
+
+
 SMALL = {"max_steps": 4, "prompts_per_step": 4, "eval_dataset.count": 20, "dataset.count": 64}
 
 
 def run_recipe(name, config, output_dir, **overrides):
     """Run a recipe in-process; returns it after training."""
     cfg = load_config(config, output_dir=output_dir, **{**SMALL, **overrides})
-    recipe = load_recipe(name)["OPRDRecipe"](cfg)
+    recipe = recipe_class(name)(cfg)
     recipe.setup()
     assert recipe.train() == 0
     return recipe
@@ -72,3 +79,15 @@ def run_recipe(name, config, output_dir, **overrides):
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "out"
+
+
+def weights(folder):
+    """The tensors of a Hugging Face folder by name."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_same_student(one, other):
+    """Two runs ended with bitwise equal students."""
+    a, b = weights(one / "final"), weights(other / "final")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -3,19 +3,20 @@ from omegaconf import OmegaConf
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
-from oprd_tune.settings import OPRDSettings, differences, parse_settings
+from oprd_tune.settings import OPDSettings, OPRDSettings, differences, instantiate, parse_settings
 from tests.conftest import load_config, load_recipe
 
-COMPONENTS = load_recipe("oprd_single_device")
+SETTINGS = {"oprd_single_device": OPRDSettings, "opd_topk_single_device": OPDSettings}
 
 
-def parse(cfg):
+def parse(cfg, recipe="oprd_single_device"):
+    file = load_recipe(recipe)
     return parse_settings(
         cfg,
-        OPRDSettings,
-        recipe="oprd_single_device",
-        components=COMPONENTS["COMPONENTS"],
-        optional_components=COMPONENTS["OPTIONAL_COMPONENTS"],
+        SETTINGS[recipe],
+        recipe=recipe,
+        components=file["COMPONENTS"],
+        optional_components=file["OPTIONAL_COMPONENTS"],
     )
 
 
@@ -79,5 +80,10 @@ def test_every_shipped_config_belongs_to_a_recipe_and_is_well_formed(name):
     assert recipe_named_in(path) in recipe_files()
     cfg = OmegaConf.load(path)
     config.validate(cfg)
-    if cfg.recipe == "oprd_single_device":
-        parse(cfg)
+    parse(cfg, cfg.recipe)
+
+
+def test_components_within_components_are_constructed():
+    loss = instantiate(load_config("tiny/oprd_plus_opd", **{"loss.parts.oprd.coefficient": 3}), "loss")
+    assert [type(part).__name__ for part in loss.parts.values()] == ["FullReverseKL", "HiddenStateMSE"]
+    assert loss.hidden.coefficient == 3

@@ -79,9 +79,9 @@ def test_metrics_page_is_made_from_the_code():
 def test_every_setting_is_documented_in_order():
     from dataclasses import fields
 
-    from oprd_tune.settings import OPRDSettings
+    from oprd_tune.settings import OPDSettings
 
     page = (ROOT / "docs" / "configuration.md").read_text()
-    places = [page.find(f"| `{field.name}` |") for field in fields(OPRDSettings)]
+    places = [page.find(f"| `{field.name}` |") for field in fields(OPDSettings)]
     assert all(place >= 0 for place in places)
     assert places == sorted(places)

@@ -115,6 +115,14 @@ class HuggingFaceTokenizer:
         return None if text is None else self._tokenizer.token_to_id(text)
 
 
+def tokens_by_id(folder: Path) -> dict[int, str] | None:
+    """The tokens of a model folder's `tokenizer.json`; None where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    return {i: token for token, i in Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items()}
+
+
 def _generation_stops(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
     stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None

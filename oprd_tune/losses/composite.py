@@ -11,7 +11,8 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.losses.hidden_mse import HiddenStateMSE, LayerStream
 from oprd_tune.losses.masking import count_selected
 from oprd_tune.losses.token_loss import TokenLoss, TokenStream
-from oprd_tune.types import Rollout
+from oprd_tune.modeling.lm_head import Heads
+from oprd_tune.types import LayerPair, ResponseTokens, Rollout, Selection, TeacherTargets
 
 Loss = HiddenStateMSE | TokenLoss
 
@@ -67,15 +68,40 @@ class Composite:
         return [selected if part is self.hidden else tokens for part in self.parts.values()]
 
     def stream(
-        self, streams: Sequence[LayerStream | TokenStream], *, probe: Callable[[Tensor], None] | None = None
+        self,
+        targets: TeacherTargets,
+        tokens: ResponseTokens,
+        selection: Selection,
+        *,
+        heads: Heads,
+        pairs: Sequence[LayerPair],
+        top: int,
+        probe: Callable[[Tensor], None] | None = None,
     ) -> CompositeStream:
         """Open one microbatch.
 
         Args:
-            streams: its parts' own streams, in their order.
+            targets: what the teacher says about it.
+            tokens: its response tokens, for token losses.
+            selection: its selected states, for a hidden-state loss.
+            heads: both LM heads.
+            pairs: the layers of a hidden-state loss.
+            top: the student's last layer.
             probe: called with the final state, for what is measured on it.
         """
-        return CompositeStream(streams, list(self.weights.values()), probe)
+        streams: dict[str, LayerStream | TokenStream] = {}
+        for name, part in self.parts.items():
+            if isinstance(part, HiddenStateMSE):
+                streams[name] = part.stream(pairs, targets.states, selection)
+            else:
+                assert targets.final_TC is not None
+                streams[name] = part.stream(top, heads, targets.final_TC, tokens)
+        return CompositeStream(streams, self.weights, probe)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `HiddenStateMSE`."""
+        return self.hidden is not None and self.hidden.needs_calibration
 
     def state_dict(self) -> dict[str, object]:
         """What a part has to remember."""
@@ -98,26 +124,27 @@ class CompositeStream:
     The call with the last layer returns [parts]: each part's sum times its weight, with a graph.
 
     Attributes:
+        streams: the parts' own, by name.
         layers: the student layers to tap, ascending.
     """
 
     def __init__(
         self,
-        streams: Sequence[LayerStream | TokenStream],
-        weights: Sequence[float],
+        streams: Mapping[str, LayerStream | TokenStream],
+        weights: Mapping[str, float],
         probe: Callable[[Tensor], None] | None,
     ) -> None:
-        self._streams, self._weights, self._probe = streams, weights, probe
-        self.layers = sorted(set().union(*(stream.layers for stream in streams)))
+        self.streams, self._weights, self._probe = streams, weights, probe
+        self.layers = sorted(set().union(*(stream.layers for stream in streams.values())))
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
         """Feed the parts that read this layer."""
-        for stream in self._streams:
+        for stream in self.streams.values():
             if layer in stream.layers:
                 stream(layer, state_BSD)
         if layer < self.layers[-1]:
             return state_BSD
         if self._probe is not None:
             self._probe(state_BSD)
-        sums = [stream.total for stream in self._streams if stream.total is not None]
-        return torch.stack([weight * total for weight, total in zip(self._weights, sums, strict=True)])
+        sums = [self._weights[name] * stream.total for name, stream in self.streams.items() if stream.total is not None]
+        return torch.stack(sums)

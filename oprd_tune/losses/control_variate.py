@@ -13,8 +13,8 @@ from oprd_tune.losses.topk_kl import check_k, renormalised_kl
 class ControlVariateReverseKL(SampledReverseKL):
     """loss = −w · A · log p(y) with the advantage A = r + baseline, which carries no gradient.
 
-    E_y r = −KL(p‖q) at a position. Adding the KL back leaves the expectation of the gradient as it is, since the baseline
-    does not depend on y, and removes most of its variance.
+    E_y r = −KL(p‖q) at a position. Adding the KL back leaves the expectation of the gradient as it is, since the
+    baseline does not depend on y; with the exact KL, E_y A = 0 and E_y A² ≤ E_y r².
 
     Args:
         baseline_k: None takes the exact KL over the vocabulary; a number the KL between both distributions
@@ -43,9 +43,7 @@ class ControlVariateReverseKL(SampledReverseKL):
             chunk_tokens=chunk_tokens,
         )
         if baseline_k is not None and baseline_k < 2:
-            raise ConfigError(
-                f"loss.baseline_k is {baseline_k}; it must be at least 2, or null for the whole vocabulary"
-            )
+            raise ConfigError(f"loss.baseline_k is {baseline_k}; it must be at least 2, or null for all tokens")
         self.baseline_k = baseline_k
 
     def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:

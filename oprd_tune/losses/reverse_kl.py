@@ -61,8 +61,8 @@ class SampledReverseKL(DenseTokenLoss):
         """See `TokenLoss.check`."""
         if self.student_temperature != sampler_temperature:
             raise ConfigError(
-                f"loss.student_temperature is {self.student_temperature} and rollout.temperature {sampler_temperature}: "
-                f"{type(self).__name__} is unbiased only where they are equal"
+                f"loss.student_temperature is {self.student_temperature} and rollout.temperature "
+                f"{sampler_temperature}: {type(self).__name__} is unbiased only where they are equal"
             )
         if self.importance_ratio_cap is None:
             return

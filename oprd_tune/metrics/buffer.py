@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oprd_tune.losses.composite import CompositeStream
 from oprd_tune.losses.hidden_mse import LayerStream
+from oprd_tune.losses.token_loss import Measures
 from oprd_tune.metrics.names import check_names
 from oprd_tune.types import Rollout, Selection
 
@@ -44,6 +46,19 @@ class MetricBuffer:
         tokens_4 = torch.bincount(selection.quarter_T, minlength=4)
         for quarter, (total, tokens) in enumerate(zip(stream.quarter_cosines, tokens_4.tolist(), strict=True)):
             self.add(f"positions/cosine_quarter_{quarter + 1}", total, tokens * len(stream.cosines))
+
+    def add_composite(self, stream: CompositeStream, selection: Selection) -> None:
+        """Add what the parts of a composite measured in one microbatch."""
+        for part in stream.streams.values():
+            if isinstance(part, LayerStream):
+                self.add_stream(part, selection)
+            else:
+                self.add_measures(part.measures, part.count)
+
+    def add_measures(self, measures: Measures, count: int) -> None:
+        """Add sums over `count` tokens."""
+        for name, total in measures.sums.items():
+            self.add(name, total, count)
 
     def add_times(self, seconds: dict[str, float], rollout: Rollout) -> None:
         """Add the step's seconds by phase, and the speeds that follow from them."""

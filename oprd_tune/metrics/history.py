@@ -20,7 +20,7 @@ class History:
 
     Attributes:
         teacher_accuracy: measured once; None if not at all.
-        evaluations: `{"step": …, "accuracy": … or None, "perplexity": … or None}` in order.
+        evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}` in order.
         cosines: by step, the cosine of each tapped layer.
         skipped_steps: optimizer steps without an update.
         response_tokens: trained on so far.

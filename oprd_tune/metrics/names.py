@@ -17,8 +17,32 @@ class Metric:
 
 
 _TOKEN_MEAN = "mean over the step's selected tokens"
+_RESPONSE_MEAN = "mean over the step's response tokens"
+_SUBSAMPLE = "mean over a subsample of response tokens, every `diagnostics_every_n_steps`"
+_KL_UNIT = "nats/token"
 METRICS = [
     Metric("loss/total", "1", _TOKEN_MEAN, "The objective: what the gradient belongs to."),
+    Metric("loss/<part>", "1", "mean over the part's tokens", "A part of a composite, times its weight; they add up."),
+    Metric("token/kl", _KL_UNIT, _RESPONSE_MEAN, "KL(p‖q), student to teacher, exact. Not with `TopKReverseKL`."),
+    Metric("token/support_kl", _KL_UNIT, _RESPONSE_MEAN, "KL(p̄‖q̄) on the support 𝒮: what `TopKReverseKL` minimises."),
+    Metric("token/student_mass", "1", _RESPONSE_MEAN, "P(𝒮): the student's probability of the support."),
+    Metric("token/teacher_mass", "1", _RESPONSE_MEAN, "Q(𝒮), where the teacher's head runs anyway."),
+    Metric("token/importance_ratio", "1", _RESPONSE_MEAN, "min(p/μ, cap): trainer against sampler; 1 if they agree."),
+    Metric("diagnostics/kl", _KL_UNIT, _SUBSAMPLE, "KL(p‖q), student to teacher."),
+    Metric("diagnostics/student_mass", "1", _SUBSAMPLE, "P(𝒮) of the student's top-k."),
+    Metric("diagnostics/teacher_mass", "1", _SUBSAMPLE, "Q(𝒮): what the teacher gives the student's top-k."),
+    Metric("diagnostics/top_k_overlap", "1", _SUBSAMPLE, "Share of the student's top-k that is in the teacher's."),
+    Metric("diagnostics/student_entropy", _KL_UNIT, _SUBSAMPLE, "Entropy of p."),
+    Metric("diagnostics/teacher_entropy", _KL_UNIT, _SUBSAMPLE, "Entropy of q."),
+    Metric("diagnostics/entropy_gap", _KL_UNIT, _SUBSAMPLE, "Entropy of q minus entropy of p."),
+    Metric("diagnostics/gradient_square", "1", _SUBSAMPLE, "‖∇KL‖² with respect to a token's logits: the signal."),
+    Metric(
+        "diagnostics/variance_<estimate>",
+        "1",
+        _SUBSAMPLE,
+        "Variance, over the next token, of that gradient's estimate by the sampled token (`sampled`) and with vOPD's "
+        "control variate (`vopd`), exact, whichever loss trains: the noise. Full and top-k KL and OPRD have none.",
+    ),
     Metric("layers/mse_<layer>", "1", _TOKEN_MEAN, "‖h − g‖²/D at a student layer, whatever the normalisation."),
     Metric("layers/cosine_<layer>", "1", _TOKEN_MEAN, "Cosine of student and teacher state at a student layer."),
     Metric(

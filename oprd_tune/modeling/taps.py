@@ -92,26 +92,26 @@ def cut_after(model: TransformerDecoder, top: int) -> None:
 
 
 @torch.no_grad()
-def collect_states(
-    model: TransformerDecoder, tokens_BS: Tensor, layers: Sequence[int], index_T: Tensor
-) -> dict[int, Tensor]:
-    """States of a frozen model at the selected positions.
+def collect_states(model: TransformerDecoder, tokens_BS: Tensor, wanted: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+    """States of a frozen model at chosen layers and positions, from one forward pass.
 
     Args:
-        model: a decoder, possibly cut after its highest tapped layer.
+        model: a decoder, possibly cut after the highest layer in `wanted`.
         tokens_BS: right-padded token ids.
-        layers: as for `layer_taps`.
-        index_T: positions in the flattened [B * S] grid.
+        wanted: pairs of a layer, as for `layer_taps`, and positions [T] in the flattened [B * S] grid. A layer may
+            stand there more than once.
 
     Returns:
-        By layer, the states [T, C] in the model's own dtype.
+        For each pair, the states [T, C] in the model's own dtype.
     """
-    states: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
 
     def keep(layer: int, state_BSD: Tensor) -> Tensor:
-        states[layer] = state_BSD.flatten(0, 1)[index_T]
+        for place, (wanted_layer, index_T) in enumerate(wanted):
+            if wanted_layer == layer:
+                found[place] = state_BSD.flatten(0, 1)[index_T]
         return state_BSD.new_zeros(())
 
-    with layer_taps(model, layers, keep):
+    with layer_taps(model, sorted({layer for layer, _ in wanted}), keep):
         model(tokens_BS)
-    return states
+    return [found[place] for place in range(len(wanted))]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from oprd_tune.types import Prompts, Rollout
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with the weights of the last `sync_weights`."""
+    """Samples responses with the weights of the last `sync_weights`.
+
+    Attributes:
+        samples_with_student: whether the trainer's own model samples, so that no other engine's rounding is involved.
+    """
+
+    samples_with_student: ClassVar[bool]
 
     def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
         """Sample `samples_per_prompt` responses to each prompt, rows of one prompt side by side.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,16 @@ from oprd_tune.modeling.head import evaluating
 from oprd_tune.rollout.decoding import DecodingCache, incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts, Rollout
+
+
+@dataclass(frozen=True)
+class _Response:
+    """One sampled response; K is 0 unless top-k ids were asked for."""
+
+    tokens_T: Tensor
+    logprobs_T: Tensor
+    top_ids_TK: Tensor
+    top_mass_T: Tensor
 
 
 class NativeEngine:
@@ -27,10 +39,14 @@ class NativeEngine:
         temperature: 1 is on-policy; 0 is greedy. Log-probabilities are always those at temperature 1.
         seed: with the stream and the global sample index, determines the noise.
         batch_size: most rows decoded at once; bounds the cache's memory. None takes all.
+        vocabulary: sample from the first so many tokens only: those that the teacher has too. None takes all.
+        top_k_ids: return that many of the most probable tokens with each sampled one. None returns none.
 
     Raises:
         ConfigError: for a negative temperature or a size below 1.
     """
+
+    samples_with_student: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -43,12 +59,15 @@ class NativeEngine:
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int | None = None,
+        vocabulary: int | None = None,
+        top_k_ids: int | None = None,
     ) -> None:
         if temperature < 0:
             raise ConfigError(f"rollout.temperature is {temperature}; it is 1 for on-policy sampling, 0 for greedy")
         sizes = {"max_new_tokens": max_new_tokens, "samples_per_prompt": samples_per_prompt}
-        for name, size in (sizes | ({"batch_size": batch_size} if batch_size is not None else {})).items():
-            if size < 1:
+        optional = {"batch_size": batch_size, "vocabulary": vocabulary, "top_k_ids": top_k_ids}
+        for name, size in (sizes | optional).items():
+            if size is not None and size < 1:
                 raise ConfigError(f"rollout {name} is {size}; it must be at least 1")
         self._model = model
         self._device = next(model.parameters()).device
@@ -59,6 +78,8 @@ class NativeEngine:
         self._temperature = temperature
         self._seed = seed
         self._batch_size = batch_size
+        self._vocabulary = vocabulary
+        self._top_k_ids = top_k_ids or 0
         self._policy_version = 0
 
     def sync_weights(self, policy_version: int) -> None:
@@ -75,7 +96,7 @@ class NativeEngine:
         # Rows of similar prompt length decode together; the order is undone below.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = self._batch_size or len(rows)
-        responses: dict[int, tuple[Tensor, Tensor]] = {}
+        responses: dict[int, _Response] = {}
         with evaluating(self._model):
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
@@ -84,20 +105,27 @@ class NativeEngine:
         positions = [position for position in prompts.positions for _ in range(n)]
         return self._pack(rows, [responses[row] for row in range(len(rows))], positions)
 
-    def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Responses and their log-probabilities, in the order of `prompts`."""
+    def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> list[_Response]:
+        """Responses in the order of `prompts`."""
         tokens_BP, visible_BP = self._left_pad(prompts)
         batch = len(prompts)
         response_BT = torch.full((batch, self._max_new_tokens), self._pad_id, device=self._device)
         logprob_BT = torch.zeros(batch, self._max_new_tokens, device=self._device)
+        top_ids_BTK = torch.zeros(batch, self._max_new_tokens, self._top_k_ids, dtype=torch.long, device=self._device)
+        top_mass_BT = torch.zeros_like(logprob_BT)
         length_B = torch.zeros(batch, dtype=torch.long, device=self._device)
         row_B = torch.arange(batch, device=self._device)  # the rows still decoding, by their place in the batch
         input_BS, position_BS = tokens_BP, (visible_BP.cumsum(1) - 1).clamp(min=0)
         with incremental_decoding(self._model, visible_BP, self._max_new_tokens) as cache:
             for step in range(self._max_new_tokens):
-                logits_BV = self._forward(cache, input_BS, position_BS)
-                token_B, chosen_B = self._choose(logits_BV, noise_BT[row_B, step])
-                response_BT[row_B, step], logprob_BT[row_B, step] = token_B, chosen_B
+                logits_BV = self._forward(cache, input_BS, position_BS)[:, : self._vocabulary].float()
+                normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
+                token_B = self._choose(logits_BV, noise_BT[row_B, step])
+                response_BT[row_B, step] = token_B
+                logprob_BT[row_B, step] = (logits_BV.gather(1, token_B[:, None]) - normaliser_B1).squeeze(1)
+                if self._top_k_ids:
+                    top_BK, top_ids_BTK[row_B, step] = logits_BV.topk(self._top_k_ids)
+                    top_mass_BT[row_B, step] = (top_BK - normaliser_B1).exp().sum(-1)
                 length_B[row_B] += 1
                 going_B = torch.isin(token_B, self._stop_tokens, invert=True).nonzero(as_tuple=True)[0]
                 if not len(going_B):
@@ -111,8 +139,8 @@ class NativeEngine:
                 "the student's logits are not finite, so nothing can be sampled from it; lower the learning rate, or "
                 "set dtype=fp32 to see whether precision is the cause"
             )
-        lengths = length_B.tolist()
-        return ((response_BT[b, :n], logprob_BT[b, :n]) for b, n in enumerate(lengths))
+        columns = (response_BT, logprob_BT, top_ids_BTK, top_mass_BT)
+        return [_Response(*(column[b, :n] for column in columns)) for b, n in enumerate(length_B.tolist())]
 
     def _forward(self, cache: DecodingCache, input_BS: Tensor, position_BS: Tensor) -> Tensor:
         columns = input_BS.shape[1]
@@ -120,16 +148,12 @@ class NativeEngine:
         cache.advance(columns)
         return logits_B1V[:, -1]
 
-    def _choose(self, logits_BV: Tensor, noise_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample, or take the argmax at temperature 0; with the log-probabilities at temperature 1."""
-        logits_BV = logits_BV.float()
-        normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    def _choose(self, logits_BV: Tensor, noise_B: Tensor) -> Tensor:
+        """Sample, or take the argmax at temperature 0."""
         if self._temperature == 0:
-            token_B1 = logits_BV.argmax(-1, keepdim=True)
-        else:
-            scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).div_(self._temperature)
-            token_B1 = inverse_cdf(scaled_BV.exp_(), noise_B[:, None])
-        return token_B1.squeeze(1), (logits_BV.gather(1, token_B1) - normaliser_B1).squeeze(1)
+            return logits_BV.argmax(-1)
+        scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).div_(self._temperature)
+        return inverse_cdf(scaled_BV.exp_(), noise_B[:, None]).squeeze(1)
 
     def _left_pad(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))
@@ -137,19 +161,20 @@ class NativeEngine:
         visible = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
         return torch.tensor(tokens, device=self._device), torch.tensor(visible, device=self._device)
 
-    def _pack(
-        self, prompts: list[tuple[int, ...]], responses: list[tuple[Tensor, Tensor]], positions: list[int]
-    ) -> Rollout:
-        lengths = [len(p) + len(r) for p, (r, _) in zip(prompts, responses, strict=True)]
+    def _pack(self, prompts: list[tuple[int, ...]], responses: list[_Response], positions: list[int]) -> Rollout:
+        lengths = [len(p) + len(r.tokens_T) for p, r in zip(prompts, responses, strict=True)]
         shape = (len(prompts), max(lengths))
         tokens_BS = torch.full(shape, self._pad_id, device=self._device)
         mask_BS = torch.zeros(shape, dtype=torch.bool, device=self._device)
         logprobs_BS = torch.zeros(shape, device=self._device)
-        for row, (prompt, (response_T, logprob_T)) in enumerate(zip(prompts, responses, strict=True)):
-            start, end = len(prompt), lengths[row]
-            tokens_BS[row, :start] = torch.tensor(prompt, device=self._device)
-            tokens_BS[row, start:end], logprobs_BS[row, start:end] = response_T, logprob_T
-            mask_BS[row, start:end] = True
+        top_ids_BSK = torch.zeros(*shape, self._top_k_ids, dtype=torch.long, device=self._device)
+        top_mass_BS = torch.zeros_like(logprobs_BS)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            tokens_BS[row, : len(prompt)] = torch.tensor(prompt, device=self._device)
+            columns = slice(len(prompt), lengths[row])
+            tokens_BS[row, columns], logprobs_BS[row, columns] = response.tokens_T, response.logprobs_T
+            top_ids_BSK[row, columns], top_mass_BS[row, columns] = response.top_ids_TK, response.top_mass_T
+            mask_BS[row, columns] = True
         last_token_B = tokens_BS[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
         return Rollout(
             tokens_BS=tokens_BS,
@@ -159,4 +184,6 @@ class NativeEngine:
             truncated_B=torch.isin(last_token_B, self._stop_tokens, invert=True),
             prompt_positions_B=torch.tensor(positions, device=self._device),
             policy_version=self._policy_version,
+            sampler_top_ids_BSK=top_ids_BSK if self._top_k_ids else None,
+            sampler_top_mass_BS=top_mass_BS if self._top_k_ids else None,
         )

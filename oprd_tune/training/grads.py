@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
-def backward(loss_sum: Tensor, count: int, *, world_size: int = 1) -> None:
+def backward(loss_sum: Tensor, count: float | Tensor, *, world_size: int = 1) -> None:
     """Backpropagate one microbatch's share of the global mean.
 
     The loss of an optimizer step is Σ over microbatches and ranks of `loss_sum`, divided once by `count`. FSDP averages
     gradients over ranks, so each share is multiplied by their number.
 
     Args:
-        loss_sum: the microbatch's sum.
-        count: N of the whole step, over all microbatches and ranks; positive.
+        loss_sum: the microbatch's sum, or those of a composite's parts.
+        count: N of the whole step, over all microbatches and ranks, of each part; positive.
         world_size: data-parallel ranks.
     """
-    (loss_sum * (world_size / count)).backward()
+    (loss_sum * (world_size / count)).sum().backward()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
@@ -38,6 +38,14 @@ class FiniteGuard:
     def __init__(self, max_in_a_row: int) -> None:
         self._max_in_a_row = max_in_a_row
         self._in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps in a row could not be taken."""
+        return {"in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self._in_a_row = state["in_a_row"]
 
     def allows(self, step: int, *, loss: float, grad_norm: float) -> bool:
         """True if both are finite.

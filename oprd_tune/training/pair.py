@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.data.prompts import PromptDataset
-from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer, tokens_by_id
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
+from oprd_tune.modeling.lm_head import LMHead
 from oprd_tune.modeling.load import Builder, build_on_meta, check_weights, open_checkpointer, width_of
 from oprd_tune.types import LayerPair
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,16 @@ class ModelPair:
     """Two models that fit together.
 
     Attributes:
-        layers: the paired layers, ascending by student layer.
+        layers: the paired layers, ascending by student layer; empty without a hidden-state loss.
+        depth: blocks of the student.
         student_files: the student's opened checkpointer.
         teacher_files: the teacher's.
         context: tokens that both models can read.
-        vocabulary: token ids that both models know.
+        vocabulary: token ids that both models know: the smaller of two padded sizes.
     """
 
     layers: list[LayerPair]
+    depth: int
     student_files: FullModelHFCheckpointer
     teacher_files: FullModelHFCheckpointer
     context: int
@@ -55,18 +61,20 @@ def check_pair(
     open_student: Callable[[], FullModelHFCheckpointer],
     open_teacher: Callable[[], FullModelHFCheckpointer],
     *,
-    layers: str | Sequence[int],
+    layers: str | Sequence[int] | None,
     layer_pairs: Sequence[Sequence[int]] | None,
+    token_loss: bool = False,
 ) -> ModelPair:
-    """Check that two models fit each other, the chosen layers, and their checkpoint files.
+    """Check that two models fit each other, the losses, and their checkpoint files.
 
     Args:
         build: builds the student; called on the meta device.
         build_teacher: builds the teacher.
         open_student: constructs the student's checkpointer.
         open_teacher: constructs the teacher's.
-        layers: see `pair_layers`.
+        layers: see `pair_layers`; None without a hidden-state loss, which then asks nothing of widths and depths.
         layer_pairs: see `pair_layers`.
+        token_loss: whether a loss reads both LM heads.
 
     Raises:
         ConfigError: if they do not.
@@ -74,19 +82,44 @@ def check_pair(
     student_files = open_checkpointer("checkpointer", open_student)
     teacher_files = open_checkpointer("teacher_checkpointer", open_teacher)
     student, teacher = build_on_meta(build), build_on_meta(build_teacher)
-    check_widths(width_of(student), width_of(teacher))
-    pairs = pair_layers(layers, layer_pairs, student_depth=len(student.layers), teacher_depth=len(teacher.layers))
-    sizes = [model.tok_embeddings.num_embeddings for model in (student, teacher)]
-    if sizes[1] < sizes[0]:
-        raise ConfigError(
-            f"the teacher embeds {sizes[1]} tokens, fewer than the {sizes[0]} that the student may sample"
-        )
+    pairs: list[LayerPair] = []
+    if layers is not None:
+        check_widths(width_of(student), width_of(teacher))
+        pairs = pair_layers(layers, layer_pairs, student_depth=len(student.layers), teacher_depth=len(teacher.layers))
+    if token_loss:
+        LMHead(student, "model")
+        LMHead(teacher, "teacher_model")
+    check_same_tokens(Path(student_files._checkpoint_dir), Path(teacher_files._checkpoint_dir))
     check_weights("checkpointer", student_files, student)
     check_weights("teacher_checkpointer", teacher_files, teacher)
     return ModelPair(
         layers=pairs,
+        depth=len(student.layers),
         student_files=student_files,
         teacher_files=teacher_files,
         context=min(student.max_seq_len, teacher.max_seq_len),
-        vocabulary=min(sizes),
+        vocabulary=min(model.tok_embeddings.num_embeddings for model in (student, teacher)),
     )
+
+
+def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
+    """Compare the tokenizers of two model folders; padding of the embeddings beyond their tokens does not matter.
+
+    Tokens that only one of them has are fine: they are ids that the other never uses. A folder without `tokenizer.json`
+    cannot be compared, and the user is told.
+
+    Raises:
+        ConfigError: if an id stands for different tokens.
+    """
+    student, teacher = tokens_by_id(student_folder), tokens_by_id(teacher_folder)
+    if student is None or teacher is None:
+        missing = student_folder if student is None else teacher_folder
+        print(f"{missing} has no tokenizer.json: whether student and teacher share their tokens is not checked.")
+        return
+    shared = student.keys() & teacher.keys()
+    if different := sorted(i for i in shared if student[i] != teacher[i]):
+        shown = "; ".join(f"{i} is {student[i]!r} and {teacher[i]!r}" for i in different[:_SHOWN])
+        raise ConfigError(
+            f"student and teacher do not share their tokens: {len(different)} of {len(shared)} ids differ, for example "
+            f"{shown}. The teacher reads the student's ids, so both need one vocabulary; padded sizes may differ"
+        )

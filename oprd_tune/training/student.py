@@ -12,13 +12,20 @@ _DRIFT_ROWS = 1024
 
 
 def prepare_student(
-    model: TransformerDecoder, *, top: int, freeze_embedding: bool, activation_checkpointing: bool, compile: bool
+    model: TransformerDecoder,
+    *,
+    top: int,
+    trains_head: bool,
+    freeze_embedding: bool,
+    activation_checkpointing: bool,
+    compile: bool,
 ) -> str:
     """Freeze what the loss cannot reach, then wrap and compile the blocks.
 
     Args:
         model: the loaded student.
         top: the highest tapped layer, from 1.
+        trains_head: whether the loss reaches the LM head. A tied head is its embedding and trains with it.
         freeze_embedding: keep the embedding, and with it a tied head, as it is.
         activation_checkpointing: recompute each block in the backward pass.
         compile: compile each block.
@@ -31,7 +38,7 @@ def prepare_student(
         frozen.append(f"blocks above layer {top} and the final norm")
         model.layers[top:].requires_grad_(False)
         model.norm.requires_grad_(False)
-    if not isinstance(model.output, TiedLinear):
+    if not trains_head and not isinstance(model.output, TiedLinear):
         frozen.append("the LM head")
         model.output.requires_grad_(False)
     if freeze_embedding:

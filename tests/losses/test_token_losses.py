@@ -1,5 +1,7 @@
 """Output-space losses: values and gradients against their formulas, the exact identities, and what stays in memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -291,6 +293,20 @@ def test_a_frozen_head_gets_no_gradient(name):
     got, head = case.gradients(case.stream(LOSSES[name][0]()).total)
     assert head is None
     torch.testing.assert_close(got, wanted, **EXACT)
+
+
+def test_the_loss_that_the_docs_show_how_to_write_is_right():
+    page = (Path(__file__).parents[2] / "docs" / "opd_topk_single_device.md").read_text()
+    namespace = {}
+    exec(page.split("```python")[1].split("```")[0], namespace)
+    case = Case()
+    log_p, log_q = case.distributions()
+    expected = kl(log_q, log_p).sum()
+    wanted = case.gradients(expected)
+    stream = case.stream(namespace["ForwardKL"](chunk_tokens=3))
+    torch.testing.assert_close(stream.total, expected.detach(), **EXACT)
+    for g, w in zip(case.gradients(stream.total), wanted, strict=True):
+        torch.testing.assert_close(g, w, **EXACT)
 
 
 # ---- mistakes ----

@@ -10,6 +10,7 @@ from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import select_states
 from oprd_tune.modeling.load import check_weights, load_decoder, open_checkpointer
 from oprd_tune.modeling.taps import collect_states, layer_taps
+from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.types import LayerPair
 
 SHAPE = {"vocab_size": 61, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
@@ -78,9 +79,9 @@ def test_states_and_loss_are_those_of_hugging_face(tmp_path, tied):
     real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     index_T = real.flatten().nonzero(as_tuple=True)[0]
     for ours, theirs in ((student, students_hf), (teacher, teacher_hf)):
-        states = collect_states(ours, right, [1, 2, 3], index_T)
-        for layer, wanted in enumerate(hugging_face_states(theirs, left, left_mask), start=1):
-            torch.testing.assert_close(states[layer], wanted, rtol=1e-4, atol=2e-5)
+        states = collect_states(ours, right, [(layer, index_T) for layer in (1, 2, 3)])
+        for state, wanted in zip(states, hugging_face_states(theirs, left, left_mask), strict=True):
+            torch.testing.assert_close(state, wanted, rtol=1e-4, atol=2e-5)
 
     # Eq. 6 over the response tokens, with the states that predict them.
     response = real & (torch.arange(max(LENGTHS)) >= PROMPT)
@@ -93,7 +94,8 @@ def test_states_and_loss_are_those_of_hugging_face(tmp_path, tied):
 
     selection = select_states(response)
     pairs = [LayerPair(layer, layer) for layer in (1, 2, 3)]
-    stream = HiddenStateMSE().stream(pairs, collect_states(teacher, right, [1, 2, 3], selection.index_T), selection)
+    targets = FrozenTeacher(teacher, [1, 2, 3]).targets(right, selection.index_T)
+    stream = HiddenStateMSE().stream(pairs, targets.states, selection)
     with layer_taps(student, [1, 2, 3], stream):
         total = student(right)
     torch.testing.assert_close(total / len(selection), wanted, rtol=1e-4, atol=0)

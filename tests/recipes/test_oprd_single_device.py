@@ -10,24 +10,14 @@ import textwrap
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.registry import config_files
 from oprd_tune.training.checkpoint import export_checkpoint
-from tests.conftest import SMALL, load_config, load_recipe, run_recipe
+from oprd_tune.types import TeacherTargets
+from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 
 NAME, CONFIG = "oprd_single_device", "tiny/oprd"
-
-
-def weights(folder):
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def assert_same_student(one, other):
-    a, b = weights(one / "final"), weights(other / "final")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_the_student_approaches_its_teacher(out):
@@ -38,7 +28,7 @@ def test_the_student_approaches_its_teacher(out):
     assert summary["perplexity_after"] < 0.85 * summary["perplexity_before"]
     assert summary["teacher"] > 0.99
     assert summary["steps"] == 60
-    history = recipe._history
+    history = recipe._journal.history
     first, last = (history.cosines[step] for step in (1, 60))
     assert all(after > before for before, after in zip(first, last, strict=True))
 
@@ -83,7 +73,7 @@ def test_two_steps_and_two_more_are_four_bit_by_bit(tmp_path, extra):
 
 def test_sigterm_saves_and_the_run_goes_on_from_there(out, tmp_path):
     run_recipe(NAME, CONFIG, tmp_path / "whole")
-    recipe = load_recipe(NAME)["OPRDRecipe"](load_config(CONFIG, output_dir=out, **SMALL))
+    recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **SMALL))
     recipe.setup()
     step = recipe.train_step
 
@@ -99,14 +89,16 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(out, tmp_path):
 
 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(out, capsys):
-    recipe = load_recipe(NAME)["OPRDRecipe"](load_config(CONFIG, output_dir=out, **SMALL))
+    recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **SMALL))
     recipe.setup()
     before = [p.clone() for p in recipe._model.parameters()]
-    recipe._teacher.targets = lambda tokens, index: {n: torch.full((len(index), 128), torch.nan) for n in (1, 2, 3, 4)}
+    recipe._teacher.targets = lambda tokens, index: TeacherTargets(
+        {n: torch.full((len(index), 128), torch.nan) for n in (1, 2, 3, 4)}
+    )
     with pytest.raises(FloatingPointError, match="step 3"):
         recipe.train()
     assert all(torch.equal(a, b) for a, b in zip(before, recipe._model.parameters(), strict=True))
-    assert recipe._history.skipped_steps == 2
+    assert recipe._journal.history.skipped_steps == 2
 
 
 def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
@@ -114,7 +106,7 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
     variants = ({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})
     for i, extra in enumerate(variants):
         recipe = run_recipe(NAME, CONFIG, tmp_path / str(i), **extra)
-        losses.append(recipe._logged["loss/total"])
+        losses.append(recipe._journal.logged["loss/total"])
     assert math.isclose(losses[1], losses[0], rel_tol=1e-5)
     assert losses[2] == losses[0]
     assert_same_student(tmp_path / "0", tmp_path / "2")
@@ -122,8 +114,8 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(out):
     recipe = run_recipe(NAME, CONFIG, out, max_steps=1, **{"checkpointer.name": "teacher"})
-    assert recipe._logged["loss/total"] == 0
-    assert recipe._logged["optimizer/grad_norm"] == 0
+    assert recipe._journal.logged["loss/total"] == 0
+    assert recipe._journal.logged["optimizer/grad_norm"] == 0
 
 
 def test_layer_pairs_heal_a_student_of_other_depth(out):
@@ -135,7 +127,9 @@ def test_layer_pairs_heal_a_student_of_other_depth(out):
     }
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, **overrides)
     assert [(p.student, p.teacher) for p in recipe._pairs] == [(1, 1), (2, 2), (4, 5)]
-    assert sorted(n for n in recipe._logged if n.startswith("layers/mse")) == [f"layers/mse_0{i}" for i in (1, 2, 4)]
+    assert sorted(n for n in recipe._journal.logged if n.startswith("layers/mse")) == [
+        f"layers/mse_0{i}" for i in (1, 2, 4)
+    ]
 
 
 def test_torchtunes_own_loggers_work(out):
@@ -149,7 +143,7 @@ def test_bf16_and_compile_run(out, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, dtype="bf16", compile="true")
     assert recipe._model.tok_embeddings.weight.dtype == torch.bfloat16
-    assert 0 < recipe._logged["loss/total"] < 10
+    assert 0 < recipe._journal.logged["loss/total"] < 10
 
 
 BAD_INPUTS = {
@@ -199,7 +193,7 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch,
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
     monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
     cfg = load_config(CONFIG, **{"output_dir": out, **SMALL, **overrides})
-    assert launch(load_recipe(NAME)["OPRDRecipe"], cfg) == 2
+    assert launch(recipe_class(NAME), cfg) == 2
     assert message in capsys.readouterr().err.rpartition("error: ")[2]
     assert not (out / "config.yaml").exists()
 
@@ -208,7 +202,7 @@ def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
     from oprd_tune.training.launch import run_recipe as launch
 
     run_recipe(NAME, CONFIG, out, max_steps=1)
-    recipe = load_recipe(NAME)["OPRDRecipe"]
+    recipe = recipe_class(NAME)
     assert launch(recipe, load_config(CONFIG, output_dir=out, **SMALL)) == 2
     assert "holds another run; continue it with resume=true" in capsys.readouterr().err
     changed = load_config(CONFIG, output_dir=out, resume="true", **SMALL, **{"optimizer.lr": 0.5})
@@ -266,7 +260,7 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_student(tmp_pat
 def test_closes_95_percent_of_the_gap_over_three_seeds(tmp_path):
     closed = []
     for seed in range(3):
-        recipe = load_recipe(NAME)["OPRDRecipe"](load_config(CONFIG, output_dir=tmp_path / str(seed), seed=seed))
+        recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=tmp_path / str(seed), seed=seed))
         recipe.setup()
         assert recipe.train() == 0
         summary = json.loads((tmp_path / str(seed) / "summary.json").read_text())

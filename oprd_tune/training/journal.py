@@ -1,0 +1,135 @@
+"""What a run says of itself: metrics of each step, evaluations, progress, and the summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+from oprd_tune.metrics.buffer import MetricBuffer
+from oprd_tune.metrics.history import History
+from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
+from oprd_tune.training.evaluation import samples_as_markdown
+from oprd_tune.training.summary import as_table, summarise, write_summary
+from oprd_tune.types import Rollout
+
+_GIB = 2**30
+
+
+class Journal:
+    """Collects what happens and hands it to the logger, the progress bar and the run's folder.
+
+    Args:
+        folder: the run's.
+        device: whose memory and kernels are watched.
+        log_every_n_steps: scalars.
+        log_samples_every_n_steps: prompts and responses as text, where the logger takes text.
+
+    Attributes:
+        history: the course of the run; saved and resumed with it.
+        metrics: the current step's.
+        phase: times the phases of a step.
+        logged: the last finished step's metrics.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, *, log_every_n_steps: int, log_samples_every_n_steps: int
+    ) -> None:
+        self._folder, self._device = folder, device
+        self._log_every_n_steps, self._log_samples_every_n_steps = log_every_n_steps, log_samples_every_n_steps
+        self.history = History()
+        self.metrics = MetricBuffer()
+        self.phase = PhaseTimer(device)
+        self.logged: dict[str, float] = {}
+
+    def open(self, logger: Any, tokenizer: HuggingFaceTokenizer, *, first_step: int | None) -> None:
+        """Start logging.
+
+        Args:
+            logger: one of torchtune's, or ours, which takes texts and figures too.
+            tokenizer: decodes samples.
+            first_step: in a resumed run the step that comes next; what a crash left beyond it is hidden.
+        """
+        self._logger, self._tokenizer = logger, tokenizer
+        if first_step is not None and hasattr(logger, "resume_at"):
+            logger.resume_at(first_step)
+
+    def add_rollout(self, rollout: Rollout) -> None:
+        """Note what the student said in this step."""
+        self._rollout = rollout
+        self.metrics.add_rollout(rollout)
+        self.history.response_tokens += rollout.response_tokens
+
+    def finish_step(self, step: int, *, updated: bool) -> None:
+        """Close the step's metrics and log them.
+
+        Args:
+            step: optimizer steps done, this one included.
+            updated: whether it changed the student.
+        """
+        metrics, history = self.metrics, self.history
+        history.skipped_steps += not updated
+        seconds = self.phase.take()
+        history.loop_seconds += sum(seconds.values())
+        metrics.add_times(seconds, self._rollout)
+        metrics.set("memory/peak", peak_memory_bytes(self._device) / _GIB)
+        metrics.set("optimizer/skipped_steps", history.skipped_steps)
+        self.logged = metrics.finish()
+        history.add_cosines(step, self.logged)
+        if step % self._log_every_n_steps == 0:
+            self._logger.log_dict(self.logged, step)
+        if step % self._log_samples_every_n_steps == 0 and hasattr(self._logger, "log_text"):
+            self._logger.log_text("rollout/samples", samples_as_markdown(self._rollout, self._tokenizer), step)
+
+    def add_evaluation(
+        self, step: int, accuracy: float | None, perplexity: float | None, layers: Sequence[int] = ()
+    ) -> bool:
+        """Note and log an evaluation of the student; returns whether it is the best of the trained ones.
+
+        Args:
+            step: optimizer steps done.
+            accuracy: a fraction, or None.
+            perplexity: of reference answers, or None.
+            layers: the student layers whose cosines the metrics hold.
+        """
+        history = self.history
+        seconds = history.loop_seconds
+        history.evaluations.append({"step": step, "seconds": seconds, "accuracy": accuracy, "perplexity": perplexity})
+        measured = {
+            "eval/accuracy": accuracy,
+            "eval/perplexity": perplexity,
+            "eval/teacher_accuracy": history.teacher_accuracy,
+            "eval/gap_closed": history.gap_closed(accuracy),
+        }
+        self._logger.log_dict({name: value for name, value in measured.items() if value is not None}, step)
+        if history.cosines and hasattr(self._logger, "log_figure"):
+            self._logger.log_figure("layers/cosine", history.cosine_figure(list(layers)), step)
+        return step > 0 and history.best is history.evaluations[-1]
+
+    def show(self, bar: Any, loss: float | None) -> None:
+        """Advance the progress bar by the finished step."""
+        last = self.history.evaluations[-1] if self.history.evaluations else {}
+        shown = {"loss": "skipped" if loss is None else f"{loss:.3g}", "tok/s": f"{self.logged['speed/step']:.0f}"}
+        shown |= {name: f"{last[name]:.4g}" for name in ("accuracy", "perplexity") if last.get(name) is not None}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+    def close(self) -> None:
+        """Flush and close the logger."""
+        self._logger.close()
+
+    def finish(self, student: Path, **facts: Any) -> None:
+        """Write the summary and its plot, print it, and close.
+
+        Args:
+            student: where the final student lies.
+            facts: what else the summary records, such as the seed.
+        """
+        facts |= {"device": str(self._device), "peak_memory_bytes": peak_memory_bytes(self._device)}
+        summary = summarise(self.history, **facts)
+        write_summary(self._folder, summary, self.history)
+        self.close()
+        print(f"\n{as_table(summary)}\n\n  student     {student}\n  everything  {self._folder}")

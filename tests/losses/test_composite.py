@@ -1,0 +1,119 @@
+"""Several losses from one forward pass."""
+
+import pytest
+import torch
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses import Composite, FullReverseKL, HiddenStateMSE, TopKReverseKL
+from oprd_tune.losses.composite import as_composite
+from oprd_tune.losses.masking import response_tokens, select_states
+from oprd_tune.modeling.lm_head import Heads, LMHead
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.training.grads import backward
+from oprd_tune.types import LayerPair, Rollout
+from tests.conftest import DEPTH, VOCAB, make_model
+
+PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
+
+
+def rollout():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 4:6] = True
+    return Rollout(
+        tokens_BS=torch.randint(0, VOCAB, (2, 9), generator=generator),
+        response_mask_BS=mask,
+        sampler_logprobs_BS=torch.zeros(2, 9),
+        lengths_B=torch.tensor([9, 6]),
+        truncated_B=torch.zeros(2, dtype=torch.bool),
+        prompt_positions_B=torch.arange(2),
+        policy_version=0,
+    )
+
+
+def gradients(loss, *, tied=True, positions="all"):
+    """The student's parameter gradients and the parts' sums."""
+    student, teacher = make_model(tied=tied), make_model(tied=tied, seed=1)
+    heads = Heads(LMHead(student), LMHead(teacher), VOCAB)
+    frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS], final=True)
+    batch = rollout()
+    tokens, selection = response_tokens(batch), select_states(batch.response_mask_BS, positions=positions)
+    targets = frozen.targets(batch.tokens_BS, selection.index_T, tokens.index_T)
+    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=PAIRS, top=DEPTH)
+    counts_P = torch.tensor(loss.counts(batch, positions=positions, positions_k=1))
+    with layer_taps(student, stream.layers, stream):
+        sums_P = student(batch.tokens_BS)
+    backward(sums_P, counts_P)
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, sums_P.detach(), counts_P
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("token_loss", [FullReverseKL(), TopKReverseKL(k=4)], ids=["full", "top-k"])
+def test_gradients_are_those_of_ordinary_autograd_on_the_whole_model(token_loss, tied):
+    """Tied embeddings included: they get gradient from both ends."""
+    got, _, _ = gradients(as_composite(token_loss), tied=tied)
+    student, teacher = make_model(tied=tied), make_model(tied=tied, seed=1)
+    batch = rollout()
+    at = batch.response_mask_BS[:, 1:]
+    log_p, log_q = (m(batch.tokens_BS)[:, :-1][at].log_softmax(-1) for m in (student, teacher))
+    log_q = log_q.detach()
+    if isinstance(token_loss, TopKReverseKL):
+        ids = log_p.topk(4).indices
+        log_p, log_q = log_p.gather(1, ids).log_softmax(-1), log_q.gather(1, ids).log_softmax(-1)
+    (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_it_is_the_weighted_sum_of_its_parts_each_over_its_own_count(positions):
+    parts = {"opd": FullReverseKL(), "oprd": HiddenStateMSE()}
+    together, sums_P, counts_P = gradients(Composite(parts, {"oprd": 3.0}), positions=positions)
+    assert counts_P.tolist() == ([8, 8] if positions == "all" else [8, 2])
+    opd, opd_sum, _ = gradients(Composite({"opd": parts["opd"]}), positions=positions)
+    oprd, oprd_sum, _ = gradients(
+        Composite({"opd": FullReverseKL(), "oprd": parts["oprd"]}, {"opd": 0.0, "oprd": 3.0}), positions=positions
+    )
+    torch.testing.assert_close(sums_P, torch.cat([opd_sum, oprd_sum[1:]]))
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, opd[name] + oprd[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_hidden_part_below_the_top_reaches_the_loss_too():
+    global PAIRS
+    whole, PAIRS = PAIRS, [LayerPair(1, 1)]
+    try:
+        got, _, _ = gradients(Composite({"opd": FullReverseKL(), "oprd": HiddenStateMSE()}, {"opd": 0.0}))
+    finally:
+        PAIRS = whole
+    assert got["layers.0.mlp.w1.weight"].abs().max() > 1e-4
+    assert got["layers.2.mlp.w1.weight"].abs().max() == 0
+
+
+def test_wants_as_many_of_the_sampler_s_tokens_as_its_hungriest_part():
+    parts = {
+        "a": TopKReverseKL(k=3, support="sampler"),
+        "b": TopKReverseKL(k=5, support="sampler"),
+        "c": FullReverseKL(),
+    }
+    assert Composite(parts).sampler_top_k == 5
+    assert Composite({"c": FullReverseKL()}).sampler_top_k is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Composite({}), "loss.parts is empty"),
+        (lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}), "loss.weights.a is -1.0; a weight must not"),
+        (lambda: Composite({"a": FullReverseKL()}, {"b": 1.0}), "loss.weights names b; the parts are a"),
+        (lambda: Composite({"a": 3}), "loss.parts.a is no loss but 3"),
+        (lambda: Composite({"a": HiddenStateMSE(), "b": HiddenStateMSE()}), "more than one loss on hidden states"),
+        (lambda: Composite({"a": TopKReverseKL(k=16)}).check(
+            vocabulary=8, sampler_temperature=1.0, sampler_is_student=True
+        ), "k is 16"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

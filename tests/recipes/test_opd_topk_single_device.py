@@ -1,0 +1,209 @@
+"""The recipe of the token losses end to end on the tiny pair."""
+
+import json
+import math
+
+import pytest
+import torch
+from torchtune.training import FullModelHFCheckpointer
+
+from oprd_tune.training.launch import run_recipe as launch
+from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe, weights
+
+NAME = "opd_topk_single_device"
+CONFIGS = ["tiny/opd_topk", "tiny/opd_sampled", "tiny/opd_full", "tiny/vopd", "tiny/oprd_plus_opd"]
+MODELS = "tests.recipes.models"
+
+
+@pytest.fixture(autouse=True)
+def _folder_for_models(monkeypatch, tmp_path):
+    monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_two_steps_and_two_more_are_four_bit_by_bit(config, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    schedule = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
+    run_recipe(NAME, config, whole, **schedule)
+    run_recipe(NAME, config, parts, max_steps=2, **schedule)
+    run_recipe(NAME, config, parts, resume="true", **schedule)
+    assert_same_student(whole, parts)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_neither_microbatches_nor_checkpointing_change_the_course(config, tmp_path):
+    losses = []
+    for i, extra in enumerate(({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})):
+        recipe = run_recipe(NAME, config, tmp_path / str(i), **extra)
+        losses.append(recipe._journal.logged["loss/total"])
+    assert math.isclose(losses[1], losses[0], rel_tol=1e-4)
+    assert losses[2] == losses[0]
+    assert_same_student(tmp_path / "0", tmp_path / "2")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(config, out):
+    recipe = run_recipe(NAME, config, out, max_steps=1, **{"checkpointer.name": "teacher"})
+    assert abs(recipe._journal.logged["loss/total"]) < 1e-6
+    assert recipe._journal.logged["optimizer/grad_norm"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("tiny/opd_topk", {"token/support_kl", "token/student_mass"}),
+        ("tiny/opd_sampled", {"token/kl"}),
+        ("tiny/opd_full", {"token/kl"}),
+        ("tiny/vopd", {"token/kl"}),
+        ("tiny/oprd_plus_opd", {"token/kl", "layers/cosine_04", "loss/opd", "loss/oprd"}),
+    ],
+)
+def test_logs_what_its_objective_knows(config, names, out):
+    recipe = run_recipe(NAME, config, out, diagnostics_every_n_steps=2, diagnostics_tokens=5)
+    logged = recipe._journal.logged
+    assert names <= logged.keys()
+    assert {"diagnostics/kl", "diagnostics/teacher_mass", "diagnostics/variance_vopd"} <= logged.keys()
+    assert 0 < logged["diagnostics/top_k_overlap"] <= 1
+    assert logged["diagnostics/variance_vopd"] >= 0
+    if "loss/opd" in logged:
+        assert math.isclose(logged["loss/opd"] + logged["loss/oprd"], logged["loss/total"], rel_tol=1e-6)
+
+
+def test_looks_at_whole_distributions_only_when_it_is_time(out):
+    recipe = run_recipe(NAME, "tiny/opd_topk", out, max_steps=3, diagnostics_every_n_steps=2)
+    assert not any(name.startswith("diagnostics") for name in recipe._journal.logged)
+
+
+def test_diagnoses_the_same_kl_as_the_loss(out):
+    recipe = run_recipe(NAME, "tiny/opd_full", out, max_steps=1, diagnostics_every_n_steps=1, diagnostics_tokens=1000)
+    logged = recipe._journal.logged
+    assert math.isclose(logged["diagnostics/kl"], logged["token/kl"], rel_tol=1e-5)
+    assert math.isclose(logged["token/kl"], logged["loss/total"], rel_tol=1e-6)
+
+
+def test_a_composite_is_the_sum_of_its_parts(tmp_path):
+    run_recipe(NAME, "tiny/opd_full", tmp_path / "token", max_steps=2)
+    extra = {
+        "loss.weights.opd": 1.0,
+        "loss.weights.oprd": 0.0,
+        "optimizer.lr": load_config("tiny/opd_full").optimizer.lr,
+    }
+    run_recipe(NAME, "tiny/oprd_plus_opd", tmp_path / "composite", max_steps=2, **extra)
+    assert_same_student(tmp_path / "token", tmp_path / "composite")
+    hidden = run_recipe("oprd_single_device", "tiny/oprd", tmp_path / "hidden", max_steps=1)
+    both = run_recipe(NAME, "tiny/oprd_plus_opd", tmp_path / "both", max_steps=1)
+    weight = load_config("tiny/oprd_plus_opd").loss.weights.oprd
+    wanted = weight * hidden._journal.logged["loss/total"]
+    assert math.isclose(both._journal.logged["loss/oprd"], wanted, rel_tol=1e-5)
+
+
+def test_rms_scales_of_a_hidden_part_are_calibrated(out):
+    recipe = run_recipe(NAME, "tiny/oprd_plus_opd", out, max_steps=1, **{"loss.parts.oprd.normalisation": "rms"})
+    assert sorted(recipe._loss.hidden.scales) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("padded", ["model", "teacher_model"])
+@pytest.mark.parametrize("config", ["tiny/opd_full", "tiny/opd_topk", "tiny/vopd"])
+def test_padded_vocabularies_are_compared_on_shared_tokens(config, padded, tmp_path):
+    plain = run_recipe(NAME, config, tmp_path / "plain", max_steps=2)
+    files = padded.replace("model", "checkpointer")
+    extra = {
+        f"{padded}._component_": f"{MODELS}.padded_tiny_qwen2",
+        f"{padded}.vocab_size": 24,
+        f"{files}._component_": f"{MODELS}.padded_checkpointer",
+        f"{files}.vocab_size": 24,
+        "task_accuracy._component_": "null",
+        "reference_perplexity._component_": "null",
+    }
+    recipe = run_recipe(NAME, config, tmp_path / "padded", max_steps=2, **extra)
+    assert recipe._heads.vocabulary == 16
+    logged, wanted = recipe._journal.logged, plain._journal.logged
+    assert math.isclose(logged["loss/total"], wanted["loss/total"], rel_tol=1e-5)
+    assert logged["rollout/response_tokens"] == wanted["rollout/response_tokens"]
+
+
+def test_teachers_of_other_width_may_grade_tokens(out):
+    extra = {
+        "teacher_model._component_": f"{MODELS}.wider_tiny_qwen2",
+        "teacher_checkpointer._component_": f"{MODELS}.wider_checkpointer",
+    }
+    recipe = run_recipe(NAME, "tiny/opd_full", out, max_steps=1, **extra)
+    assert recipe._journal.logged["token/kl"] > 0.5
+
+
+def test_an_untied_head_learns_too(tmp_path):
+    extra = {"model._component_": f"{MODELS}.untied_tiny_qwen2"}
+    extra |= {"checkpointer._component_": f"{MODELS}.untied_checkpointer"}
+    run_recipe(NAME, "tiny/opd_topk", tmp_path / "out", **extra)
+    before, after = weights(tmp_path / "student_untied"), weights(tmp_path / "out" / "final")
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert not torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+
+
+def test_the_sampler_may_supply_the_support(tmp_path):
+    """The native engine samples with the student itself, so its top-k is the student's."""
+    own = run_recipe(NAME, "tiny/opd_topk", tmp_path / "own", max_steps=2)
+    given = run_recipe(NAME, "tiny/opd_topk", tmp_path / "given", max_steps=2, **{"loss.support": "sampler"})
+    for name in ("loss/total", "token/student_mass", "optimizer/grad_norm"):
+        assert math.isclose(given._journal.logged[name], own._journal.logged[name], rel_tol=1e-4)
+
+
+BAD_INPUTS = {
+    "k": ("tiny/opd_topk", {"loss.k": 17}, "loss.k is 17, but student and teacher share 16 tokens"),
+    "k of one": ("tiny/opd_topk", {"loss.k": 1}, "it must be at least 2"),
+    "support": ("tiny/opd_topk", {"loss.support": "both"}, "allowed are student, teacher, union, sampler"),
+    "other tokens": (
+        "tiny/opd_full",
+        {"teacher_checkpointer._component_": f"{MODELS}.other_tokens_checkpointer"},
+        "do not share their tokens: 2 of 16 ids differ, for example 12 is '+' and '='",
+    ),
+    "no parts": ("tiny/oprd_plus_opd", {"loss.parts": "null"}, "loss.parts is empty; give at least one loss"),
+    "negative weight": ("tiny/oprd_plus_opd", {"loss.weights.oprd": -1}, "loss.weights.oprd is -1; a weight must not"),
+    "weight of nothing": ("tiny/oprd_plus_opd", {"loss.weights.kl": 1}, "names kl; the parts are opd, oprd"),
+    "part's argument": ("tiny/oprd_plus_opd", {"loss.parts.opd.kk": 3}, "takes no argument loss.parts.opd.kk"),
+    "no loss": (
+        "tiny/oprd_plus_opd",
+        {"loss.parts.opd._component_": "oprd_tune.tiny.tokenizer"},
+        "loss.parts.opd is no loss",
+    ),
+    "hidden states alone": (
+        "tiny/opd_full",
+        {"loss._component_": "oprd_tune.losses.HiddenStateMSE"},
+        "loss has no token part; losses on hidden states alone are for oprd_single_device",
+    ),
+    "off-policy sampling": ("tiny/vopd", {"rollout.temperature": 0.7}, "unbiased only where they are equal"),
+    "needless ratio": ("tiny/opd_sampled", {"loss.importance_ratio_cap": 2.0}, "trainer's own model samples"),
+    "head": ("tiny/opd_full", {"model._component_": f"{MODELS}.biased_tiny_qwen2"}, "need one plain matrix"),
+    "diagnostics": ("tiny/opd_full", {"diagnostics_k": 0}, "diagnostics_k is 0; it must be at least 1"),
+    "widths of a hidden part": (
+        "tiny/oprd_plus_opd",
+        {"teacher_model._component_": f"{MODELS}.wider_tiny_qwen2"},
+        "need a bridge",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch, capsys):
+    config, overrides, message = BAD_INPUTS[case]
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
+    cfg = load_config(config, **{"output_dir": out, **SMALL, **overrides})
+    assert launch(recipe_class(NAME), cfg) == 2
+    assert message in capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_a_folder_without_a_tokenizer_is_named(out, capsys):
+    from oprd_tune.training.pair import check_same_tokens
+
+    out.mkdir()
+    check_same_tokens(out, out)
+    assert "has no tokenizer.json: whether student and teacher share their tokens is not checked" in (
+        capsys.readouterr().out
+    )
+
+
+def test_summary_holds_the_curve(out):
+    run_recipe(NAME, "tiny/opd_topk", out, evaluate_every_n_steps=2)
+    evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
+    assert [e["step"] for e in evaluations] == [0, 2, 4]
+    assert evaluations[0]["seconds"] == 0 < evaluations[1]["seconds"] < evaluations[2]["seconds"]
