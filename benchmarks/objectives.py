@@ -4,7 +4,7 @@
     python benchmarks/objectives.py --objectives OPRD vOPD --steps 100
 
 Every objective sees the same prompts, the same number of rollouts and the same schedule. Its learning rate is the best
-of one grid on seed 0; what is reported are other seeds at that rate. Each run is a process of its own, on one thread.
+of its grid on seed 0; what is reported are other seeds at that rate. Each run is a process of its own, on one thread.
 Writes a table, the numbers and a plot to benchmarks/results/.
 """
 
@@ -26,26 +26,25 @@ from tqdm import tqdm
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
 
 RESULTS = Path(__file__).parent / "results"
-TOP_K = "oprd_tune.losses.TopKReverseKL"
-DETACHED = "oprd_tune.losses.DetachedTopKReverseKL"
-# Name -> config, overrides.
-OBJECTIVES: dict[str, tuple[str, list[str]]] = {
-    "OPRD": ("tiny/oprd", []),
-    "OPRD + full KL": ("tiny/oprd_plus_opd", []),
-    "full KL": ("tiny/opd_full", []),
-    "top-4": ("tiny/opd_topk", []),
-    "top-4, detached": ("tiny/opd_topk", [f"loss={{_component_: {DETACHED}, k: 4}}"]),
-    "vOPD": ("tiny/vopd", []),
-    "vOPD, top-4 baseline": ("tiny/vopd", ["loss.baseline_k=4"]),
-    "sampled token": ("tiny/opd_sampled", []),
+DETACHED = ["loss._component_=oprd_tune.losses.DetachedTopKReverseKL", "~loss.support"]
+# Name -> config, overrides, learning rates to try.
+OBJECTIVES: dict[str, tuple[str, list[str], tuple[float, ...]]] = {
+    "OPRD": ("tiny/oprd", [], (3e-3, 6e-3, 1e-2)),
+    "OPRD + full KL": ("tiny/oprd_plus_opd", [], (1e-3, 3e-3, 6e-3)),
+    "full KL": ("tiny/opd_full", [], (3e-4, 1e-3, 3e-3)),
+    "top-4": ("tiny/opd_topk", [], (3e-4, 6e-4, 1e-3)),
+    "top-4, detached": ("tiny/opd_topk", DETACHED, (1e-4, 3e-4, 6e-4)),
+    "vOPD": ("tiny/vopd", [], (1e-4, 3e-4, 6e-4)),
+    "vOPD, top-4 baseline": ("tiny/vopd", ["loss.baseline_k=4"], (1e-4, 3e-4, 6e-4)),
+    "sampled token": ("tiny/opd_sampled", [], (6e-5, 1.5e-4, 3e-4)),
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 6e-3)
 SEEDS = (1, 2, 3)
+DIVERGED = {"student_after": None}  # instead of a summary, after too many steps that were not finite
 
 
 def run(objective: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-    """One training run; returns its summary."""
-    name, overrides = OBJECTIVES[objective]
+    """One training run; returns its summary, or DIVERGED."""
+    name, overrides, _ = OBJECTIVES[objective]
     config = config_files()[name]
     with tempfile.TemporaryDirectory() as folder:
         words = [f"output_dir={folder}", f"optimizer.lr={rate}", f"seed={seed}", f"max_steps={steps}", *overrides]
@@ -54,11 +53,16 @@ def run(objective: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
         command = [sys.executable, str(recipe), "--config", str(config), *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if "are not finite" in result.stderr or "is not finite" in result.stderr:
-            return {"student_after": 0.0, "gap_closed": -1.0, "seconds": 0.0, "evaluations": []}
+        if "not finite" in result.stderr:
+            return DIVERGED
         if result.returncode:
             sys.exit(result.stderr)
         return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def rates_of(objective: str, args: argparse.Namespace) -> tuple[float, ...]:
+    """The grid of an objective, unless one was given for all."""
+    return tuple(args.rates) if args.rates else OBJECTIVES[objective][2]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,15 +74,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
             def case(which: tuple[str, float, int]) -> dict[str, Any]:
                 summary = run(*which, args.steps)
-                bar.write(f"{which[0]}, rate {which[1]:g}, seed {which[2]}: {summary['student_after']:.3f}")
+                bar.write(f"{which[0]}, rate {which[1]:g}, seed {which[2]}: {shown(summary['student_after'])}")
                 bar.update()
                 return summary
 
             return dict(zip(cases, pool.map(case, cases), strict=True))
 
-        tried = start([(name, rate, 0) for name in args.objectives for rate in args.rates])
-        grids = {name: {r: tried[name, r, 0]["student_after"] for r in args.rates} for name in args.objectives}
-        best = {name: max(grid, key=lambda rate: grid[rate]) for name, grid in grids.items()}
+        tried = start([(name, rate, 0) for name in args.objectives for rate in rates_of(name, args)])
+        grids = {
+            name: {r: tried[name, r, 0]["student_after"] for r in rates_of(name, args)} for name in args.objectives
+        }
+        best = {name: max(grid, key=lambda rate: grid[rate] or 0) for name, grid in grids.items()}
         reported = start([(name, best[name], seed) for name in args.objectives for seed in args.seeds])
     return {
         name: {"grid": grids[name], "rate": best[name], "runs": [reported[name, best[name], s] for s in args.seeds]}
@@ -86,34 +92,45 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def finished(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """An objective's reported runs, without those that diverged."""
+    return [summary for summary in found["runs"] if summary != DIVERGED]
+
+
 def mean(found: dict[str, Any], key: str) -> float:
-    """Over an objective's reported runs."""
-    return statistics.fmean(summary[key] for summary in found["runs"])
+    """Over an objective's finished runs; NaN if there is none."""
+    return statistics.fmean(values) if (values := [summary[key] for summary in finished(found)]) else float("nan")
+
+
+def shown(value: float | None) -> str:
+    """A number, or that there is none."""
+    return "diverged" if value is None else f"{value:.3f}"
 
 
 def as_table(found: dict[str, Any], args: argparse.Namespace) -> str:
     """Sorted by the share of the gap that was closed."""
     order = sorted(found, key=lambda name: -mean(found[name], "gap_closed"))
-    first = next(iter(found.values()))["runs"][0]
+    first = next(summary for name in order for summary in finished(found[name]))
     lines = [
         "# Objectives on the embedded pair",
         "",
         f"{args.steps} steps of 64 rollouts; student {first['student_before']:.3f}, teacher {first['teacher']:.3f}. "
-        f"Means over seeds {', '.join(map(str, args.seeds))} at the rate that was best on seed 0 of "
-        f"{', '.join(f'{rate:g}' for rate in args.rates)}. `python benchmarks/objectives.py {' '.join(sys.argv[1:])}`",
+        f"Means over seeds {', '.join(map(str, args.seeds))} at the learning rate that was best on seed 0; {args.jobs} "
+        f"runs at a time. `{' '.join(['python benchmarks/objectives.py', *sys.argv[1:]])}`",
         "",
         "| objective | gap closed | each seed | accuracy | best rate | loop seconds |",
         "|---|---|---|---|---|---|",
     ]
     for name in order:
-        each = ", ".join(f"{summary['gap_closed']:.3f}" for summary in found[name]["runs"])
+        each = ", ".join(shown(summary.get("gap_closed")) for summary in found[name]["runs"])
         lines.append(
             f"| {name} | {mean(found[name], 'gap_closed'):.3f} | {each} | {mean(found[name], 'student_after'):.3f} "
             f"| {found[name]['rate']:g} | {mean(found[name], 'seconds'):.1f} |"
         )
-    rates = "".join(f" {rate:g} |" for rate in args.rates)
-    lines += ["", "Accuracy on seed 0 at each rate:", "", f"| objective |{rates}", "|---|" + "---|" * len(args.rates)]
-    lines += [f"| {name} |" + "".join(f" {found[name]['grid'][r]:.3f} |" for r in args.rates) for name in order]
+    lines += ["", "Accuracy on seed 0 at each rate that was tried:", "", "| objective | |", "|---|---|"]
+    for name in order:
+        tried = "; ".join(f"{rate:g}: {shown(accuracy)}" for rate, accuracy in found[name]["grid"].items())
+        lines.append(f"| {name} | {tried} |")
     return "\n".join(lines) + "\n"
 
 
@@ -125,13 +142,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     order = sorted(found, key=lambda name: -mean(found[name], "gap_closed"))
     for name in order:
-        runs = [summary["evaluations"] for summary in found[name]["runs"]]
+        runs = [summary["evaluations"] for summary in finished(found[name])]
         columns = list(zip(*runs, strict=True))
         accuracy = [statistics.fmean(e["accuracy"] for e in column) for column in columns]
         style = {"label": name, "marker": "o", "markersize": 3, "linewidth": 2.5 if name == "OPRD" else 1.2}
         by_step.plot([column[0]["step"] for column in columns], accuracy, **style)
         by_second.plot([statistics.fmean(e["seconds"] for e in column) for column in columns], accuracy, **style)
-    teacher = next(iter(found.values()))["runs"][0]["teacher"]
+    teacher = next(summary["teacher"] for name in order for summary in finished(found[name]))
     for axes, label in ((by_step, "optimizer steps"), (by_second, "seconds in the training loop")):
         axes.axhline(teacher, color="black", linestyle="--", linewidth=1)
         axes.set(xlabel=label, ylim=(0, 1.03))
@@ -145,7 +162,7 @@ def main() -> None:
     """Parse the command line, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--rates", type=float, nargs="+", help="one grid for all; each has its own by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread; they slow each other")

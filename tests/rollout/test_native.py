@@ -54,6 +54,28 @@ def test_log_probabilities_are_the_trainers():
     assert rollout.sampler_logprobs_BS[~rollout.response_mask_BS].abs().max() == 0
 
 
+def test_returns_the_most_probable_tokens_when_asked():
+    model, k = make_model(), 3
+    rollout = engine(model, samples_per_prompt=2, top_k_ids=k).generate(make_prompts())
+    at = rollout.response_mask_BS[:, 1:]
+    top = model(rollout.tokens_BS)[:, :-1][at].softmax(-1).topk(k)
+    assert torch.equal(rollout.sampler_top_ids_BSK[:, 1:][at], top.indices)
+    torch.testing.assert_close(rollout.sampler_top_mass_BS[:, 1:][at], top.values.sum(-1), rtol=1e-4, atol=1e-6)
+    (row,) = rollout.split(10**6)
+    assert row.sampler_top_ids_BSK.shape == (*row.tokens_BS.shape, k)
+    assert engine(model).generate(make_prompts()).sampler_top_ids_BSK is None
+
+
+def test_samples_shared_tokens_only():
+    """As from a model whose head has no further rows."""
+    rollout = engine(make_model(), samples_per_prompt=20, vocabulary=7).generate(make_prompts())
+    responses = rollout.tokens_BS[rollout.response_mask_BS]
+    assert responses.max() == 6
+    logits = make_model()(rollout.tokens_BS)[:, :-1, :7][rollout.response_mask_BS[:, 1:]]
+    wanted = logits.log_softmax(-1).gather(1, responses[:, None]).squeeze(1)
+    torch.testing.assert_close(rollout.sampler_logprobs_BS[rollout.response_mask_BS], wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_neither_batching_nor_neighbours_change_what_is_sampled(batch_size):
     model, prompts = make_model(), make_prompts()

@@ -1,0 +1,52 @@
+"""The benchmarks run, small, and write what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name, folder, *words):
+    command = [sys.executable, str(BENCHMARKS / name), "--out", str(folder), *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / name).with_suffix(".json").read_text())
+
+
+@pytest.mark.slow
+def test_update_cost(tmp_path):
+    rows = run("update_cost.py", tmp_path, "--tokens", "64", "--layers", "1", "--objectives", "bound", "topk", "full")
+    cases = [(row["objective"], row["formulation"], row["tokens"]) for row in rows]
+    assert cases == [("bound", "ours", 64), *((o, f, 64) for o in ("topk", "full") for f in ("ours", "plain"))]
+    assert all(row["delta_peak_bytes"] > 0 and row["seconds"] > 0 for row in rows)
+    for ours, plain in (rows[1:3], rows[3:5]):  # the same objective, however it is written
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(plain[key], rel=1e-4)
+    assert "| 64 | topk |" in (tmp_path / "update_cost.md").read_text()
+    assert (tmp_path / "update_cost.png").exists()
+
+
+@pytest.mark.slow
+def test_objectives(tmp_path):
+    words = (
+        "--steps",
+        "2",
+        "--objectives",
+        "OPRD",
+        "top-4, detached",
+        "--rates",
+        "1e-4",
+        "--seeds",
+        "1",
+        "--jobs",
+        "2",
+    )
+    found = run("objectives.py", tmp_path, *words)
+    assert found["OPRD"]["rate"] == 1e-4
+    assert [e["step"] for e in found["top-4, detached"]["runs"][0]["evaluations"]] == [0, 2]
+    assert "| OPRD |" in (tmp_path / "objectives.md").read_text()
+    assert (tmp_path / "objectives.png").exists()
