@@ -86,7 +86,10 @@ class OPDSettings(OPRDSettings):
 
 # May differ between a run and its resumption; everything else must not.
 FREE_ON_RESUME = frozenset(
-    {"max_steps", "output_dir", "resume", "metric_logger", "log_every_n_steps", "log_samples_every_n_steps"}
+    {
+        *("max_steps", "output_dir", "resume", "metric_logger", "log_every_n_steps", "log_samples_every_n_steps"),
+        *("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"),
+    }
 )
 
 SettingsT = TypeVar("SettingsT")
@@ -151,6 +154,8 @@ def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
     """
     if cfg.get(name) is None:
         return None
+    if taken := sorted(set(cfg[name]) & set(kwargs)):
+        raise ConfigError(f"{name}.{taken[0]} is set by the recipe; leave it out of {name}")
     try:
         return config.instantiate(cfg[name], *args, **_nested(cfg[name]), **kwargs)
     except ConfigError:
@@ -162,6 +167,11 @@ def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
 def component(cfg: DictConfig, name: str) -> Any:
     """The class or function that a component of a parsed config names."""
     return _get_component_from_path(cfg[name]["_component_"])
+
+
+def argument(cfg: DictConfig, name: str, key: str) -> Any:
+    """What a component will get for an argument: the config's value, or its own default."""
+    return cfg[name].get(key, inspect.signature(component(cfg, name)).parameters[key].default)
 
 
 def _nested(node: DictConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from oprd_tune.modeling.lm_head import Heads, LMHead
 from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.rollout.engine import RolloutEngine
-from oprd_tune.settings import OPDSettings, component, instantiate, parse_settings
+from oprd_tune.settings import OPDSettings, argument, component, instantiate, parse_settings
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint, restore_rng
 from oprd_tune.training.device import pick_device
@@ -143,7 +143,7 @@ class OPDRecipe:
         self._pairs, self._top = pair.layers, pair.depth
         self._loss.check(
             vocabulary=pair.vocabulary,
-            sampler_temperature=cfg.rollout.get("temperature", 1.0),
+            sampler_temperature=argument(cfg, "rollout", "temperature"),
             sampler_is_student=getattr(component(cfg, "rollout"), "samples_with_student", False),
         )
         return pair
@@ -160,8 +160,9 @@ class OPDRecipe:
         held_out = datasets.get("eval_dataset")
         if held_out is None and (cfg.get("task_accuracy") or cfg.get("reference_perplexity")):
             raise ConfigError("task_accuracy and reference_perplexity need an eval_dataset, with held-out prompts")
-        self._task_accuracy = instantiate(cfg, "task_accuracy", held_out, self._tokenizer)
-        self._reference_perplexity = instantiate(cfg, "reference_perplexity", held_out, self._tokenizer)
+        evaluate_on = (held_out, self._tokenizer)
+        self._task_accuracy = instantiate(cfg, "task_accuracy", *evaluate_on, vocabulary=pair.vocabulary)
+        self._reference_perplexity = instantiate(cfg, "reference_perplexity", *evaluate_on, vocabulary=pair.vocabulary)
         lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
         if self._task_accuracy:
             longest = s.max_prompt_tokens + self._task_accuracy.max_new_tokens

@@ -139,8 +139,9 @@ class OPRDRecipe:
         held_out = datasets.get("eval_dataset")
         if held_out is None and (cfg.get("task_accuracy") or cfg.get("reference_perplexity")):
             raise ConfigError("task_accuracy and reference_perplexity need an eval_dataset, with held-out prompts")
-        self._task_accuracy = instantiate(cfg, "task_accuracy", held_out, self._tokenizer)
-        self._reference_perplexity = instantiate(cfg, "reference_perplexity", held_out, self._tokenizer)
+        evaluate_on = (held_out, self._tokenizer)
+        self._task_accuracy = instantiate(cfg, "task_accuracy", *evaluate_on, vocabulary=pair.vocabulary)
+        self._reference_perplexity = instantiate(cfg, "reference_perplexity", *evaluate_on, vocabulary=pair.vocabulary)
         lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
         if self._task_accuracy:
             longest = s.max_prompt_tokens + self._task_accuracy.max_new_tokens

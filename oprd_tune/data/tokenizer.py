@@ -115,12 +115,14 @@ class HuggingFaceTokenizer:
         return None if text is None else self._tokenizer.token_to_id(text)
 
 
-def tokens_by_id(folder: Path) -> dict[int, str] | None:
-    """The tokens of a model folder's `tokenizer.json`; None where there is none."""
+def tokens_by_id(folder: Path) -> tuple[dict[int, str], set[int]] | None:
+    """The tokens of a model folder's `tokenizer.json`, and which ids are special; None where there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    return {i: token for token, i in Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items()}
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    return tokens, set(tokenizer.get_added_tokens_decoder())
 
 
 def _generation_stops(folder: Path) -> list[int]:

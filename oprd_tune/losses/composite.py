@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -33,14 +35,18 @@ class Composite:
         weights = weights or {}
         if not parts:
             raise ConfigError("loss.parts is empty; give at least one loss, such as `parts: {opd: {_component_: …}}`")
+        if not isinstance(parts, Mapping) or not isinstance(weights, Mapping):
+            raise ConfigError(f"loss.parts maps names to losses, loss.weights to numbers; got {parts!r}, {weights!r}")
         for name, part in parts.items():
+            if not re.fullmatch(r"\w+", name) or name == "total":
+                raise ConfigError(f"loss.parts has {name!r}; a name is letters, digits and _, and not `total`")
             if not isinstance(part, (HiddenStateMSE, TokenLoss)):
                 raise ConfigError(f"loss.parts.{name} is no loss but {part!r}; give it a `_component_`")
         if unknown := sorted(set(weights) - set(parts)):
             raise ConfigError(f"loss.weights names {', '.join(unknown)}; the parts are {', '.join(parts)}")
         for name, weight in weights.items():
-            if not weight >= 0:
-                raise ConfigError(f"loss.weights.{name} is {weight}; a weight must not be negative")
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"loss.weights.{name} is {weight}; a weight must not be negative, nor infinite")
         hidden = [part for part in parts.values() if isinstance(part, HiddenStateMSE)]
         if len(hidden) > 1:
             raise ConfigError("loss.parts has more than one loss on hidden states; there may be one")
@@ -114,8 +120,16 @@ class Composite:
 
 
 def as_composite(loss: Loss | Composite) -> Composite:
-    """A composite as it is; a single loss as one of a single part."""
-    return loss if isinstance(loss, Composite) else Composite({"loss": loss})
+    """A composite as it is; a single loss as one of a single part.
+
+    Raises:
+        ConfigError: for what is neither.
+    """
+    if isinstance(loss, Composite):
+        return loss
+    if not isinstance(loss, (HiddenStateMSE, TokenLoss)):
+        raise ConfigError(f"loss is {loss!r}, none of the losses in oprd_tune.losses nor derived from one")
+    return Composite({"loss": loss})
 
 
 class CompositeStream:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from oprd_tune.errors import ConfigError
 from oprd_tune.losses.reverse_kl import SampledReverseKL, exact_kl
-from oprd_tune.losses.token_loss import Comparison, Measures
+from oprd_tune.losses.token_loss import Comparison, Measures, check_whole
 from oprd_tune.losses.topk_kl import check_k, renormalised_kl
 
 
@@ -42,8 +41,8 @@ class ControlVariateReverseKL(SampledReverseKL):
             teacher_temperature=teacher_temperature,
             chunk_tokens=chunk_tokens,
         )
-        if baseline_k is not None and baseline_k < 2:
-            raise ConfigError(f"loss.baseline_k is {baseline_k}; it must be at least 2, or null for all tokens")
+        if baseline_k is not None:
+            check_whole("baseline_k", baseline_k, at_least=2)
         self.baseline_k = baseline_k
 
     def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:

@@ -11,7 +11,7 @@ from oprd_tune.losses.token_loss import Measures, log_softmax_, row_dot
 from oprd_tune.modeling.lm_head import Heads, head_logits
 from oprd_tune.types import ResponseTokens
 
-_TOKENS_AT_ONCE = 64
+_TOKENS_AT_ONCE = 16
 
 
 class Probe:

@@ -2,7 +2,7 @@
 
 A sum is linear in its terms, so both gradients are formed unscaled while the logits of a chunk exist, and multiplied by
 the upstream factor in the backward pass. What waits for it is [T, D] for the state, and for the head either one [V, D]
-buffer or the few rows that were touched. No [T, V] ever exists.
+buffer in fp32, or the states once more with the K factors of each. No [T, V] ever exists.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from oprd_tune.modeling.lm_head import add_outer_rows
+from oprd_tune.modeling.lm_head import add_outer_rows, row_blocks
 
 
 class HeadGradient(Protocol):
@@ -26,13 +26,14 @@ class HeadGradient(Protocol):
 
 @dataclass(frozen=True)
 class DenseHeadGradient:
-    """A gradient in every row."""
+    """A gradient in every row, in at least fp32; used up when it is added."""
 
     gradient_VD: Tensor
 
     def add_to(self, grad_VD: Tensor, upstream: Tensor) -> None:
         """See `HeadGradient`."""
-        grad_VD[: len(self.gradient_VD)].addcmul_(self.gradient_VD, upstream.to(grad_VD.dtype))
+        for start, rows_RD in row_blocks(self.gradient_VD):
+            grad_VD[start : start + len(rows_RD)] += rows_RD.mul_(upstream)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,8 @@ class FullReverseKL(DenseTokenLoss):
 
     def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
         """See `DenseTokenLoss.objective`."""
-        p_TV, log_ratio_TV = chunk.log_p_TV.exp_(), chunk.log_ratio_TV
-        kl_T = row_dot(p_TV, log_ratio_TV)
-        measures.add("token/kl", kl_T)
-        return kl_T.sum(), log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
+        kl_T, p_TV = exact_kl(chunk, measures)
+        return kl_T.sum(), chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
 
 
 class SampledReverseKL(DenseTokenLoss):
@@ -85,9 +83,11 @@ class SampledReverseKL(DenseTokenLoss):
         if self.reward_clip is not None:
             reward_T1.clamp_(-self.reward_clip, self.reward_clip)
         weight_T1 = torch.ones_like(reward_T1)
+        gap_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
+        if self.student_temperature == 1:  # as samplers report
+            measures.add("token/logprob_gap", gap_T1.abs())
         if self.importance_ratio_cap is not None:
-            log_weight_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
-            weight_T1 = log_weight_T1.exp().clamp_(max=self.importance_ratio_cap)
+            weight_T1 = gap_T1.exp().clamp_(max=self.importance_ratio_cap)
             measures.add("token/importance_ratio", weight_T1)
         baseline_T, p_TV = self.baseline(chunk, measures)
         advantage_T1 = weight_T1 * (reward_T1 + baseline_T.unsqueeze(-1))

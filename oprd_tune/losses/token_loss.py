@@ -7,7 +7,6 @@ field.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import DenseHeadGradient, HeadSum, head_sum
-from oprd_tune.modeling.lm_head import Heads, head_logits
+from oprd_tune.modeling.lm_head import Heads, add_product, head_logits, wide
 from oprd_tune.types import ResponseTokens
 
 _ROWS_AT_ONCE = 32  # rows of [V] whose exponentials live at once in `logsumexp`
@@ -40,8 +39,7 @@ class TokenLoss:
         for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
             if not value > 0:
                 raise ConfigError(f"loss.{name}_temperature is {value}; it must be positive")
-        if chunk_tokens < 1:
-            raise ConfigError(f"loss.chunk_tokens is {chunk_tokens}; it must be at least 1")
+        check_whole("chunk_tokens", chunk_tokens, at_least=1)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.chunk_tokens = chunk_tokens
@@ -74,6 +72,12 @@ class TokenLoss:
             tokens: the microbatch's response tokens.
         """
         return TokenStream(self, top, heads, teacher_TC, tokens)
+
+
+def check_whole(name: str, value: int, *, at_least: int) -> None:
+    """Raise ConfigError for an argument that is no whole number, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ConfigError(f"loss.{name} is {value}; it must be a whole number, at least {at_least}")
 
 
 class Measures:
@@ -130,10 +134,6 @@ class Comparison:
     tokens: ResponseTokens
 
 
-# Sum over a chunk's tokens, and its gradient with respect to log-softmax's input, in a tensor of the chunk.
-ChunkObjective = Callable[[Comparison, Measures], tuple[Tensor, Tensor]]
-
-
 class DenseTokenLoss(TokenLoss):
     """Base of the losses whose gradient reaches every token's logit: one pass over chunks, each head once forward."""
 
@@ -146,19 +146,21 @@ class DenseTokenLoss(TokenLoss):
     ) -> HeadSum:
         """See `TokenLoss.evaluate`."""
         weight_VD = heads.student_VD
+        student_TD, dtype = student_TD.to(weight_VD.dtype), wide(weight_VD.dtype)
         gradient_TD = torch.empty_like(student_TD)
-        gradient_VD = torch.zeros_like(weight_VD) if heads.student.weight_VD.requires_grad else None
-        total = torch.zeros((), dtype=torch.promote_types(weight_VD.dtype, torch.float32), device=weight_VD.device)
+        gradient_VD = torch.zeros_like(weight_VD, dtype=dtype) if heads.student.weight_VD.requires_grad else None
+        total = torch.zeros((), dtype=dtype, device=weight_VD.device)
         for start in range(0, len(student_TD), self.chunk_tokens):
             rows = slice(start, start + self.chunk_tokens)
             chunk = self._compare(student_TD[rows], teacher_TC[rows], heads, tokens.chunk(start, self.chunk_tokens))
             chunk_total, logits_TV = self.objective(chunk, measures)
             total += chunk_total
-            del chunk
+            del chunk  # and with it one of its two [T, V]
             logits_TV = logits_TV.div_(self.student_temperature).to(weight_VD.dtype)
             gradient_TD[rows] = logits_TV @ weight_VD
             if gradient_VD is not None:
-                gradient_VD.addmm_(logits_TV.T, student_TD[rows])
+                add_product(gradient_VD, logits_TV, student_TD[rows])
+            del logits_TV  # before the next chunk's exist
         return HeadSum(total, gradient_TD, None if gradient_VD is None else DenseHeadGradient(gradient_VD))
 
     def _compare(self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens) -> Comparison:

@@ -11,8 +11,8 @@ from torch import Tensor
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import HeadSum, SparseHeadGradient
 from oprd_tune.losses.reverse_kl import exact_kl, score_gradient
-from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, TokenLoss, logsumexp
-from oprd_tune.modeling.lm_head import Heads, gathered_logits, head_logits, weighted_rows
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, TokenLoss, check_whole, logsumexp
+from oprd_tune.modeling.lm_head import Heads, gathered_logits, head_logits, weighted_rows, wide
 from oprd_tune.types import ResponseTokens
 
 
@@ -22,19 +22,21 @@ class Support:
 
     Attributes:
         ids_TK: token ids.
+        repeated_TK: True where an id stands in its row a second time; None where none can.
         student_TK: the student's tempered logits there, or None if they are still to be computed.
         teacher_TK: the teacher's.
-        repeated_TK: True where an id stands in its row a second time; None where none can.
-        student_mass_T: P(𝒮), or None if it is not known.
-        teacher_mass_T: Q(𝒮).
+        student_normaliser_T: log Σ_v exp of the student's tempered logits, or None if its head did not run.
+        teacher_normaliser_T: the teacher's.
+        student_mass_T: P(𝒮), where it is known without the above.
     """
 
     ids_TK: Tensor
+    repeated_TK: Tensor | None = None
     student_TK: Tensor | None = None
     teacher_TK: Tensor | None = None
-    repeated_TK: Tensor | None = None
+    student_normaliser_T: Tensor | None = None
+    teacher_normaliser_T: Tensor | None = None
     student_mass_T: Tensor | None = None
-    teacher_mass_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,30 +54,31 @@ class SupportQuestion:
 
 def student_support(ask: SupportQuestion) -> Support:
     """The student's top-k. The student's head runs once, without gradient; the teacher's does not run."""
-    logits_TK, ids_TK, mass_T = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
-    return Support(ids_TK, student_TK=logits_TK, student_mass_T=mass_T)
+    logits_TK, ids_TK, normaliser_T = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
+    return Support(ids_TK, student_TK=logits_TK, student_normaliser_T=normaliser_T)
 
 
 def teacher_support(ask: SupportQuestion) -> Support:
-    """The teacher's top-k. The teacher's head runs once; the student's does not run."""
-    logits_TK, ids_TK, mass_T = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
-    return Support(ids_TK, teacher_TK=logits_TK, teacher_mass_T=mass_T)
+    """The teacher's top-k. The teacher's head runs once; the student's does not run, so P(𝒮) is not known."""
+    logits_TK, ids_TK, normaliser_T = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
+    return Support(ids_TK, teacher_TK=logits_TK, teacher_normaliser_T=normaliser_T)
 
 
 def union_support(ask: SupportQuestion) -> Support:
     """The tokens of either top-k, each counted once. Both heads run once."""
-    _, student_ids_TK, _ = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
-    _, teacher_ids_TK, _ = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
+    _, student_ids_TK, student_T = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
+    _, teacher_ids_TK, teacher_T = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
     ids_TK = torch.cat([student_ids_TK, teacher_ids_TK], dim=1).sort(dim=1).values
     repeated_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
     repeated_TK[:, 1:] = ids_TK[:, 1:] == ids_TK[:, :-1]
-    return Support(ids_TK, repeated_TK=repeated_TK)
+    return Support(ids_TK, repeated_TK, student_normaliser_T=student_T, teacher_normaliser_T=teacher_T)
 
 
 def sampler_support(ask: SupportQuestion) -> Support:
-    """The top-k that the sampler returned with the rollout: neither head runs."""
-    assert ask.tokens.sampler_top_ids_TK is not None
-    return Support(ask.tokens.sampler_top_ids_TK[:, : ask.k], student_mass_T=ask.tokens.sampler_top_mass_T)
+    """The top-k that the sampler returned with the rollout: neither head runs. P(𝒮) is the sampler's."""
+    ids_TK, mass_T = ask.tokens.sampler_top_ids_TK, ask.tokens.sampler_top_mass_T
+    assert ids_TK is not None
+    return Support(ids_TK[:, : ask.k], student_mass_T=mass_T if ids_TK.shape[1] == ask.k else None)
 
 
 SUPPORTS: dict[str, Callable[[SupportQuestion], Support]] = {
@@ -89,7 +92,8 @@ SUPPORTS: dict[str, Callable[[SupportQuestion], Support]] = {
 class TopKReverseKL(TokenLoss):
     """KL(p̄‖q̄), both renormalised on a support 𝒮 of K tokens, with its exact gradient (Eq. 5).
 
-    The mass on 𝒮 is unconstrained: watch P(𝒮) and Q(𝒮). Beyond choosing 𝒮, both models' logits are K dot products a
+    The mass on 𝒮 is unconstrained: watch P(𝒮), which is measured where the student's head runs, and Q(𝒮), where the
+    teacher's does. Beyond choosing 𝒮, both models' logits are K dot products a
     token, and the gradient reaches K rows of the head.
 
     Args:
@@ -114,8 +118,7 @@ class TopKReverseKL(TokenLoss):
         super().__init__(
             student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
         )
-        if k < 2:
-            raise ConfigError(f"loss.k is {k}; it must be at least 2, since one renormalised token is always certain")
+        check_whole("k", k, at_least=2)
         if support not in SUPPORTS:
             raise ConfigError(f"loss.support is {support!r}; allowed are {', '.join(SUPPORTS)}")
         self.k = k
@@ -132,7 +135,7 @@ class TopKReverseKL(TokenLoss):
         """See `TokenLoss.evaluate`."""
         weight_VD = heads.student_VD
         gradient_TD = torch.empty_like(student_TD)
-        total = torch.zeros((), dtype=torch.promote_types(weight_VD.dtype, torch.float32), device=weight_VD.device)
+        total = torch.zeros((), dtype=wide(weight_VD.dtype), device=weight_VD.device)
         all_ids, all_factors = [], []
         for start in range(0, max(1, len(student_TD)), self.chunk_tokens):
             rows = slice(start, start + self.chunk_tokens)
@@ -144,7 +147,11 @@ class TopKReverseKL(TokenLoss):
             gradient_TD[rows] = weighted_rows(weight_VD, support.ids_TK, factor_TK)
             all_ids.append(support.ids_TK)
             all_factors.append(factor_TK)
-            _measure(measures, kl_T, support)
+            measures.add("token/support_kl", kl_T)
+            _measure_mass(measures, "token/student_mass", student_TK, support.student_normaliser_T)
+            _measure_mass(measures, "token/teacher_mass", teacher_TK, support.teacher_normaliser_T)
+            if support.student_mass_T is not None:
+                measures.add("token/student_mass", support.student_mass_T)
         return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
 
     def _logits(
@@ -192,8 +199,7 @@ class DetachedTopKReverseKL(DenseTokenLoss):
         super().__init__(
             student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
         )
-        if k < 2:
-            raise ConfigError(f"loss.k is {k}; it must be at least 2")
+        check_whole("k", k, at_least=2)
         self.k = k
 
     def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
@@ -234,15 +240,12 @@ def check_k(name: str, k: int, vocabulary: int) -> None:
 
 
 def _top(state_TD: Tensor, weight_VD: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tempered logits and ids of the top-k, and their probability together."""
+    """Tempered logits and ids of the top-k, and the normaliser of all logits."""
     logits_TV = head_logits(state_TD, weight_VD).div_(temperature)
     logits_TK, ids_TK = logits_TV.topk(k, dim=-1)
-    return logits_TK, ids_TK, (logits_TK.logsumexp(-1) - logsumexp(logits_TV)).exp()
+    return logits_TK, ids_TK, logsumexp(logits_TV)
 
 
-def _measure(measures: Measures, kl_T: Tensor, support: Support) -> None:
-    measures.add("token/support_kl", kl_T)
-    if support.student_mass_T is not None:
-        measures.add("token/student_mass", support.student_mass_T)
-    if support.teacher_mass_T is not None:
-        measures.add("token/teacher_mass", support.teacher_mass_T)
+def _measure_mass(measures: Measures, name: str, logits_TK: Tensor, normaliser_T: Tensor | None) -> None:
+    if normaliser_T is not None:
+        measures.add(name, (logits_TK.logsumexp(-1) - normaliser_T).exp())

@@ -49,16 +49,17 @@ class MetricBuffer:
 
     def add_composite(self, stream: CompositeStream, selection: Selection) -> None:
         """Add what the parts of a composite measured in one microbatch."""
-        for part in stream.streams.values():
+        token_parts = [part for part in stream.streams.values() if not isinstance(part, LayerStream)]
+        for name, part in stream.streams.items():
             if isinstance(part, LayerStream):
                 self.add_stream(part, selection)
             else:
-                self.add_measures(part.measures, part.count)
+                self.add_measures(part.measures, part.count, part=name if len(token_parts) > 1 else None)
 
-    def add_measures(self, measures: Measures, count: int) -> None:
-        """Add sums over `count` tokens."""
+    def add_measures(self, measures: Measures, count: int, *, part: str | None = None) -> None:
+        """Add sums over `count` tokens; those of one `part` among several under its name."""
         for name, total in measures.sums.items():
-            self.add(name, total, count)
+            self.add(name if part is None else name.replace("token/", f"token/{part}/"), total, count)
 
     def add_times(self, seconds: dict[str, float], rollout: Rollout) -> None:
         """Add the step's seconds by phase, and the speeds that follow from them."""

@@ -21,12 +21,28 @@ _RESPONSE_MEAN = "mean over the step's response tokens"
 _SUBSAMPLE = "mean over a subsample of response tokens, every `diagnostics_every_n_steps`"
 _KL_UNIT = "nats/token"
 METRICS = [
-    Metric("loss/total", "1", _TOKEN_MEAN, "The objective: what the gradient belongs to."),
+    Metric(
+        "loss/total",
+        "1",
+        _TOKEN_MEAN,
+        "The objective: what the gradient belongs to. Of sampled objectives a surrogate: read `token/kl` instead.",
+    ),
     Metric("loss/<part>", "1", "mean over the part's tokens", "A part of a composite, times its weight; they add up."),
     Metric("token/kl", _KL_UNIT, _RESPONSE_MEAN, "KL(p‖q), student to teacher, exact. Not with `TopKReverseKL`."),
     Metric("token/support_kl", _KL_UNIT, _RESPONSE_MEAN, "KL(p̄‖q̄) on the support 𝒮: what `TopKReverseKL` minimises."),
-    Metric("token/student_mass", "1", _RESPONSE_MEAN, "P(𝒮): the student's probability of the support."),
+    Metric(
+        "token/student_mass",
+        "1",
+        _RESPONSE_MEAN,
+        "P(𝒮), the student's mass on the support, where its head runs.",
+    ),
     Metric("token/teacher_mass", "1", _RESPONSE_MEAN, "Q(𝒮), where the teacher's head runs anyway."),
+    Metric(
+        "token/logprob_gap",
+        "nats",
+        _RESPONSE_MEAN,
+        "|log p − log μ| of the sampled tokens, trainer against sampler: rounding, or worse. With sampled objectives.",
+    ),
     Metric("token/importance_ratio", "1", _RESPONSE_MEAN, "min(p/μ, cap): trainer against sampler; 1 if they agree."),
     Metric("diagnostics/kl", _KL_UNIT, _SUBSAMPLE, "KL(p‖q), student to teacher."),
     Metric("diagnostics/student_mass", "1", _SUBSAMPLE, "P(𝒮) of the student's top-k."),
@@ -89,7 +105,8 @@ METRICS = [
     Metric("eval/gap_closed", "1", "last", "(student − student before) / (teacher − student before), in accuracy."),
     Metric("eval/perplexity", "1", "over held-out answer tokens", "exp of the mean −log p of the reference answers."),
 ]
-_PATTERNS = [re.compile(re.sub(r"<\w+>", r"\\w+", m.name) + r"\Z") for m in METRICS]
+# Where several token losses make a composite, theirs are called token/<part>/….
+_PATTERNS = [re.compile(re.sub(r"<\w+>", r"\\w+", m.name).replace("token/", r"token/(\w+/)?") + r"\Z") for m in METRICS]
 
 
 def check_names(names: object) -> None:

@@ -78,9 +78,10 @@ class LastPositionHead(OutputStandIn):
 class _TokenScorer(OutputStandIn):
     """Log-probabilities of given next tokens at given positions, [T], a chunk of rows at a time."""
 
-    def __init__(self, head: Head, index_T: Tensor, next_tokens_T: Tensor) -> None:
+    def __init__(self, head: Head, index_T: Tensor, next_tokens_T: Tensor, vocabulary: int | None) -> None:
         super().__init__()
         self.__dict__["_head"] = head
+        self._vocabulary = vocabulary
         self._index_T, self._next_tokens_T = index_T, next_tokens_T
 
     def forward(self, state_BSD: Tensor) -> Tensor:
@@ -90,22 +91,26 @@ class _TokenScorer(OutputStandIn):
         return torch.cat(scores) if scores else state_TD.new_zeros(0)
 
     def _logits(self, state_TD: Tensor) -> Tensor:
-        return self.__dict__["_head"](state_TD.unsqueeze(0)).squeeze(0).float()
+        return self.__dict__["_head"](state_TD.unsqueeze(0)).squeeze(0)[:, : self._vocabulary].float()
 
 
 @torch.no_grad()
-def token_logprobs(model: TransformerDecoder, tokens_BS: Tensor, response_mask_BS: Tensor) -> Tensor:
+def token_logprobs(
+    model: TransformerDecoder, tokens_BS: Tensor, response_mask_BS: Tensor, *, vocabulary: int | None = None
+) -> Tensor:
     """Log-probabilities in nats that `model` gives the marked tokens of right-padded rows.
 
     Args:
         model: a decoder with its head.
         tokens_BS: token ids.
         response_mask_BS: True on the tokens to score; never in column 0.
+        vocabulary: normalise over the first so many tokens; None takes all.
 
     Returns:
         fp32, shape [T], in row-major order of the mask. Nothing of size [T, V] is ever alive.
     """
     index_T = response_mask_BS.flatten().nonzero(as_tuple=True)[0]
-    scorer = swapped_output(model, lambda head: _TokenScorer(head, index_T - 1, tokens_BS.flatten()[index_T]))
+    next_tokens_T = tokens_BS.flatten()[index_T]
+    scorer = swapped_output(model, lambda head: _TokenScorer(head, index_T - 1, next_tokens_T, vocabulary))
     with evaluating(model), scorer:
         return model(tokens_BS)

@@ -19,6 +19,11 @@ from oprd_tune.errors import ConfigError
 _BLOCK_BYTES = 32 * 2**20  # of gathered or converted head rows
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are formed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class LMHead:
     """A decoder's head, tied to its embedding or not. Holds the module; the weight is looked up where it is used.
 
@@ -67,20 +72,20 @@ class Heads:
 
 def head_logits(state_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """All logits of a chunk of states, [T, V], in at least fp32."""
-    dtype = _wide(weight_VD)
+    dtype = wide(weight_VD.dtype)
     if weight_VD.dtype == dtype:
         return state_TD.to(dtype) @ weight_VD.T
     if weight_VD.is_cuda:
-        return torch.mm(state_TD, weight_VD.T, out_dtype=dtype)
+        return torch.mm(state_TD.to(weight_VD.dtype), weight_VD.T, out_dtype=dtype)
     logits_TV = torch.empty(len(state_TD), len(weight_VD), dtype=dtype, device=weight_VD.device)
-    for start, rows_RD in _blocks(weight_VD):
+    for start, rows_RD in row_blocks(weight_VD):
         logits_TV[:, start : start + len(rows_RD)] = state_TD.to(dtype) @ rows_RD.to(dtype).T
     return logits_TV
 
 
 def gathered_logits(state_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor) -> Tensor:
     """Logits of K tokens at each state, [T, K], in at least fp32: K dot products instead of V."""
-    dtype = _wide(weight_VD)
+    dtype = wide(weight_VD.dtype)
     logits_TK = torch.empty(ids_TK.shape, dtype=dtype, device=weight_VD.device)
     tokens = max(1, _BLOCK_BYTES // (ids_TK.shape[1] * weight_VD.shape[1] * dtype.itemsize))
     for start in range(0, len(ids_TK), tokens):
@@ -95,18 +100,27 @@ def weighted_rows(weight_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor) -> Tenso
     return F.embedding_bag(ids_TK, weight_VD, per_sample_weights=factor_TK.to(weight_VD.dtype), mode="sum")
 
 
+def add_product(grad_VD: Tensor, logits_TV: Tensor, state_TD: Tensor) -> None:
+    """grad += logitsᵀ · state, in place; a gradient wider than its factors is added to a block of rows at a time."""
+    if grad_VD.dtype == logits_TV.dtype:
+        grad_VD.addmm_(logits_TV.T, state_TD)
+        return
+    for start, rows_RD in row_blocks(grad_VD):
+        rows_RD += logits_TV[:, start : start + len(rows_RD)].T @ state_TD
+
+
 def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD: Tensor) -> None:
     """grad[v] += Σ over (t, k) with ids_tk = v of factor_tk · state_t, in place.
 
     Each row is summed in fp32 before it is added once, so a frequent token's many small terms do not vanish in a bf16
     buffer, and the result does not depend on the order of threads.
     """
-    wide = _wide(grad_VD)
+    dtype = wide(grad_VD.dtype)
     flat, order = ids_TK.flatten().sort(stable=True)
-    token, factor = order // ids_TK.shape[1], factor_TK.flatten()[order].to(wide)
+    token, factor = order // ids_TK.shape[1], factor_TK.flatten()[order].to(dtype)
     row, length = flat.unique_consecutive(return_counts=True)
-    rows = max(1, _BLOCK_BYTES // (grad_VD.shape[1] * wide.itemsize))
-    state_TD = state_TD.to(wide)
+    rows = max(1, _BLOCK_BYTES // (grad_VD.shape[1] * dtype.itemsize))
+    state_TD = state_TD.to(dtype)
     end = length.cumsum(0)
     for first in range(0, len(row), rows):
         block = slice(first, first + rows)
@@ -118,10 +132,7 @@ def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD:
         grad_VD.index_add_(0, row[block], sums_RD.to(grad_VD.dtype))
 
 
-def _wide(weight_VD: Tensor) -> torch.dtype:
-    return torch.promote_types(weight_VD.dtype, torch.float32)
-
-
-def _blocks(weight_VD: Tensor) -> list[tuple[int, Tensor]]:
+def row_blocks(weight_VD: Tensor) -> list[tuple[int, Tensor]]:
+    """Views of a few rows at a time, with the index of their first."""
     rows = max(1, _BLOCK_BYTES // (weight_VD.shape[1] * 4))
     return [(i * rows, block) for i, block in enumerate(weight_VD.split(rows))]

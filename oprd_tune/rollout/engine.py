@@ -11,7 +11,7 @@ class RolloutEngine(Protocol):
     """Samples responses with the weights of the last `sync_weights`.
 
     Attributes:
-        samples_with_student: whether the trainer's own model samples, so that no other engine's rounding is involved.
+        samples_with_student: whether the trainer's own model samples.
     """
 
     samples_with_student: ClassVar[bool]

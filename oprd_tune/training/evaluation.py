@@ -30,6 +30,7 @@ class TaskAccuracy:
         samples_per_prompt: answers to each prompt.
         seed: of the noise; the same at every evaluation, so differences are the model's.
         batch_size: most answers sampled at once.
+        vocabulary: sample from the first so many tokens, as in training; None takes all.
 
     Raises:
         ConfigError: if the grader cannot be found or a reference answer is missing.
@@ -45,6 +46,7 @@ class TaskAccuracy:
         samples_per_prompt: int = 1,
         seed: int = 0,
         batch_size: int = 256,
+        vocabulary: int | None = None,
     ) -> None:
         try:
             self._grader: Callable[[str, str], bool] = _get_component_from_path(grader)
@@ -66,12 +68,17 @@ class TaskAccuracy:
             "seed": seed,
             "batch_size": batch_size,
         }
+        self._vocabulary = vocabulary
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, model: TransformerDecoder) -> float:
         """The share of right answers, between 0 and 1."""
         engine = NativeEngine(
-            model, stop_tokens=self._tokenizer.stop_tokens, pad_id=self._tokenizer.pad_id, **self._sampling
+            model,
+            stop_tokens=self._tokenizer.stop_tokens,
+            pad_id=self._tokenizer.pad_id,
+            vocabulary=self._vocabulary,
+            **self._sampling,
         )
         rollout = engine.generate(self._prompts)
         responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, self._tokenizer)
@@ -89,6 +96,7 @@ class ReferencePerplexity:
         first: use only that many rows, from the start.
         max_answer_tokens: longer answers are cut there.
         tokens_per_micro_batch: prompts, answers and padding together.
+        vocabulary: normalise over the first so many tokens, as in training; None takes all.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class ReferencePerplexity:
         first: int | None = None,
         max_answer_tokens: int = 512,
         tokens_per_micro_batch: int = 8192,
+        vocabulary: int | None = None,
     ) -> None:
         _need_answers(dataset, "reference_perplexity")
         for name, value in (("first", first), ("max_answer_tokens", max_answer_tokens)):
@@ -109,6 +118,7 @@ class ReferencePerplexity:
         self._pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         self._pad_id = tokenizer.pad_id
         self._tokens_per_micro_batch = tokens_per_micro_batch
+        self._vocabulary = vocabulary
 
     @property
     def longest(self) -> int:
@@ -124,7 +134,7 @@ class ReferencePerplexity:
             size = max(1, self._tokens_per_micro_batch // (len(rows[-1][0]) + len(rows[-1][1])))
             batch, rows = rows[-size:], rows[:-size]
             tokens_BS, mask_BS = _pad_pairs(batch, self._pad_id)
-            logprob_T = token_logprobs(model, tokens_BS.to(device), mask_BS.to(device))
+            logprob_T = token_logprobs(model, tokens_BS.to(device), mask_BS.to(device), vocabulary=self._vocabulary)
             total, count = total - logprob_T.double().sum().item(), count + logprob_T.numel()
         return math.exp(total / count) if total / count < 700 else math.inf
 

@@ -45,16 +45,16 @@ class Journal:
         self.phase = PhaseTimer(device)
         self.logged: dict[str, float] = {}
 
-    def open(self, logger: Any, tokenizer: HuggingFaceTokenizer, *, first_step: int | None) -> None:
+    def open(self, logger: Any, tokenizer: HuggingFaceTokenizer, *, first_step: int) -> None:
         """Start logging.
 
         Args:
             logger: one of torchtune's, or ours, which takes texts and figures too.
             tokenizer: decodes samples.
-            first_step: in a resumed run the step that comes next; what a crash left beyond it is hidden.
+            first_step: the step that is logged next; what a crash left from there on is hidden.
         """
         self._logger, self._tokenizer = logger, tokenizer
-        if first_step is not None and hasattr(logger, "resume_at"):
+        if hasattr(logger, "resume_at"):
             logger.resume_at(first_step)
 
     def add_rollout(self, rollout: Rollout) -> None:

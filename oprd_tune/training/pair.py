@@ -105,21 +105,32 @@ def check_pair(
 def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
     """Compare the tokenizers of two model folders; padding of the embeddings beyond their tokens does not matter.
 
-    Tokens that only one of them has are fine: they are ids that the other never uses. A folder without `tokenizer.json`
-    cannot be compared, and the user is told.
+    A special token under another name is told to the user, and so are tokens that only the student has, which the
+    teacher reads through rows that nobody trained. A folder without `tokenizer.json` cannot be
+    compared; that is told too.
 
     Raises:
-        ConfigError: if an id stands for different tokens.
+        ConfigError: if an id stands for two different ordinary tokens.
     """
-    student, teacher = tokens_by_id(student_folder), tokens_by_id(teacher_folder)
-    if student is None or teacher is None:
-        missing = student_folder if student is None else teacher_folder
+    of_student, of_teacher = tokens_by_id(student_folder), tokens_by_id(teacher_folder)
+    if of_student is None or of_teacher is None:
+        missing = student_folder if of_student is None else teacher_folder
         print(f"{missing} has no tokenizer.json: whether student and teacher share their tokens is not checked.")
         return
+    (student, student_special), (teacher, teacher_special) = of_student, of_teacher
     shared = student.keys() & teacher.keys()
-    if different := sorted(i for i in shared if student[i] != teacher[i]):
-        shown = "; ".join(f"{i} is {student[i]!r} and {teacher[i]!r}" for i in different[:_SHOWN])
+    different = sorted(i for i in shared if student[i] != teacher[i])
+
+    def examples(ids: Sequence[int]) -> str:
+        return "; ".join(f"{i} is {student[i]!r} and {teacher.get(i)!r}" for i in ids[:_SHOWN])
+
+    if ordinary := [i for i in different if i not in student_special & teacher_special]:
         raise ConfigError(
-            f"student and teacher do not share their tokens: {len(different)} of {len(shared)} ids differ, for example "
-            f"{shown}. The teacher reads the student's ids, so both need one vocabulary; padded sizes may differ"
+            f"student and teacher do not share their tokens: {len(ordinary)} of {len(shared)} ids differ, for example "
+            f"{examples(ordinary)}. The teacher reads the student's ids, so both need one vocabulary; padded sizes may "
+            "differ"
         )
+    if renamed := [i for i in different if i in student_special & teacher_special]:
+        print(f"{len(renamed)} special tokens differ between student and teacher: {examples(renamed)}.")
+    if own := sorted(student.keys() - teacher.keys()):
+        print(f"{len(own)} tokens are the student's alone: {examples(own)}.")

@@ -1,5 +1,7 @@
 """Several losses from one forward pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.losses import Composite, FullReverseKL, HiddenStateMSE, TopKReverseKL
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.masking import response_tokens, select_states
+from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.modeling.lm_head import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.teacher import FrozenTeacher
@@ -24,7 +27,7 @@ def rollout():
     return Rollout(
         tokens_BS=torch.randint(0, VOCAB, (2, 9), generator=generator),
         response_mask_BS=mask,
-        sampler_logprobs_BS=torch.zeros(2, 9),
+        sampler_logprobs_BS=-torch.rand(2, 9, generator=generator),
         lengths_B=torch.tensor([9, 6]),
         truncated_B=torch.zeros(2, dtype=torch.bool),
         prompt_positions_B=torch.arange(2),
@@ -80,6 +83,33 @@ def test_it_is_the_weighted_sum_of_its_parts_each_over_its_own_count(positions):
         torch.testing.assert_close(gradient, opd[name] + oprd[name], rtol=1e-4, atol=1e-7)
 
 
+def test_response_tokens_stand_one_place_after_the_states_that_predict_them():
+    batch = rollout()
+    top_ids = torch.arange(2 * 9 * 2).view(2, 9, 2)
+    tokens = response_tokens(replace(batch, sampler_top_ids_BSK=top_ids, sampler_top_mass_BS=top_ids[..., 0] / 100))
+    assert tokens.index_T.tolist() == [2, 3, 4, 5, 6, 7, 9 + 3, 9 + 4]
+    at = tokens.index_T + 1
+    assert torch.equal(tokens.tokens_T, batch.tokens_BS.flatten()[at])
+    assert torch.equal(tokens.sampler_logprobs_T, batch.sampler_logprobs_BS.flatten()[at])
+    assert torch.equal(tokens.sampler_top_ids_TK, top_ids.flatten(0, 1)[at])
+    assert torch.equal(tokens.sampler_top_mass_T, (top_ids[..., 0] / 100).flatten()[at])
+
+
+def test_metrics_of_several_token_parts_are_kept_apart():
+    student, teacher = make_model(), make_model(seed=1)
+    heads, batch = Heads(LMHead(student), LMHead(teacher), VOCAB), rollout()
+    tokens, selection = response_tokens(batch), select_states(batch.response_mask_BS)
+    targets = FrozenTeacher(teacher, [], final=True).targets(batch.tokens_BS, selection.index_T, tokens.index_T)
+    loss = Composite({"few": TopKReverseKL(k=2), "many": TopKReverseKL(k=9)})
+    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=[], top=DEPTH)
+    with layer_taps(student, stream.layers, stream):
+        student(batch.tokens_BS)
+    buffer = MetricBuffer()
+    buffer.add_composite(stream, selection)
+    logged = buffer.finish()
+    assert 0 < logged["token/few/student_mass"] < logged["token/many/student_mass"] < 1
+
+
 def test_a_hidden_part_below_the_top_reaches_the_loss_too():
     global PAIRS
     whole, PAIRS = PAIRS, [LayerPair(1, 1)]
@@ -108,6 +138,8 @@ def test_wants_as_many_of_the_sampler_s_tokens_as_its_hungriest_part():
         (lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}), "loss.weights.a is -1.0; a weight must not"),
         (lambda: Composite({"a": FullReverseKL()}, {"b": 1.0}), "loss.weights names b; the parts are a"),
         (lambda: Composite({"a": 3}), "loss.parts.a is no loss but 3"),
+        (lambda: Composite({"top-k": FullReverseKL()}), "loss.parts has 'top-k'; a name is letters, digits and _"),
+        (lambda: Composite({"total": FullReverseKL()}), "and not `total`"),
         (lambda: Composite({"a": HiddenStateMSE(), "b": HiddenStateMSE()}), "more than one loss on hidden states"),
         (lambda: Composite({"a": TopKReverseKL(k=16)}).check(
             vocabulary=8, sampler_temperature=1.0, sampler_is_student=True

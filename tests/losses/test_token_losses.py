@@ -1,5 +1,6 @@
 """Output-space losses: values and gradients against their formulas, the exact identities, and what stays in memory."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from oprd_tune.losses import (
     TopKReverseKL,
 )
 from oprd_tune.losses.diagnostics import diagnose, evenly_spaced
+from oprd_tune.modeling.lm_head import Heads
 from oprd_tune.types import ResponseTokens
 from tests.losses.token_losses import LOSSES, TOP, Case, K, V, Weight, kl, on, plain_topk
 
@@ -54,10 +56,15 @@ def test_heads_padded_to_other_sizes_are_compared_on_the_tokens_that_both_have(n
 def test_neither_chunks_nor_microbatches_change_the_sum(name):
     make, _ = LOSSES[name]
     case = Case((4, 11))
-    results = [case.stream(make(chunk_tokens=size)).total for size in (1, 5, 512)]
-    torch.testing.assert_close(results[0], results[1], **EXACT)
-    torch.testing.assert_close(results[0], results[2], **EXACT)
-    whole = case.gradients(results[2])
+    totals, gradients = [], []
+    for size in (1, 5, 512):
+        totals.append(case.stream(make(chunk_tokens=size)).total)
+        gradients.append(case.gradients(totals[-1]))
+    whole = gradients[2]
+    for i in (0, 1):
+        torch.testing.assert_close(totals[i], totals[2], **EXACT)
+        for g, w in zip(gradients[i], whole, strict=True):
+            torch.testing.assert_close(g, w, **EXACT)
     half = len(case.tokens) // 2
     parts = 0.0
     for start, size in ((0, half), (half, len(case.tokens) - half)):
@@ -71,7 +78,7 @@ def test_neither_chunks_nor_microbatches_change_the_sum(name):
 def test_the_student_at_the_teacher_has_no_gradient(name):
     make, _ = LOSSES[name]
     case = Case()
-    case.heads = type(case.heads)(case.heads.student, Weight(case.student_VD.detach().clone()), V)
+    case.heads = Heads(case.heads.student, Weight(case.student_VD.detach().clone()), V)
     case.teacher_TC = case.state_BSD.detach().flatten(0, 1)[case.index_T].clone()
     stream = case.stream(make())
     assert stream.total.abs() < 1e-13
@@ -109,6 +116,33 @@ def test_bf16_agrees_with_fp64_to_bf16_precision(name):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
     for low, high in zip(results[0][1:], results[1][1:], strict=True):
         assert (low - high).norm() / high.norm() < 2**-6
+
+
+@pytest.mark.parametrize("name", ["full", "sampled", "top-k student", "top-k detached"])
+def test_in_bf16_many_small_chunks_lose_nothing(name):
+    """The head's gradient is summed in fp32: 400 chunks are as good as one."""
+    make, _ = LOSSES[name]
+    errors = []
+    exact = Case((8, 500), marked=1.0)
+    wanted = exact.gradients(exact.stream(make()).total)[1]
+    for size in (4000, 10):
+        case = Case((8, 500), dtype=torch.bfloat16, marked=1.0)
+        got = case.gradients(case.stream(make(chunk_tokens=size)).total)[1]
+        errors.append((got.double() - wanted).norm() / wanted.norm())
+    assert errors[1] < 2 * errors[0] + 1e-3 < 0.02
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["full", "top-k student"])
+def test_states_and_heads_may_differ_in_dtype(name, dtypes):
+    make, _ = LOSSES[name]
+    case, exact = Case(), Case()
+    case.state_BSD = case.state_BSD.detach().to(dtypes[0]).requires_grad_()
+    case.student_VD = case.student_VD.detach().to(dtypes[1]).requires_grad_()
+    case.heads = Heads(Weight(case.student_VD), Weight(case.heads.teacher.weight_VD.to(dtypes[1])), V)
+    wanted = exact.gradients(exact.stream(make()).total)
+    for got, w in zip(case.gradients(case.stream(make()).total), wanted, strict=True):
+        assert (got.double() - w).norm() / w.norm() < 2**-6
 
 
 # ---- identities, with every possible next token enumerated ----
@@ -213,6 +247,16 @@ def test_measures_what_the_formulas_say():
     torch.testing.assert_close(top["token/support_kl"], kl(*on(ids, log_p, log_q)).sum())
     detached = case.stream(DetachedTopKReverseKL(k=K)).measures.sums
     torch.testing.assert_close(detached["token/teacher_mass"], mass_q)
+    teacher_ids = log_q.topk(K).indices
+    teacher = case.stream(TopKReverseKL(k=K, support="teacher")).measures.sums
+    torch.testing.assert_close(teacher["token/teacher_mass"], log_q.gather(1, teacher_ids).exp().sum())
+    both = torch.zeros_like(log_p, dtype=torch.bool).scatter_(1, ids, True).scatter_(1, teacher_ids, True)
+    union = case.stream(TopKReverseKL(k=K, support="union")).measures.sums
+    torch.testing.assert_close(union["token/student_mass"], log_p.exp()[both].sum())
+    torch.testing.assert_close(union["token/teacher_mass"], log_q.exp()[both].sum())
+    sampled = case.stream(SampledReverseKL()).measures.sums
+    gap = log_p.gather(1, case.tokens.tokens_T[:, None]).squeeze(1) - case.tokens.sampler_logprobs_T
+    torch.testing.assert_close(sampled["token/logprob_gap"], gap.abs().sum())
 
 
 def test_diagnoses_exactly():
@@ -247,33 +291,38 @@ def test_a_subsample_is_spread_evenly():
 # ---- memory ----
 
 
-def largest_live(function):
-    """Elements of the largest tensor that any operation within `function` made."""
+def live_tensors(function, size):
+    """The largest tensor that any operation within `function` made, and how many of `size` elements lived at once."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    sizes = []
+    largest, at_once, references = 0, 0, []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal largest, at_once, references
             result = operation(*args, **(kwargs or {}))
-            views = isinstance(result, torch.Tensor) and result._is_view()
-            sizes.extend([result.numel()] if isinstance(result, torch.Tensor) and not views else [])
+            if isinstance(result, torch.Tensor) and not result._is_view():
+                largest = max(largest, result.numel())
+                references.append(weakref.ref(result))
+            references = [r for r in references if r() is not None]
+            storages = {r().untyped_storage().data_ptr() for r in references if r().numel() == size}
+            at_once = max(at_once, len(storages))
             return result
 
     with Watch():
         function()
-    return max(sizes)
+    return largest, at_once
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_of_tokens_times_vocabulary_is_ever_made(name):
+def test_at_most_two_chunks_of_logits_live_and_nothing_of_tokens_times_vocabulary(name):
     make, _ = LOSSES[name]
-    case, tokens, vocabulary, chunk = Case((4, 100), marked=1.0), 400, V, 10
+    case, tokens, vocabulary, chunk = Case((4, 100), marked=1.0), 400, V, 50
     case.gradients(case.stream(make(chunk_tokens=chunk)).total)
-    most = largest_live(lambda: case.gradients(case.stream(make(chunk_tokens=chunk)).total))
-    state = case.state_BSD.numel()
-    assert most <= max(state, tokens * 2 * K, chunk * vocabulary)
-    assert tokens * vocabulary > state
+    step = lambda: case.gradients(case.stream(make(chunk_tokens=chunk)).total)  # noqa: E731
+    largest, at_once = live_tensors(step, chunk * vocabulary)
+    assert largest <= max(case.state_BSD.numel(), tokens * 2 * K) < tokens * vocabulary
+    assert at_once == (1 if isinstance(make(), TopKReverseKL) else 2)
 
 
 def test_the_head_s_gradient_goes_straight_into_its_buffer():
@@ -317,13 +366,15 @@ ON_POLICY = {"vocabulary": V, "sampler_temperature": 1.0, "sampler_is_student": 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopKReverseKL(k=1), "k is 1; it must be at least 2"),
+        (lambda: TopKReverseKL(k=1), "k is 1; it must be a whole number, at least 2"),
         (lambda: TopKReverseKL(support="both"), "allowed are student, teacher, union, sampler"),
-        (lambda: DetachedTopKReverseKL(k=0), "k is 0; it must be at least 2"),
+        (lambda: DetachedTopKReverseKL(k=0), "k is 0; it must be a whole number, at least 2"),
         (lambda: ControlVariateReverseKL(baseline_k=1), "baseline_k is 1"),
         (lambda: SampledReverseKL(reward_clip=0), "reward_clip is 0; give a positive number"),
         (lambda: FullReverseKL(teacher_temperature=0), "teacher_temperature is 0; it must be positive"),
         (lambda: FullReverseKL(chunk_tokens=0), "chunk_tokens is 0"),
+        (lambda: FullReverseKL(chunk_tokens=1.5), "chunk_tokens is 1.5; it must be a whole number"),
+        (lambda: TopKReverseKL(k=2.5), "k is 2.5; it must be a whole number"),
         (lambda: TopKReverseKL(k=V + 1).check(**ON_POLICY), f"k is {V + 1}, but student and teacher share {V} tokens"),
         (lambda: DetachedTopKReverseKL(k=V + 1).check(**ON_POLICY), "share 9 tokens"),
         (lambda: ControlVariateReverseKL(baseline_k=V + 1).check(**ON_POLICY), "baseline_k is 10"),

@@ -21,8 +21,9 @@ def test_buffer_divides_sums_once_and_empties():
 
 def test_a_metric_that_is_not_described_cannot_be_logged():
     check_names(["layers/mse_07", "time/rollout", "positions/cosine_quarter_4"])
-    with pytest.raises(KeyError, match="loss/kl"):
-        check_names(["loss/kl"])
+    check_names(["loss/opd", "token/kl", "token/opd/kl"])
+    with pytest.raises(KeyError, match="loss/of/kl"):
+        check_names(["loss/of/kl"])
     assert len({m.name for m in METRICS}) == len(METRICS)
 
 

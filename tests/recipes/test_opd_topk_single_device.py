@@ -2,12 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.modeling.load import load_decoder
+from oprd_tune.tiny import checkpointer, tiny_qwen2
+from oprd_tune.tiny.model import write_tokenizer
 from oprd_tune.training.launch import run_recipe as launch
+from oprd_tune.training.pair import check_same_tokens
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe, weights
 
 NAME = "opd_topk_single_device"
@@ -35,8 +40,8 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(config, tmp_pa
     losses = []
     for i, extra in enumerate(({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})):
         recipe = run_recipe(NAME, config, tmp_path / str(i), **extra)
-        losses.append(recipe._journal.logged["loss/total"])
-    assert math.isclose(losses[1], losses[0], rel_tol=1e-4)
+        losses.append([recipe._journal.logged[name] for name in ("loss/total", "optimizer/grad_norm")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[2] == losses[0]
     assert_same_student(tmp_path / "0", tmp_path / "2")
 
@@ -67,6 +72,39 @@ def test_logs_what_its_objective_knows(config, names, out):
     assert logged["diagnostics/variance_vopd"] >= 0
     if "loss/opd" in logged:
         assert math.isclose(logged["loss/opd"] + logged["loss/oprd"], logged["loss/total"], rel_tol=1e-6)
+
+
+def test_loss_and_gradient_are_those_of_the_formula_on_the_recipe_s_own_rollout(out):
+    """vOPD with an importance ratio: it reads tokens, the sampler's log-probabilities, and both models."""
+    recipe = recipe_class(NAME)(load_config("tiny/vopd", output_dir=out, **SMALL, tokens_per_micro_batch=20))
+    recipe.setup()
+    prompts = recipe._prompts.at_step(0)
+    rollout = recipe._engine.generate(prompts, stream=0)
+    student, teacher = (
+        load_decoder(tiny_qwen2, checkpointer(name, str(out)), dtype=torch.float32, device=torch.device("cpu"))
+        for name in ("student", "teacher")
+    )
+    noise = torch.linspace(-1, 1, rollout.sampler_logprobs_BS.numel()).view_as(rollout.sampler_logprobs_BS)
+    shifted = replace(rollout, sampler_logprobs_BS=rollout.sampler_logprobs_BS + noise)
+    recipe._engine.generate = lambda prompts, stream: shifted
+    (loss,) = recipe._loss.parts.values()
+    loss.importance_ratio_cap = 2.0
+    recipe.train_step(prompts)
+    metrics = recipe._metrics.finish()
+
+    at = shifted.response_mask_BS[:, 1:]
+    tokens, mu = shifted.tokens_BS[:, 1:][at], shifted.sampler_logprobs_BS[:, 1:][at]
+    log_p, log_q = (m(shifted.tokens_BS)[:, :-1][at].log_softmax(-1) for m in (student, teacher))
+    chosen, reference = (x.gather(1, tokens[:, None]).squeeze(1) for x in (log_p, log_q))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    ratio = (chosen - mu).exp().clamp(max=2.0)
+    wanted = -((ratio * (reference - chosen + kl)).detach() * chosen).mean()
+    wanted.backward()
+    norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm().item()
+    assert metrics["loss/total"] == pytest.approx(wanted.item(), rel=1e-4)
+    assert metrics["optimizer/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["token/importance_ratio"] == pytest.approx(ratio.mean().item(), rel=1e-4)
+    assert metrics["token/logprob_gap"] == pytest.approx((chosen - mu).abs().mean().item(), rel=1e-4)
 
 
 def test_looks_at_whole_distributions_only_when_it_is_time(out):
@@ -112,14 +150,15 @@ def test_padded_vocabularies_are_compared_on_shared_tokens(config, padded, tmp_p
         f"{padded}.vocab_size": 24,
         f"{files}._component_": f"{MODELS}.padded_checkpointer",
         f"{files}.vocab_size": 24,
-        "task_accuracy._component_": "null",
-        "reference_perplexity._component_": "null",
     }
     recipe = run_recipe(NAME, config, tmp_path / "padded", max_steps=2, **extra)
     assert recipe._heads.vocabulary == 16
     logged, wanted = recipe._journal.logged, plain._journal.logged
     assert math.isclose(logged["loss/total"], wanted["loss/total"], rel_tol=1e-5)
     assert logged["rollout/response_tokens"] == wanted["rollout/response_tokens"]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("plain", "padded")]
+    for key in ("student_after", "perplexity_after", "teacher"):
+        assert summaries[1][key] == pytest.approx(summaries[0][key], rel=1e-3)
 
 
 def test_teachers_of_other_width_may_grade_tokens(out):
@@ -150,7 +189,7 @@ def test_the_sampler_may_supply_the_support(tmp_path):
 
 BAD_INPUTS = {
     "k": ("tiny/opd_topk", {"loss.k": 17}, "loss.k is 17, but student and teacher share 16 tokens"),
-    "k of one": ("tiny/opd_topk", {"loss.k": 1}, "it must be at least 2"),
+    "k of one": ("tiny/opd_topk", {"loss.k": 1}, "it must be a whole number, at least 2"),
     "support": ("tiny/opd_topk", {"loss.support": "both"}, "allowed are student, teacher, union, sampler"),
     "other tokens": (
         "tiny/opd_full",
@@ -161,6 +200,19 @@ BAD_INPUTS = {
     "negative weight": ("tiny/oprd_plus_opd", {"loss.weights.oprd": -1}, "loss.weights.oprd is -1; a weight must not"),
     "weight of nothing": ("tiny/oprd_plus_opd", {"loss.weights.kl": 1}, "names kl; the parts are opd, oprd"),
     "part's argument": ("tiny/oprd_plus_opd", {"loss.parts.opd.kk": 3}, "takes no argument loss.parts.opd.kk"),
+    "parts that are none": ("tiny/oprd_plus_opd", {"loss.parts": 3}, "loss.parts maps names to losses"),
+    "foreign loss": (
+        "tiny/opd_full",
+        {"loss._component_": "oprd_tune.tiny.tokenizer"},
+        "none of the losses in oprd_tune.losses",
+    ),
+    "infinite weight": ("tiny/oprd_plus_opd", {"loss.weights.opd": ".inf"}, "nor infinite"),
+    "half a token": ("tiny/opd_topk", {"loss.k": 2.5}, "loss.k is 2.5; it must be a whole number"),
+    "the recipe's own argument": (
+        "tiny/opd_topk",
+        {"rollout.vocabulary": 3},
+        "rollout.vocabulary is set by the recipe",
+    ),
     "no loss": (
         "tiny/oprd_plus_opd",
         {"loss.parts.opd._component_": "oprd_tune.tiny.tokenizer"},
@@ -193,13 +245,24 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch,
 
 
 def test_a_folder_without_a_tokenizer_is_named(out, capsys):
-    from oprd_tune.training.pair import check_same_tokens
-
     out.mkdir()
     check_same_tokens(out, out)
     assert "has no tokenizer.json: whether student and teacher share their tokens is not checked" in (
         capsys.readouterr().out
     )
+
+
+def test_other_names_of_special_tokens_are_told(tmp_path, capsys):
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    for folder in (student, teacher):
+        folder.mkdir()
+        write_tokenizer(folder)
+    check_same_tokens(student, teacher)
+    assert capsys.readouterr().out == ""
+    file = teacher / "tokenizer.json"
+    file.write_text(file.read_text().replace("<eos>", "<end>"))
+    check_same_tokens(student, teacher)
+    assert "1 special tokens differ between student and teacher: 1 is '<eos>' and '<end>'" in capsys.readouterr().out
 
 
 def test_summary_holds_the_curve(out):
