@@ -30,7 +30,7 @@ DETACHED = ["loss._component_=oprd_tune.losses.DetachedTopKReverseKL", "~loss.su
 # Name -> config, overrides, learning rates to try.
 OBJECTIVES: dict[str, tuple[str, list[str], tuple[float, ...]]] = {
     "OPRD": ("tiny/oprd", [], (3e-3, 6e-3, 1e-2)),
-    "OPRD + full KL": ("tiny/oprd_plus_opd", [], (1e-3, 3e-3, 6e-3)),
+    "OPRD + 0.1 full KL": ("tiny/oprd_plus_opd", [], (3e-3, 6e-3, 1e-2)),
     "full KL": ("tiny/opd_full", [], (3e-4, 1e-3, 3e-3)),
     "top-4": ("tiny/opd_topk", [], (3e-4, 6e-4, 1e-3)),
     "top-4, detached": ("tiny/opd_topk", DETACHED, (1e-4, 3e-4, 6e-4)),

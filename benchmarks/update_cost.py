@@ -5,8 +5,8 @@
 
 An update is the teacher's forward, the student's forward and its backward, at the width and vocabulary of Qwen2.5-1.5B
 with few layers and activation checkpointing. `ours` is this package; `plain` is the same objective as it is usually
-written: logits of both models materialised in fp32, and for hidden states every layer's stacked. `bound` runs both
-models without head and loss: nothing that trains the student can be cheaper.
+written: logits of both models materialised in fp32 (for hidden states too, where they are dropped and all layers
+stacked). `bound` runs both models without head and loss.
 
 Resident, and so not counted: both models' parameters and the student's gradient buffers, allocated beforehand (and an
 optimizer's state). Each case is a process of its own. Writes update_cost.json, a table and a plot.
