@@ -13,7 +13,7 @@ help:
 	@echo "make demo      distil the embedded student and show what came of it (minutes, most of it installation)"
 	@echo "make test      install what the tests need, lint, type-check, and run the quick tests"
 	@echo "make test-all  the same with the slow tests"
-	@echo "make bench     write benchmarks/results/ (hours; each script in benchmarks/ also runs alone)"
+	@echo "make bench     write benchmarks/results/ (an hour or more; each script there also runs alone)"
 
 # Two stamps: what a run needs, and what developing needs on top.
 $(VENV)/installed: pyproject.toml hatch_build.py

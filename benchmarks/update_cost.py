@@ -210,8 +210,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._resident = torch.cuda.memory_allocated()
             return
+        if not (reset := Path("/proc/self/clear_refs")).exists():
+            sys.exit("without CUDA this needs Linux: the process's peak is read from /proc")
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        reset.write_text("5")
         self._resident = self._status("VmRSS")
 
     def stop(self) -> int:

@@ -14,10 +14,33 @@ from torch import Tensor
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import DenseHeadGradient, HeadSum, head_sum
-from oprd_tune.modeling.lm_head import Heads, add_product, head_logits, wide
+from oprd_tune.modeling.lm_head import Heads, add_product, gathered_logits, head_logits, wide
 from oprd_tune.types import ResponseTokens
 
 _ROWS_AT_ONCE = 32  # rows of [V] whose exponentials live at once in `logsumexp`
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models at a chunk of positions. All logits are divided by its temperature, in at least fp32.
+
+    Attributes:
+        state_TD: final states.
+        weight_VD: its LM head.
+        temperature: divides the logits.
+    """
+
+    state_TD: Tensor
+    weight_VD: Tensor
+    temperature: float
+
+    def logits(self) -> Tensor:
+        """Of every token, [T, V]."""
+        return head_logits(self.state_TD, self.weight_VD).div_(self.temperature)
+
+    def logits_on(self, ids_TK: Tensor) -> Tensor:
+        """Of K tokens at each position, [T, K], without the others."""
+        return gathered_logits(self.state_TD, self.weight_VD, ids_TK).div_(self.temperature)
 
 
 class TokenLoss:
@@ -61,6 +84,11 @@ class TokenLoss:
     ) -> HeadSum:
         """The sum over tokens with its unscaled gradients, and what it measured on the way."""
         raise NotImplementedError
+
+    def sides(self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads) -> tuple[Side, Side]:
+        """Student and teacher at a chunk of positions."""
+        student = Side(student_TD, heads.student_VD, self.student_temperature)
+        return student, Side(teacher_TC, heads.teacher_VC, self.teacher_temperature)
 
     def stream(self, top: int, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
         """Open one microbatch.
@@ -134,6 +162,12 @@ class Comparison:
     tokens: ResponseTokens
 
 
+def compare(student: Side, teacher: Side, tokens: ResponseTokens) -> Comparison:
+    """Run both heads on a chunk; two [T, V] come of it."""
+    log_p_TV, log_q_TV = log_softmax_(student.logits()), log_softmax_(teacher.logits())
+    return Comparison(log_p_TV, torch.sub(log_p_TV, log_q_TV, out=log_q_TV), tokens)
+
+
 class DenseTokenLoss(TokenLoss):
     """Base of the losses whose gradient reaches every token's logit: one pass over chunks, each head once forward."""
 
@@ -152,7 +186,8 @@ class DenseTokenLoss(TokenLoss):
         total = torch.zeros((), dtype=dtype, device=weight_VD.device)
         for start in range(0, len(student_TD), self.chunk_tokens):
             rows = slice(start, start + self.chunk_tokens)
-            chunk = self._compare(student_TD[rows], teacher_TC[rows], heads, tokens.chunk(start, self.chunk_tokens))
+            student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
+            chunk = compare(student, teacher, tokens.chunk(start, self.chunk_tokens))
             chunk_total, logits_TV = self.objective(chunk, measures)
             total += chunk_total
             del chunk  # and with it one of its two [T, V]
@@ -162,11 +197,6 @@ class DenseTokenLoss(TokenLoss):
                 add_product(gradient_VD, logits_TV, student_TD[rows])
             del logits_TV  # before the next chunk's exist
         return HeadSum(total, gradient_TD, None if gradient_VD is None else DenseHeadGradient(gradient_VD))
-
-    def _compare(self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens) -> Comparison:
-        log_p_TV = log_softmax_(head_logits(student_TD, heads.student_VD).div_(self.student_temperature))
-        log_q_TV = log_softmax_(head_logits(teacher_TC, heads.teacher_VC).div_(self.teacher_temperature))
-        return Comparison(log_p_TV, torch.sub(log_p_TV, log_q_TV, out=log_q_TV), tokens)
 
 
 def logsumexp(logits_TV: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import HeadSum, SparseHeadGradient
 from oprd_tune.losses.reverse_kl import exact_kl, score_gradient
-from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, TokenLoss, check_whole, logsumexp
-from oprd_tune.modeling.lm_head import Heads, gathered_logits, head_logits, weighted_rows, wide
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, Side, TokenLoss, check_whole, logsumexp
+from oprd_tune.modeling.lm_head import Heads, weighted_rows, wide
 from oprd_tune.types import ResponseTokens
 
 
@@ -39,49 +39,36 @@ class Support:
     student_mass_T: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class SupportQuestion:
-    """What a support may be chosen from."""
-
-    student_TD: Tensor
-    teacher_TC: Tensor
-    heads: Heads
-    tokens: ResponseTokens
-    k: int
-    student_temperature: float
-    teacher_temperature: float
-
-
-def student_support(ask: SupportQuestion) -> Support:
+def student_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The student's top-k. The student's head runs once, without gradient; the teacher's does not run."""
-    logits_TK, ids_TK, normaliser_T = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
+    logits_TK, ids_TK, normaliser_T = _top(student, k)
     return Support(ids_TK, student_TK=logits_TK, student_normaliser_T=normaliser_T)
 
 
-def teacher_support(ask: SupportQuestion) -> Support:
+def teacher_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The teacher's top-k. The teacher's head runs once; the student's does not run, so P(𝒮) is not known."""
-    logits_TK, ids_TK, normaliser_T = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
+    logits_TK, ids_TK, normaliser_T = _top(teacher, k)
     return Support(ids_TK, teacher_TK=logits_TK, teacher_normaliser_T=normaliser_T)
 
 
-def union_support(ask: SupportQuestion) -> Support:
+def union_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The tokens of either top-k, each counted once. Both heads run once."""
-    _, student_ids_TK, student_T = _top(ask.student_TD, ask.heads.student_VD, ask.student_temperature, ask.k)
-    _, teacher_ids_TK, teacher_T = _top(ask.teacher_TC, ask.heads.teacher_VC, ask.teacher_temperature, ask.k)
+    _, student_ids_TK, student_T = _top(student, k)
+    _, teacher_ids_TK, teacher_T = _top(teacher, k)
     ids_TK = torch.cat([student_ids_TK, teacher_ids_TK], dim=1).sort(dim=1).values
     repeated_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
     repeated_TK[:, 1:] = ids_TK[:, 1:] == ids_TK[:, :-1]
     return Support(ids_TK, repeated_TK, student_normaliser_T=student_T, teacher_normaliser_T=teacher_T)
 
 
-def sampler_support(ask: SupportQuestion) -> Support:
+def sampler_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The top-k that the sampler returned with the rollout: neither head runs. P(𝒮) is the sampler's."""
-    ids_TK, mass_T = ask.tokens.sampler_top_ids_TK, ask.tokens.sampler_top_mass_T
-    assert ids_TK is not None
-    return Support(ids_TK[:, : ask.k], student_mass_T=mass_T if ids_TK.shape[1] == ask.k else None)
+    assert tokens.sampler_top_ids_TK is not None
+    ids_TK, mass_T = tokens.sampler_top_ids_TK, tokens.sampler_top_mass_T
+    return Support(ids_TK[:, :k], student_mass_T=mass_T if ids_TK.shape[1] == k else None)
 
 
-SUPPORTS: dict[str, Callable[[SupportQuestion], Support]] = {
+SUPPORTS: dict[str, Callable[[Side, Side, ResponseTokens, int], Support]] = {
     "student": student_support,
     "teacher": teacher_support,
     "union": union_support,
@@ -93,8 +80,8 @@ class TopKReverseKL(TokenLoss):
     """KL(p̄‖q̄), both renormalised on a support 𝒮 of K tokens, with its exact gradient (Eq. 5).
 
     The mass on 𝒮 is unconstrained: watch P(𝒮), which is measured where the student's head runs, and Q(𝒮), where the
-    teacher's does. Beyond choosing 𝒮, both models' logits are K dot products a
-    token, and the gradient reaches K rows of the head.
+    teacher's does. Beyond choosing 𝒮, both models' logits are K dot products a token, and the gradient reaches K rows
+    of the head.
 
     Args:
         k: size of the support, at least 2; a single token renormalised says nothing.
@@ -140,7 +127,10 @@ class TopKReverseKL(TokenLoss):
         for start in range(0, max(1, len(student_TD)), self.chunk_tokens):
             rows = slice(start, start + self.chunk_tokens)
             part = tokens.chunk(start, self.chunk_tokens)
-            support, student_TK, teacher_TK = self._logits(student_TD[rows], teacher_TC[rows], heads, part)
+            student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
+            support = self._choose(student, teacher, part, self.k)
+            student_TK = _logits_on(support, student, support.student_TK)
+            teacher_TK = _logits_on(support, teacher, support.teacher_TK)
             kl_T, factor_TK = renormalised_kl(student_TK, teacher_TK, support.repeated_TK)
             total += kl_T.sum()
             factor_TK = factor_TK.div_(self.student_temperature)
@@ -153,24 +143,6 @@ class TopKReverseKL(TokenLoss):
             if support.student_mass_T is not None:
                 measures.add("token/student_mass", support.student_mass_T)
         return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
-
-    def _logits(
-        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens
-    ) -> tuple[Support, Tensor, Tensor]:
-        """The support, and both models' tempered logits on it; repeated tokens at −∞."""
-        ask = SupportQuestion(
-            student_TD, teacher_TC, heads, tokens, self.k, self.student_temperature, self.teacher_temperature
-        )
-        support = self._choose(ask)
-        student_TK, teacher_TK, ids_TK = support.student_TK, support.teacher_TK, support.ids_TK
-        if student_TK is None:
-            student_TK = gathered_logits(student_TD, heads.student_VD, ids_TK).div_(self.student_temperature)
-        if teacher_TK is None:
-            teacher_TK = gathered_logits(teacher_TC, heads.teacher_VC, ids_TK).div_(self.teacher_temperature)
-        if support.repeated_TK is not None:
-            student_TK = student_TK.masked_fill(support.repeated_TK, -torch.inf)
-            teacher_TK = teacher_TK.masked_fill(support.repeated_TK, -torch.inf)
-        return support, student_TK, teacher_TK
 
 
 class DetachedTopKReverseKL(DenseTokenLoss):
@@ -239,11 +211,17 @@ def check_k(name: str, k: int, vocabulary: int) -> None:
         raise ConfigError(f"loss.{name} is {k}, but student and teacher share {vocabulary} tokens; lower it")
 
 
-def _top(state_TD: Tensor, weight_VD: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tempered logits and ids of the top-k, and the normaliser of all logits."""
-    logits_TV = head_logits(state_TD, weight_VD).div_(temperature)
+def _top(side: Side, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and ids of the top-k, and the normaliser of all logits."""
+    logits_TV = side.logits()
     logits_TK, ids_TK = logits_TV.topk(k, dim=-1)
     return logits_TK, ids_TK, logsumexp(logits_TV)
+
+
+def _logits_on(support: Support, side: Side, known_TK: Tensor | None) -> Tensor:
+    """A side's logits on the support, −∞ where a token is repeated."""
+    logits_TK = side.logits_on(support.ids_TK) if known_TK is None else known_TK
+    return logits_TK if support.repeated_TK is None else logits_TK.masked_fill(support.repeated_TK, -torch.inf)
 
 
 def _measure_mass(measures: Measures, name: str, logits_TK: Tensor, normaliser_T: Tensor | None) -> None:

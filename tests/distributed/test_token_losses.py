@@ -1,0 +1,69 @@
+"""Token losses under FSDP2 on two gloo ranks: gradients equal those of one process, the head's own included."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+
+from oprd_tune.losses import FullReverseKL, HiddenStateMSE, TopKReverseKL
+from oprd_tune.losses.composite import Composite
+from oprd_tune.losses.masking import response_tokens, select_states
+from oprd_tune.modeling.lm_head import Heads, LMHead
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.training.grads import backward
+from oprd_tune.types import LayerPair
+from tests.conftest import DEPTH, VOCAB, make_model
+from tests.losses.test_composite import rollout
+
+PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
+LOSSES = {
+    "full": lambda: Composite({"opd": FullReverseKL(chunk_tokens=3)}),
+    "top-k": lambda: Composite({"opd": TopKReverseKL(k=4)}),
+    "composite": lambda: Composite({"opd": FullReverseKL(), "oprd": HiddenStateMSE()}),
+}
+
+
+def accumulate(model, loss, micro_batches, *, tied, world_size):
+    """Backpropagate some of the step's microbatches."""
+    teacher = make_model(tied=tied, seed=1)
+    heads = Heads(LMHead(model), LMHead(teacher), VOCAB)
+    frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS], final=True)
+    counts_P = torch.tensor(loss.counts(rollout(), positions="all", positions_k=1))
+    for micro in micro_batches:
+        tokens, selection = response_tokens(micro), select_states(micro.response_mask_BS)
+        targets = frozen.targets(micro.tokens_BS, selection.index_T, tokens.index_T)
+        stream = loss.stream(targets, tokens, selection, heads=heads, pairs=PAIRS, top=DEPTH)
+        with layer_taps(model, stream.layers, stream):
+            sums_P = model(micro.tokens_BS)
+        backward(sums_P, counts_P, world_size=world_size)
+
+
+def compare(rank, port, name, tied):
+    """On one of two ranks: the row of this rank under FSDP2 against both rows in one process."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rows = [rollout().rows(torch.tensor([i])) for i in range(2)]
+    whole, sharded = make_model(tied=tied), make_model(tied=tied)
+    accumulate(whole, LOSSES[name](), rows, tied=tied, world_size=1)
+    for layer in sharded.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    accumulate(sharded, LOSSES[name](), [rows[rank]], tied=tied, world_size=2)
+    got = dict(sharded.named_parameters())
+    for parameter_name, parameter in whole.named_parameters():
+        torch.testing.assert_close(
+            got[parameter_name].grad.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-7, msg=parameter_name
+        )
+    assert whole.tok_embeddings.weight.grad.abs().max() > 1e-3
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_one_process(name, tied, free_port):
+    mp.spawn(compare, (free_port, name, tied), nprocs=2)
