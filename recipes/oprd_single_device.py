@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from oprd_tune.data import PromptDataset, PromptStream
 from oprd_tune.errors import ConfigError
+from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.masking import check_selection, count_selected, select_states
+from oprd_tune.losses.token_loss import TokenLoss
 from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.rollout.engine import RolloutEngine
@@ -89,6 +91,8 @@ class OPRDRecipe:
         self._pairs = pair.layers
         self._setup_data(pair)
         self._loss = make("loss")
+        if isinstance(self._loss, (TokenLoss, Composite)):
+            raise ConfigError(f"{type(self._loss).__name__} compares tokens; that is for opd_topk_single_device")
 
         self._model = load_decoder(build, pair.student_files, dtype=self._dtype, device=self._device)
         self._drift = TiedHeadDrift(self._model)

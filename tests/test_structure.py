@@ -1,6 +1,8 @@
 """The rules of CONTRIBUTING.md that a program can check."""
 
 import ast
+import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +76,33 @@ def test_metrics_page_is_made_from_the_code():
     from oprd_tune.metrics.names import as_markdown
 
     assert as_markdown() in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def readme_rows():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return {cells[1].strip(): line for line in lines if len(cells := line.split("|")) > 3}
+
+
+def test_the_readme_quotes_accuracies_as_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())
+    rows = {name.split(" (")[0]: line for name, line in readme_rows().items()}
+    quoted = found.keys() & rows.keys()
+    assert len(quoted) >= 6
+    for name in quoted:
+        gap = statistics.fmean(run["gap_closed"] for run in found[name]["runs"])
+        assert f"| {gap:.3f} |" in rows[name]
+
+
+def test_the_readme_quotes_costs_as_measured():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "update_cost.json").read_text())
+    cost = {(r["objective"], r["formulation"]): r for r in rows if r["tokens"] == 2048}
+    for name, line in readme_rows().items():
+        if (name, "plain") in cost:
+            ours, plain = cost[name, "ours"], cost[name, "plain"]
+            cells = [f"{r['delta_peak_bytes'] / 2**30:.2f}" for r in (ours, plain)]
+            cells += [f"{r['seconds']:.0f}" for r in (ours, plain)]
+            assert f"| {' | '.join(cells)} |" in line
+    assert {"oprd", "topk", "full"} <= readme_rows().keys()
 
 
 def test_every_setting_is_documented_in_order():

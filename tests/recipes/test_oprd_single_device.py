@@ -198,6 +198,15 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch,
     assert not (out / "config.yaml").exists()
 
 
+def test_a_token_loss_is_sent_to_its_recipe(out, capsys):
+    from oprd_tune.training.launch import run_recipe as launch
+
+    cfg = load_config(CONFIG, output_dir=out, **SMALL)
+    cfg.loss = {"_component_": "oprd_tune.losses.FullReverseKL"}
+    assert launch(recipe_class(NAME), cfg) == 2
+    assert "FullReverseKL compares tokens; that is for opd_topk_single_device" in capsys.readouterr().err
+
+
 def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
     from oprd_tune.training.launch import run_recipe as launch
 
