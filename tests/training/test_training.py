@@ -102,11 +102,15 @@ def test_steps_that_are_not_finite_are_refused_and_stop_the_run_when_they_repeat
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_what_the_loss_reaches_is_trained(tied):
     model = make_model(tied=tied)
-    message = prepare_student(model, top=2, freeze_embedding=True, activation_checkpointing=False, compile=False)
+    off = {"activation_checkpointing": False, "compile": False}
+    message = prepare_student(model, top=2, trains_head=False, freeze_embedding=True, **off)
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"0", "1"}
     assert "blocks above layer 2" in message
     assert ("the LM head" in message) == (not tied)
+    model = make_model(tied=tied)
+    assert prepare_student(model, top=3, trains_head=True, freeze_embedding=False, **off) == ""
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_drift_of_a_tied_head_is_relative_and_survives_a_checkpoint():
