@@ -1,6 +1,6 @@
 """Accuracy of every objective on the embedded pair: the papers' comparison on a laptop.
 
-    python benchmarks/objectives.py                      all of it; about half an hour on two cores
+    python benchmarks/objectives.py --jobs 2             all of it; about twenty minutes on two cores
     python benchmarks/objectives.py --objectives OPRD vOPD --steps 100
 
 Every objective sees the same prompts, the same number of rollouts and the same schedule. Its learning rate is the best
