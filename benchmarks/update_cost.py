@@ -357,7 +357,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axes in (memory, speed):
         axes.set(xlabel="response tokens of a microbatch", ylim=(0, None))
         axes.grid(alpha=0.3)
-    memory.legend(fontsize=7)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -35,15 +35,15 @@ def rollout():
     )
 
 
-def gradients(loss, *, tied=True, positions="all"):
+def gradients(loss, *, tied=True, positions="all", pairs=PAIRS):
     """The student's parameter gradients and the parts' sums."""
     student, teacher = make_model(tied=tied), make_model(tied=tied, seed=1)
     heads = Heads(LMHead(student), LMHead(teacher), VOCAB)
-    frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS], final=True)
+    frozen = FrozenTeacher(teacher, [pair.teacher for pair in pairs], final=True)
     batch = rollout()
     tokens, selection = response_tokens(batch), select_states(batch.response_mask_BS, positions=positions)
     targets = frozen.targets(batch.tokens_BS, selection.index_T, tokens.index_T)
-    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=PAIRS, top=DEPTH)
+    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=pairs, top=DEPTH)
     counts_P = torch.tensor(loss.counts(batch, positions=positions, positions_k=1))
     with layer_taps(student, stream.layers, stream):
         sums_P = student(batch.tokens_BS)
@@ -111,12 +111,8 @@ def test_metrics_of_several_token_parts_are_kept_apart():
 
 
 def test_a_hidden_part_below_the_top_reaches_the_loss_too():
-    global PAIRS
-    whole, PAIRS = PAIRS, [LayerPair(1, 1)]
-    try:
-        got, _, _ = gradients(Composite({"opd": FullReverseKL(), "oprd": HiddenStateMSE()}, {"opd": 0.0}))
-    finally:
-        PAIRS = whole
+    loss = Composite({"opd": FullReverseKL(), "oprd": HiddenStateMSE()}, {"opd": 0.0})
+    got, _, _ = gradients(loss, pairs=[LayerPair(1, 1)])
     assert got["layers.0.mlp.w1.weight"].abs().max() > 1e-4
     assert got["layers.2.mlp.w1.weight"].abs().max() == 0
 
