@@ -18,7 +18,7 @@ def main() -> None:
     if sys.argv[1:2] == ["export"]:
         if len(sys.argv) != 4:
             sys.exit(__doc__)
-        from oprd_tune.training.checkpoint import export_checkpoint
+        from oprd_tune.training.export import export_checkpoint
 
         try:
             print(f"wrote {export_checkpoint(sys.argv[2], sys.argv[3])}")

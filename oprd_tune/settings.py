@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchtune import config
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 
+from oprd_tune.components import check_component, nearest
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import owner_of_running_config
 
@@ -43,8 +39,12 @@ class OPRDSettings:
     freeze_embedding: bool = False
     clip_grad_norm: float | None = 1.0
     max_nonfinite_steps: int = 3
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
     compile: bool = False
+    teacher_placement: str = "replicated"
+    teacher_quantization: str | None = None
+    evaluate_teacher: bool = True
+    preflight: bool | str = True
     evaluate_every_n_steps: int = 50
     checkpoint_every_n_steps: int = 50
     keep_checkpoints: int = 2
@@ -67,6 +67,13 @@ class OPRDSettings:
             )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it must lie within 0 and 2**32 - 1")
+        if self.activation_checkpointing < 0:
+            raise ConfigError(
+                f"activation_checkpointing is {self.activation_checkpointing}; allowed are true, false, and n for "
+                "every n-th block"
+            )
+        if isinstance(self.preflight, str) and self.preflight != "only":
+            raise ConfigError(f"preflight is {self.preflight!r}; allowed are true, false and only")
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,42 @@ class OPDSettings(OPRDSettings):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-# May differ between a run and its resumption; everything else must not.
+@dataclass(frozen=True)
+class _Sharded:
+    """What the `*_distributed` recipes have besides."""
+
+    master_dtype: str | None = None
+    fsdp_reshard_after_forward: bool | int = True
+    fsdp_cpu_offload: bool = False
+    sync_every_micro_batch: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.master_dtype not in (None, "fp32"):
+            raise ConfigError(
+                f"master_dtype is {self.master_dtype!r}; allowed are null, for the same as dtype, and fp32"
+            )
+
+
+@dataclass(frozen=True)
+class OPRDDistributedSettings(_Sharded, OPRDSettings):
+    """Scalars of `oprd_distributed`."""
+
+
+@dataclass(frozen=True)
+class OPDDistributedSettings(_Sharded, OPDSettings):
+    """Scalars of `opd_topk_distributed`."""
+
+
+# May differ between a run and its resumption: its end, its logging, and what only changes where things are kept or how
+# work is cut, so that a run can go on with other hardware. Everything else must not.
 FREE_ON_RESUME = frozenset(
     {
-        *("max_steps", "output_dir", "resume", "metric_logger", "log_every_n_steps", "log_samples_every_n_steps"),
+        *("max_steps", "output_dir", "resume", "preflight", "evaluate_teacher"),
+        *("metric_logger", "log_every_n_steps", "log_samples_every_n_steps"),
         *("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"),
+        *("tokens_per_micro_batch", "activation_checkpointing", "teacher_placement"),
+        *("fsdp_reshard_after_forward", "fsdp_cpu_offload", "sync_every_micro_batch"),
     }
 )
 
@@ -134,70 +172,10 @@ def parse_settings(
         raise ConfigError(f"the config lacks {', '.join(missing)}")
     for name in (*components, *optional_components):
         if values.get(name) is not None:
-            _check_component(name, values[name])
+            check_component(name, values[name])
     hints = get_type_hints(settings)
     scalars = {name: _typed(name, values[name], hints[name]) for name in scalar_names if name in values}
     return settings(**scalars)
-
-
-def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Construct the component at a config's key, and those within it, or return None where there is none.
-
-    Args:
-        cfg: the config.
-        name: the key.
-        args: positional arguments that the recipe adds.
-        kwargs: keyword arguments that the recipe adds.
-
-    Raises:
-        ConfigError: if the component refuses its arguments; the message starts with the key.
-    """
-    if cfg.get(name) is None:
-        return None
-    if taken := sorted(set(cfg[name]) & set(kwargs)):
-        raise ConfigError(f"{name}.{taken[0]} is set by the recipe; leave it out of {name}")
-    try:
-        return config.instantiate(cfg[name], *args, **_nested(cfg[name]), **kwargs)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, OSError, ImportError) as error:
-        raise ConfigError(f"{name}: {cfg[name]['_component_']} cannot be constructed: {error}") from error
-
-
-def component(cfg: DictConfig, name: str) -> Any:
-    """The class or function that a component of a parsed config names."""
-    return _get_component_from_path(cfg[name]["_component_"])
-
-
-def argument(cfg: DictConfig, name: str, key: str) -> Any:
-    """What a component will get for an argument: the config's value, or its own default."""
-    return cfg[name].get(key, inspect.signature(component(cfg, name)).parameters[key].default)
-
-
-def _nested(node: DictConfig) -> dict[str, Any]:
-    """The arguments of a component that hold components themselves, constructed."""
-    plain = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): _construct(value) for key, value in plain.items() if _holds_component(value)}
-
-
-def _construct(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if "_component_" in value:
-        return config.instantiate(OmegaConf.create(dict(value)), **_nested(OmegaConf.create(dict(value))))
-    return {key: _construct(inner) for key, inner in value.items()}
-
-
-def _holds_component(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("_component_" in value or any(map(_holds_component, value.values())))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the most similar known word, or at all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -222,29 +200,6 @@ def _check_recipe(cfg: DictConfig, recipe: str) -> None:
         raise ConfigError(f"this config has no `recipe` key; write `recipe: {recipe}` if it was made for that recipe")
     if named != recipe:
         raise ConfigError(f"this config belongs to {named}, not to {recipe}: tune run {named} --config …")
-
-
-def _check_component(name: str, node: object) -> None:
-    if not isinstance(node, Mapping) or "_component_" not in node:
-        raise ConfigError(f"{name} must be a component: give it a `_component_` with a dotted path")
-    path = node["_component_"]
-    try:
-        signature = inspect.signature(_get_component_from_path(str(path)))
-    except (InstantiationError, ValueError, TypeError) as error:
-        raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for key, value in node.items():
-        if key != "_component_" and key not in signature.parameters and not takes_any:
-            raise ConfigError(f"{path} takes no argument {name}.{key}{nearest(key, signature.parameters)}")
-        _check_nested(f"{name}.{key}", value)
-
-
-def _check_nested(name: str, value: object) -> None:
-    if isinstance(value, Mapping) and "_component_" in value:
-        _check_component(name, value)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_nested(f"{name}.{key}", inner)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -91,6 +91,14 @@ class Rollout:
             start += rows
         return micro_batches
 
+    def idle(self) -> Rollout:
+        """A microbatch of one token of which nothing is selected, for a rank that has to keep pace with others."""
+        row = self.rows(torch.zeros(1, dtype=torch.long, device=self.tokens_BS.device))
+        tensors = {f.name: getattr(row, f.name) for f in fields(self) if "_BS" in f.name}
+        cut = {name: value[:, :1] for name, value in tensors.items() if value is not None}
+        nothing = torch.zeros_like(cut["response_mask_BS"])
+        return replace(row, **cut | {"response_mask_BS": nothing, "lengths_B": torch.ones_like(row.lengths_B)})
+
 
 @dataclass(frozen=True)
 class LayerPair:

@@ -22,25 +22,25 @@ from omegaconf import DictConfig
 from torchtune import config, training
 from tqdm import tqdm
 
-from oprd_tune.data import PromptDataset, PromptStream
+from oprd_tune.components import argument, component, instantiate
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
 from oprd_tune.losses.masking import check_selection, response_tokens, select_states
 from oprd_tune.modeling.lm_head import Heads, LMHead
-from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.engine import RolloutEngine
-from oprd_tune.settings import OPDSettings, argument, component, instantiate, parse_settings
-from oprd_tune.teacher import FrozenTeacher
-from oprd_tune.training.checkpoint import RunFolder, load_checkpoint, restore_rng
+from oprd_tune.settings import OPDSettings, parse_settings
+from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
+from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
+from oprd_tune.training.data import load_data
 from oprd_tune.training.device import pick_device
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_recipe
-from oprd_tune.training.optim import restore_schedule
 from oprd_tune.training.pair import ModelPair, check_pair
-from oprd_tune.training.student import TiedHeadDrift, prepare_student
+from oprd_tune.training.student import TiedHeadDrift, load_student
 from oprd_tune.types import Prompts, ResponseTokens, Rollout, Selection, TeacherTargets
 
 RECIPE = "opd_topk_single_device"
@@ -49,6 +49,7 @@ COMPONENTS = (
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
 OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
+CALIBRATION_PROMPTS = 8
 
 
 class OPDRecipe:
@@ -60,10 +61,11 @@ class OPDRecipe:
             cfg, OPDSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
         )
         self._device, self._dtype = pick_device(s.device, s.dtype)
+        self._ranks = Ranks(device=self._device)
         self._folder = RunFolder(s.output_dir, s.keep_checkpoints)
         self._journal = Journal(
             self._folder.path,
-            self._device,
+            self._ranks,
             log_every_n_steps=s.log_every_n_steps,
             log_samples_every_n_steps=s.log_samples_every_n_steps,
         )
@@ -80,32 +82,20 @@ class OPDRecipe:
             torch.set_num_threads(s.num_threads)
         training.set_seed(s.seed)
         check_selection(s.positions, s.positions_k, s.anchor)
+        check_teacher(s.teacher_placement, s.teacher_quantization, self._device)
         checkpoint = self._folder.check(cfg, resume=s.resume)
-        pair = self._check_models()
-        self._setup_data(pair)
-
         make = partial(instantiate, cfg)
-        build, build_teacher = partial(make, "model"), partial(make, "teacher_model")
-        self._model = load_decoder(build, pair.student_files, dtype=self._dtype, device=self._device)
-        self._drift = TiedHeadDrift(self._model)
-        frozen = prepare_student(
-            self._model,
-            top=self._top,
-            trains_head=True,
-            freeze_embedding=s.freeze_embedding,
-            activation_checkpointing=s.activation_checkpointing,
-            compile=s.compile,
-        )
-        if frozen:
-            print(frozen)
-        self._trainable = [p for p in self._model.parameters() if p.requires_grad]
+        pair = self._check_models()
+        self._data = load_data(make, s, pair, self._ranks)
+
+        self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
         self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
         self._engine: RolloutEngine = make(
             "rollout",
             self._model,
-            stop_tokens=self._tokenizer.stop_tokens,
-            pad_id=self._tokenizer.pad_id,
+            stop_tokens=self._data.tokenizer.stop_tokens,
+            pad_id=self._data.tokenizer.pad_id,
             max_new_tokens=s.max_new_tokens,
             samples_per_prompt=s.samples_per_prompt,
             seed=s.seed,
@@ -113,17 +103,48 @@ class OPDRecipe:
             top_k_ids=self._loss.sampler_top_k,
         )
         logger = make("metric_logger")
-        teacher = load_decoder(build_teacher, pair.teacher_files, dtype=self._dtype, device=self._device)
-        if checkpoint is None and self._task_accuracy is not None:
-            self._journal.history.teacher_accuracy = self._task_accuracy(teacher)
-        self._heads = Heads(LMHead(self._model), LMHead(teacher), pair.vocabulary)
-        self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}), final=True)
+        self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
         if checkpoint is not None:
-            self._resume(checkpoint)
-        self._journal.open(logger, self._tokenizer, first_step=self._step + (checkpoint is not None))
+            self._step = load_checkpoint(checkpoint, self._model, self._optimizer, self._parts, seed=s.seed)
+        self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
         logger.log_config(cfg)
+
+    def _load_student(self, pair: ModelPair) -> None:
+        s = self._settings
+        self._model = load_student(
+            partial(instantiate, self._cfg, "model"),
+            pair.student_files,
+            top=self._top,
+            trains_head=True,
+            freeze_embedding=s.freeze_embedding,
+            activation_checkpointing=s.activation_checkpointing,
+            compile=s.compile,
+            seed=s.seed,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        self._drift = TiedHeadDrift(self._model)
+        self._trainable = [p for p in self._model.parameters() if p.requires_grad]
+
+    def _load_teacher(self, pair: ModelPair, *, evaluate: bool) -> None:
+        s = self._settings
+        measure_accuracy = self._data.task_accuracy if evaluate else None
+        teacher, errors = load_teacher(
+            partial(instantiate, self._cfg, "teacher_model"),
+            pair.teacher_files,
+            dtype=self._dtype,
+            device=self._device,
+            offloaded=s.teacher_placement == "offloaded",
+            quantization=s.teacher_quantization,
+            prompts=self._data.prompts.at(range(CALIBRATION_PROMPTS)).tokens,
+        )
+        self._journal.add_teacher_errors(errors)
+        if measure_accuracy is not None:
+            self._journal.history.teacher_accuracy = measure_accuracy(teacher)
+        self._heads = Heads(LMHead(self._model), LMHead(teacher), pair.vocabulary)
+        self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}), final=True)
 
     def _check_models(self) -> ModelPair:
         """Find out whether student, teacher and loss go together."""
@@ -150,34 +171,6 @@ class OPDRecipe:
 
     def _make_checkpointer(self, output_dir: str | None = None) -> Any:
         return config.instantiate(self._cfg.checkpointer, output_dir=output_dir or self._settings.output_dir)
-
-    def _setup_data(self, pair: ModelPair) -> None:
-        s, cfg = self._settings, self._cfg
-        self._tokenizer = instantiate(cfg, "tokenizer")
-        datasets = {name: self._load_dataset(name) for name in ("dataset", "eval_dataset") if cfg.get(name)}
-        pair.check_tokens(self._tokenizer, list(datasets.values()))
-        self._prompts = PromptStream(datasets["dataset"], prompts_per_step=s.prompts_per_step, seed=s.seed)
-        held_out = datasets.get("eval_dataset")
-        if held_out is None and (cfg.get("task_accuracy") or cfg.get("reference_perplexity")):
-            raise ConfigError("task_accuracy and reference_perplexity need an eval_dataset, with held-out prompts")
-        evaluate_on = (held_out, self._tokenizer)
-        self._task_accuracy = instantiate(cfg, "task_accuracy", *evaluate_on, vocabulary=pair.vocabulary)
-        self._reference_perplexity = instantiate(cfg, "reference_perplexity", *evaluate_on, vocabulary=pair.vocabulary)
-        lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
-        if self._task_accuracy:
-            longest = s.max_prompt_tokens + self._task_accuracy.max_new_tokens
-            lengths["max_prompt_tokens + task_accuracy.max_new_tokens"] = longest
-        if self._reference_perplexity:
-            lengths["the longest reference answer with its prompt"] = self._reference_perplexity.longest
-        pair.check_lengths(lengths)
-
-    def _load_dataset(self, name: str) -> PromptDataset:
-        limit = self._settings.max_prompt_tokens
-        dataset: PromptDataset = instantiate(self._cfg, name, self._tokenizer, max_prompt_tokens=limit)
-        if dataset.dropped:
-            total = dataset.dropped + len(dataset)
-            print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")
-        return dataset
 
     # ---- the method ----
 
@@ -264,7 +257,7 @@ class OPDRecipe:
             self._evaluate()
         with StopSignals() as stop, tqdm(total=s.max_steps, initial=self._step, desc="OPD", unit="step") as bar:
             while self._step < s.max_steps and not stop.received:
-                loss = self.train_step(self._prompts.at_step(self._step))
+                loss = self.train_step(self._data.prompts.at_step(self._step))
                 self._step += 1
                 self._finish_step(updated=loss is not None)
                 done = self._step == s.max_steps
@@ -275,10 +268,12 @@ class OPDRecipe:
                 self._journal.show(bar, loss)
         if stop.received:
             self._save()
+            self._folder.wait()
             print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
             self._journal.close()
             return stop.exit_status
-        final = self._folder.export("final", self._model, self._make_checkpointer)
+        final = self._folder.export("final", self._model, self._make_checkpointer, dtype=self._dtype)
+        self._folder.wait()
         self._journal.finish(final, recipe=RECIPE, steps=self._step, seed=s.seed, dtype=s.dtype)
         return 0
 
@@ -293,34 +288,25 @@ class OPDRecipe:
 
     def _evaluate(self) -> None:
         """Measure the student, and export it if it is the best so far."""
-        accuracy = self._task_accuracy(self._model) if self._task_accuracy is not None else None
-        perplexity = self._reference_perplexity(self._model) if self._reference_perplexity is not None else None
+        accuracy = self._data.task_accuracy(self._model) if self._data.task_accuracy else None
+        perplexity = self._data.reference_perplexity(self._model) if self._data.reference_perplexity else None
         layers = [pair.student for pair in self._pairs]
         if self._journal.add_evaluation(self._step, accuracy, perplexity, layers):
-            self._folder.export("best", self._model, self._make_checkpointer)
+            self._folder.export("best", self._model, self._make_checkpointer, dtype=self._dtype)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, beside the student and its optimizer."""
+        return {
+            "history": self._journal.history,
+            "loss": self._loss,
+            "drift": self._drift,
+            "guard": self._guard,
+            "lr_scheduler": self._lr_scheduler,
+        }
 
     def _save(self) -> None:
-        state = {
-            "step": self._step,
-            "history": self._journal.history.state_dict(),
-            "loss": self._loss.state_dict(),
-            "drift": self._drift.state_dict(),
-            "guard": self._guard.state_dict(),
-            "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler is not None else None,
-        }
-        self._folder.save(self._step, self._model, self._optimizer, state, self._cfg)
-
-    def _resume(self, checkpoint: Any) -> None:
-        state = load_checkpoint(checkpoint, self._model, self._optimizer)
-        self._step = state["step"]
-        self._journal.history.load_state_dict(state["history"])
-        self._loss.load_state_dict(state["loss"])
-        self._drift.load_state_dict(state["drift"])
-        self._guard.load_state_dict(state["guard"])
-        if self._lr_scheduler is not None:
-            restore_schedule(self._lr_scheduler, state["lr_scheduler"])
-        restore_rng(state["rng"])
-        print(f"Resuming after step {self._step}, from {checkpoint}")
+        self._folder.save(self._step, self._model, self._optimizer, self._parts, self._cfg)
 
 
 @config.parse

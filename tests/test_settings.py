@@ -1,12 +1,25 @@
 import pytest
 from omegaconf import OmegaConf
 
+from oprd_tune.components import instantiate
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
-from oprd_tune.settings import OPDSettings, OPRDSettings, differences, instantiate, parse_settings
+from oprd_tune.settings import (
+    OPDDistributedSettings,
+    OPDSettings,
+    OPRDDistributedSettings,
+    OPRDSettings,
+    differences,
+    parse_settings,
+)
 from tests.conftest import load_config, load_recipe
 
-SETTINGS = {"oprd_single_device": OPRDSettings, "opd_topk_single_device": OPDSettings}
+SETTINGS = {
+    "oprd_single_device": OPRDSettings,
+    "opd_topk_single_device": OPDSettings,
+    "oprd_distributed": OPRDDistributedSettings,
+    "opd_topk_distributed": OPDDistributedSettings,
+}
 
 
 def parse(cfg, recipe="oprd_single_device"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 from oprd_tune.data.prompts import PromptDataset
+from oprd_tune.errors import ConfigError
 from oprd_tune.types import Prompts
 
 
@@ -22,11 +24,19 @@ class PromptStream:
         seed: of the shuffles.
         rank: this process.
         world_size: how many share each step's prompts.
+
+    Raises:
+        ConfigError: if a process would get none.
     """
 
     def __init__(
         self, dataset: PromptDataset, *, prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
+        if prompts_per_step < world_size:
+            raise ConfigError(
+                f"prompts_per_step is {prompts_per_step}, but there are {world_size} processes, each of which needs a "
+                "prompt; raise it, or start fewer processes"
+            )
         self._dataset = dataset
         self._prompts_per_step = prompts_per_step
         self._rank, self._world_size = rank, world_size
@@ -43,9 +53,9 @@ class PromptStream:
         """This rank's prompts of optimizer step `step`, from 0."""
         start = step * self._prompts_per_step
         positions = range(start + self._rank, start + self._prompts_per_step, self._world_size)
-        return self.at(list(positions))
+        return self.at(positions)
 
-    def at(self, positions: list[int]) -> Prompts:
+    def at(self, positions: Sequence[int]) -> Prompts:
         """The prompts at given positions of the stream."""
         size = len(self._dataset)
         rows = [self._dataset[self._permutation(p // size)[p % size]] for p in positions]

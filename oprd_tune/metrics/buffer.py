@@ -9,6 +9,7 @@ from oprd_tune.losses.composite import CompositeStream
 from oprd_tune.losses.hidden_mse import LayerStream
 from oprd_tune.losses.token_loss import Measures
 from oprd_tune.metrics.names import check_names
+from oprd_tune.ranks import Ranks
 from oprd_tune.types import Rollout, Selection
 
 
@@ -61,23 +62,43 @@ class MetricBuffer:
         for name, total in measures.sums.items():
             self.add(name if part is None else name.replace("token/", f"token/{part}/"), total, count)
 
-    def add_times(self, seconds: dict[str, float], rollout: Rollout) -> None:
-        """Add the step's seconds by phase, and the speeds that follow from them."""
+    def add_times(self, seconds: dict[str, float], sampled: int, read: int) -> None:
+        """Add the step's seconds by phase, and the speeds that follow from them.
+
+        Args:
+            seconds: of this rank.
+            sampled: response tokens, of all ranks.
+            read: prompt and response tokens, of all ranks.
+        """
         total = sum(seconds.values())
         for phase, value in {**seconds, "step": total}.items():
             self.set(f"time/{phase}", value)
-        sampled, read = rollout.response_tokens, int(rollout.lengths_B.sum())
         for phase, tokens in (("rollout", sampled), ("teacher", read), ("student", read)):
             if phase in seconds:
                 self.set(f"speed/{phase}", tokens / seconds[phase])
         self.set("speed/step", sampled / total)
 
-    def finish(self) -> dict[str, float]:
-        """The step's metrics; the buffer is empty afterwards. A mean over nothing is left out."""
-        names = [name for name, count in self._counts.items() if count]
-        sums = torch.stack([self._sums[name] for name in names]).tolist() if names else []
-        means = {name: total / self._counts[name] for name, total in zip(names, sums, strict=True)}
-        finished = means | self._values
+    def finish(self, ranks: Ranks) -> dict[str, float]:
+        """The step's metrics, the same on all ranks; the buffer is empty afterwards. A mean over nothing is left out.
+
+        Sums and counts are added over ranks. Of single values the first rank's count, of memory the largest. It takes
+        one collective, so every rank must have added the same names.
+        """
+        sums = [self._sums[name].to(ranks.device) for name in self._counts]
+        rest = [*self._counts.values(), *self._values.values()]
+        packed_N = torch.cat(
+            [
+                torch.stack([*sums]) if sums else torch.empty(0, dtype=torch.float64, device=ranks.device),
+                torch.tensor(rest, dtype=torch.float64, device=ranks.device),
+            ]
+        )
+        rows_WN = ranks.gather(packed_N).cpu()
+        totals, counts, _ = rows_WN.sum(0).split([len(sums), len(sums), len(self._values)])
+        means = zip(self._counts, totals.tolist(), counts.tolist(), strict=True)
+        values_WN = rows_WN[:, 2 * len(sums) :]
+        finished = {name: total / count for name, total, count in means if count}
+        for place, name in enumerate(self._values):
+            finished[name] = (values_WN[:, place].max() if name.startswith("memory/") else values_WN[0, place]).item()
         check_names(finished)
         self.__init__()  # type: ignore[misc]
         return finished

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,11 @@ def swapped_output(model: TransformerDecoder, make_output: Callable[[Head], nn.M
         yield
     finally:
         _set_output(model, head)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: its buffers are there, also when its parameters wait in CPU memory."""
+    return next(chain(model.buffers(), model.parameters())).device
 
 
 @contextmanager

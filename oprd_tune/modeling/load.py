@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.modules import TransformerDecoder
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_names, start_adapters
 
 Builder = Callable[[], TransformerDecoder]
 _SHOWN = 4
@@ -78,7 +81,8 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
             converted = qwen2_hf_to_tune(found, tie_word_embeddings=checkpointer._config["tie_word_embeddings"])
         except Exception as error:  # torchtune raises the base class for a name that it does not know
             raise ConfigError(f"{name}: the checkpoint is not of the architecture Qwen2: {error}") from error
-        _compare(name, converted, model.state_dict())
+        adapters = adapter_names(model)
+        _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
 
 
 def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -103,26 +107,72 @@ def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def load_decoder(
     build: Builder, checkpointer: FullModelHFCheckpointer, *, dtype: torch.dtype, device: torch.device
 ) -> TransformerDecoder:
-    """Build a decoder and fill it; no second copy of the weights is made beyond one cast.
+    """Build a decoder and fill it. See `load_weights`."""
+    model = build_on_meta(build)
+    load_weights(model, checkpointer, dtype=dtype, device=device)
+    return model
+
+
+def load_weights(
+    model: TransformerDecoder,
+    checkpointer: FullModelHFCheckpointer,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trained_dtype: torch.dtype | None = None,
+    on_block: Callable[[int, nn.Module], nn.Module] | None = None,
+) -> None:
+    """Fill a decoder from the meta device: embedding, norm and head, then block by block.
+
+    The files are mapped, not read, and each tensor is cast on its way; beside the model itself, one tensor exists. With
+    `on_block`, which may spread or quantise a block as soon as it is there, not even the model exists whole.
 
     Args:
-        build: builds the model; called on the meta device.
+        model: on the meta device. Its blocks may be fewer than the checkpoint's.
         checkpointer: where its weights are.
         dtype: of the parameters.
         device: where they go.
+        trained_dtype: of those that require a gradient; None for `dtype`.
+        on_block: called with each block's number, from 1, and the loaded block; what it returns takes its place.
 
     Raises:
         ConfigError: if the weights do not fit.
     """
-    model = build_on_meta(build)
     weights = checkpointer.load_checkpoint()[MODEL_KEY]
-    weights = {key: value.to(device=device, dtype=dtype) for key, value in weights.items()}
+    fill = partial(_fill, dtype=dtype, trained_dtype=trained_dtype or dtype, device=device)
+    blocks, model.layers = model.layers, nn.ModuleList()
+    fill(model, weights)
+    for number, block in enumerate(blocks, start=1):
+        prefix = f"layers.{number - 1}."
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        fill(block, own)
+        model.layers.append(block if on_block is None else on_block(number, block))
+
+
+def _fill(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    trained_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    adapters = adapter_names(module)
+    loaded = {}
+    for name, parameter in module.named_parameters():
+        if name not in adapters:
+            if name not in weights:
+                raise ConfigError(f"the checkpoint does not fit the model's builder: it lacks {name}")
+            wanted = trained_dtype if parameter.requires_grad else dtype
+            # A copy even where nothing changes: a mapped file that is rewritten later would crash the run.
+            loaded[name] = weights[name].to(device=device, dtype=wanted, copy=True)
     try:
-        model.load_state_dict(weights, strict=True, assign=True)
+        module.load_state_dict(loaded, strict=False, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"the checkpoint does not fit the model's builder: {error}") from error
+    start_adapters(module, device=device, dtype=trained_dtype)
     with device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):
-                module.rope_init()
-    return model
+        part: Any
+        for part in module.modules():
+            if hasattr(part, "rope_init") and any(buffer.is_meta for buffer in part.buffers()):
+                part.rope_init()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -133,16 +134,21 @@ def _linear_forward(linear: nn.Linear, x: Tensor) -> Tensor:
     return _weight_major(x, linear.weight, linear.bias)
 
 
+def _is_plain(module: object) -> TypeGuard[nn.Linear]:
+    """Whether a module is a matrix of ordinary numbers, not of quantised ones."""
+    return type(module) is nn.Linear and type(module.weight.data) is Tensor
+
+
 def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dict[nn.Module, Callable[..., Tensor]]:
     """The forward functions that stand in while decoding, by module."""
     patches: dict[nn.Module, Callable[..., Tensor]] = {
         layer.attn: partial(_cached_attention, layer.attn, i, cache) for i, layer in enumerate(model.layers)
     }
     if cache.device.type == "cpu":
-        patches |= {m: partial(_linear_forward, m) for m in model.modules() if type(m) is nn.Linear}
+        patches |= {m: partial(_linear_forward, m) for m in model.modules() if _is_plain(m)}
         if isinstance(head, TiedLinear):
             patches[head.linear] = _weight_major
-        elif type(head) is nn.Linear:
+        elif _is_plain(head):
             patches[head] = partial(_linear_forward, head)
     return patches
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.head import evaluating
+from oprd_tune.modeling.adapters import merged_while_gathered
+from oprd_tune.modeling.head import device_of, evaluating
+from oprd_tune.modeling.sharding import gathered
 from oprd_tune.rollout.decoding import DecodingCache, incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts, Rollout
@@ -31,7 +33,8 @@ class NativeEngine:
     """Batched sampling with a key-value cache. Its noise does not depend on how prompts are batched.
 
     Args:
-        model: the student itself, in any wrapping the taps work with.
+        model: the student itself, in any wrapping the taps work with. A sharded one is gathered while it samples, so
+            all ranks must call `generate` together, each with prompts of its own.
         stop_tokens: ids that end a response; the one sampled belongs to it.
         pad_id: fills rows up to the longest.
         max_new_tokens: a response that reaches it is cut and marked `truncated`.
@@ -70,7 +73,7 @@ class NativeEngine:
             if size is not None and size < 1:
                 raise ConfigError(f"rollout {name} is {size}; it must be at least 1")
         self._model = model
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._stop_tokens = torch.tensor(sorted(stop_tokens), device=self._device)
         self._pad_id = pad_id
         self._max_new_tokens = max_new_tokens
@@ -97,7 +100,7 @@ class NativeEngine:
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = self._batch_size or len(rows)
         responses: dict[int, _Response] = {}
-        with evaluating(self._model):
+        with evaluating(self._model), gathered(self._model), merged_while_gathered(self._model):
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
                 decoded = self._decode([rows[row] for row in batch], noise_BT[batch])

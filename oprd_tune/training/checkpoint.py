@@ -10,47 +10,63 @@ Folders are written beside their place and then renamed into it, so each one tha
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
-from torchtune import config
-from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import training
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.ranks import Ranks
 from oprd_tune.settings import differences
+from oprd_tune.training.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
+from oprd_tune.training.optim import restore_schedule
 
-_STAGED = ".staged-"
-_REPLACED = ".replaced-"
-CheckpointerFactory = Callable[..., FullModelHFCheckpointer]
+# Said by the thread that writes a run of one process, so `quiet` cannot catch it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class RunFolder:
     """Saves and finds a run's checkpoints.
 
     Args:
-        output_dir: the run's folder.
+        output_dir: the run's folder; all ranks see the same one.
         keep: how many checkpoints stay; older ones are removed once a newer one is complete.
+        ranks: the processes of the run.
     """
 
-    def __init__(self, output_dir: str, keep: int) -> None:
+    def __init__(self, output_dir: str, keep: int, ranks: Ranks | None = None) -> None:
         self.path = Path(output_dir)
         self._checkpoints = self.path / "checkpoints"
         self._keep = keep
+        self._ranks = ranks or Ranks()
+        # Checkpoints are written while training communicates, so they need a group of their own.
+        self._group = dist.new_group(backend="gloo") if self._ranks.world_size > 1 else None
+        self._saved_step: int | None = None
+        self._pending: _PendingCheckpoint | None = None
 
     def check(self, cfg: DictConfig, *, resume: bool) -> Path | None:
         """Find out, before anything is loaded, whether the run may start here; returns the checkpoint to resume from.
@@ -76,72 +92,158 @@ class RunFolder:
         changed = differences(_plain(saved), _plain(cfg))
         if changed:
             raise ConfigError(
-                f"resume: {latest} was written under another config: {'; '.join(changed)}. Only max_steps, output_dir "
-                "and logging may change"
+                f"resume: {latest} was written under another config: {'; '.join(changed)}. Only max_steps, output_dir, "
+                "logging and what concerns memory alone may change"
             )
         return latest
 
     def open(self, cfg: DictConfig) -> None:
-        """Make the folder this run's, and remove what an interrupted save left behind."""
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.path.glob(f"{_STAGED}*"), *self._checkpoints.glob(f"{_STAGED}*")):
-            shutil.rmtree(leftover)
-        OmegaConf.save(cfg, self.path / "config.yaml")
+        """Make the folder this run's, and remove what an interrupted save left behind. All ranks have checked it."""
+        self._ranks.wait()
+        if self._ranks.first:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
+            remove_leftovers(self._checkpoints)
+            OmegaConf.save(cfg, self.path / "config.yaml")
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         return max(self._checkpoints.glob("step_*"), default=None)
 
     def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], cfg: DictConfig
+        self, step: int, model: nn.Module, optimizer: Optimizer, parts: Mapping[str, Any], cfg: DictConfig
     ) -> None:
-        """Write the checkpoint of `step`, then remove those beyond `keep`."""
-        target = self._checkpoints / f"step_{step:08d}"
-        if target.exists():
+        """Copy what trains to CPU memory and write it in the background, as the checkpoint of `step`.
+
+        It appears in the folder once it is complete; those beyond `keep` are then removed.
+
+        Args:
+            step: optimizer steps done.
+            model: the student. Frozen parameters are not saved.
+            optimizer: over its trainable parameters.
+            parts: what else has a state, by name; the first rank's is saved. None has none.
+            cfg: the run's config.
+        """
+        if step == self._saved_step:
             return
-        with _staged(target) as folder:
-            weights, moments = get_state_dict(model, optimizer)
-            with _quiet():
-                save_tensors({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=True)
-            OmegaConf.save(cfg, folder / "config.yaml")
-            with open(folder / "state.pt", "wb") as file:
-                torch.save({**state, "rng": _rng_state()}, file)
+        self.wait()
+        self._saved_step = step
+        target = self._checkpoints / f"step_{step:08d}"
+        staged = target.with_name(STAGED + target.name)
+        generators = self._ranks.collect(_rng_state())
+        if self._ranks.first:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            OmegaConf.save(cfg, staged / "config.yaml")
+            with open(staged / "state.pt", "wb") as file:
+                state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+                torch.save({"step": step, "rng": generators, "parts": state}, file)
                 file.flush()
                 os.fsync(file.fileno())
-        for old in sorted(self._checkpoints.glob("step_*"))[: -self._keep]:
-            doomed = old.with_name(_STAGED + old.name)  # so that a crash leaves no half-removed checkpoint
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
+        self._ranks.wait()
+        weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+        with quiet():
+            written = async_save(
+                {"model": weights, "optimizer": moments},
+                checkpoint_id=staged,
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        assert isinstance(written, Future)
+        self._pending = _PendingCheckpoint(written, staged, target, self._keep if self._ranks.first else None)
 
-    def export(self, name: str, model: nn.Module, make_checkpointer: CheckpointerFactory) -> Path:
-        """Write the model as a Hugging Face folder, OUTPUT_DIR/`name`."""
-        return export_model(get_model_state_dict(model), make_checkpointer, self.path / name)
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete; raises what its writing raised."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def export(
+        self, name: str, model: nn.Module, make_checkpointer: CheckpointerFactory, *, dtype: torch.dtype
+    ) -> Path:
+        """Write the model as a Hugging Face folder, OUTPUT_DIR/`name`, in `dtype`. Every rank must call."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=whole)  # the first rank's is complete
+        if self._ranks.first:
+            export_model(weights, model, make_checkpointer, self.path / name, dtype=dtype)
+        self._ranks.wait()
+        return self.path / name
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer from a checkpoint; returns the rest of its state. Call `restore_rng` when all is set up.
+class _PendingCheckpoint:
+    """A checkpoint that is being written; the first rank gives it its name as soon as all ranks have."""
+
+    def __init__(self, written: Future[Any], staged: Path, target: Path, keep: int | None) -> None:
+        self._written, self._staged, self._target, self._keep = written, staged, target, keep
+        self._lock = threading.Lock()
+        if keep is not None:
+            written.add_done_callback(lambda done: self._publish() if done.exception() is None else None)
+
+    def wait(self) -> None:
+        self._written.result()
+        if self._keep is not None:
+            self._publish()
+
+    def _publish(self) -> None:
+        with self._lock:
+            if self._target.exists():
+                return
+            os.replace(self._staged, self._target)
+            for old in sorted(self._target.parent.glob("step_*"))[: -self._keep]:  # type: ignore[operator]
+                doomed = old.with_name(STAGED + old.name)  # so that a crash leaves no half-removed checkpoint
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    parts: Mapping[str, Any],
+    *,
+    seed: int,
+    ranks: Ranks | None = None,
+) -> int:
+    """Go back to a checkpoint; returns the optimizer steps done. Call it when everything is set up.
 
     Args:
-        checkpoint: a folder that `RunFolder.save` wrote.
+        checkpoint: a folder that `RunFolder.save` wrote, on any number of ranks.
         model: the student, wrapped as it trains.
         optimizer: over its trainable parameters.
+        parts: the same as when it was saved.
+        seed: where another number of ranks than before leaves no random state to go back to. Shuffling and sampling
+            need none: they follow from the run's seed and the step.
+        ranks: the processes of the run.
     """
-    weights, moments = get_state_dict(model, optimizer)
+    ranks = ranks or Ranks()
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     saved: dict[str, Any] = {"model": weights, "optimizer": moments}
-    with _quiet():
-        load_tensors(saved, checkpoint_id=checkpoint, no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-    return torch.load(checkpoint / "state.pt", weights_only=True)
+    with quiet():
+        load_tensors(saved, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
+    set_state_dict(
+        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=_TRAINED
+    )
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    for name, part in parts.items():
+        if isinstance(part, LRScheduler):
+            restore_schedule(part, state["parts"][name])
+        elif part is not None:
+            part.load_state_dict(state["parts"][name])
+    if len(state["rng"]) == ranks.world_size:
+        _restore_rng(state["rng"][ranks.rank])
+    else:
+        training.set_seed(seed)
+    print(f"Resuming after step {state['step']}, from {checkpoint}")
+    return state["step"]
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Set every random number generator to where the checkpoint left it."""
+def _restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _rng_state() -> dict[str, Any]:
@@ -150,78 +252,8 @@ def _rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-
-
-def export_model(weights: Mapping[str, Any], make_checkpointer: CheckpointerFactory, target: Path) -> Path:
-    """Write weights in torchtune's names as a Hugging Face folder, config and tokenizer files included.
-
-    Args:
-        weights: a full state dict.
-        make_checkpointer: constructs the checkpointer that the model was loaded with, given `output_dir`.
-        target: the folder; an older one of that name is replaced once the new one is complete.
-    """
-    with _staged(target) as folder, _quiet():
-        checkpointer = make_checkpointer(output_dir=str(folder / "export"))
-        checkpointer.load_checkpoint()  # it writes the files and names that it has read
-        copies = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
-        checkpointer.save_checkpoint({MODEL_KEY: copies}, epoch=0)
-        for file in (folder / "export" / "epoch_0").iterdir():
-            file.rename(folder / file.name)
-        shutil.rmtree(folder / "export")
-    return target
-
-
-def export_checkpoint(checkpoint: str, target: str) -> Path:
-    """Write a training checkpoint as a Hugging Face folder that transformers and vLLM load.
-
-    Args:
-        checkpoint: a `checkpoints/step_…` folder.
-        target: the folder to write.
-
-    Raises:
-        ConfigError: if `checkpoint` is none, or `target` exists.
-    """
-    folder = Path(checkpoint)
-    if not (folder / "state.pt").is_file():
-        raise ConfigError(f"{folder} is no checkpoint; give a folder OUTPUT_DIR/checkpoints/step_…")
-    if Path(target).exists():
-        raise ConfigError(f"{target} exists already; give a folder that does not")
-    cfg = OmegaConf.load(folder / "config.yaml")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.get("dtype", "bf16")]
-    weights = {"model": get_model_state_dict(config.instantiate(cfg.model).to(dtype))}
-    with _quiet():
-        load_tensors(weights, checkpoint_id=folder, no_dist=True)
-    return export_model(weights["model"], lambda **kwargs: config.instantiate(cfg.checkpointer, **kwargs), Path(target))
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target` once it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged, replaced = target.with_name(_STAGED + target.name), target.with_name(_REPLACED + target.name)
-    for leftover in (staged, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir()
-    yield staged
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(staged, target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's remarks about file sizes and single-process use."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

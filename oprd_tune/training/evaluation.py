@@ -14,7 +14,9 @@ from torchtune.modules import TransformerDecoder
 from oprd_tune.data.prompts import PromptDataset
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.head import token_logprobs
+from oprd_tune.modeling.head import device_of, token_logprobs
+from oprd_tune.modeling.sharding import gathered
+from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native import NativeEngine
 from oprd_tune.types import Prompts, Rollout
 
@@ -23,7 +25,7 @@ class TaskAccuracy:
     """Share of right answers to held-out prompts, sampled at temperature 1 with fixed noise.
 
     Args:
-        dataset: held-out prompts with reference answers.
+        dataset: held-out prompts with reference answers; None is explained.
         tokenizer: decodes responses.
         grader: dotted path of a function (response, answer) → bool, such as `oprd_tune.grading.exact_match`.
         max_new_tokens: length limit of an answer.
@@ -31,6 +33,7 @@ class TaskAccuracy:
         seed: of the noise; the same at every evaluation, so differences are the model's.
         batch_size: most answers sampled at once.
         vocabulary: sample from the first so many tokens, as in training; None takes all.
+        ranks: the processes that share the work; each must call.
 
     Raises:
         ConfigError: if the grader cannot be found or a reference answer is missing.
@@ -38,7 +41,7 @@ class TaskAccuracy:
 
     def __init__(
         self,
-        dataset: PromptDataset,
+        dataset: PromptDataset | None,
         tokenizer: HuggingFaceTokenizer,
         *,
         grader: str,
@@ -47,6 +50,7 @@ class TaskAccuracy:
         seed: int = 0,
         batch_size: int = 256,
         vocabulary: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         try:
             self._grader: Callable[[str, str], bool] = _get_component_from_path(grader)
@@ -58,9 +62,11 @@ class TaskAccuracy:
             self._grader("0", "0")
         except ImportError as error:
             raise ConfigError(f"task_accuracy.grader: {error}") from error
-        _need_answers(dataset, "task_accuracy")
-        rows = [dataset[i] for i in range(len(dataset))]
-        self._prompts = Prompts(tuple(t for t, _ in rows), tuple(range(len(rows))), tuple(a for _, a in rows))
+        dataset = _need_answers(dataset, "task_accuracy")
+        self._ranks = ranks or Ranks()
+        own = range(self._ranks.rank, len(dataset), self._ranks.world_size)
+        rows = [dataset[i] for i in own]
+        self._prompts = Prompts(tuple(t for t, _ in rows), tuple(own), tuple(a for _, a in rows))
         self._tokenizer = tokenizer
         self._sampling = {
             "max_new_tokens": max_new_tokens,
@@ -84,32 +90,35 @@ class TaskAccuracy:
         responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, self._tokenizer)
         n = self._sampling["samples_per_prompt"]
         answers = [str(answer) for answer in self._prompts.answers for _ in range(n)]
-        return sum(map(self._grader, responses, answers)) / len(answers)
+        right, count = self._ranks.total([sum(map(self._grader, responses, answers)), len(answers)])
+        return right / count
 
 
 class ReferencePerplexity:
     """exp of the mean −log p, in nats, that a model gives the tokens of held-out reference answers, EOS included.
 
     Args:
-        dataset: held-out prompts with reference answers.
+        dataset: held-out prompts with reference answers; None is explained.
         tokenizer: pads.
         first: use only that many rows, from the start.
         max_answer_tokens: longer answers are cut there.
         tokens_per_micro_batch: prompts, answers and padding together.
         vocabulary: normalise over the first so many tokens, as in training; None takes all.
+        ranks: the processes that share the work; each must call.
     """
 
     def __init__(
         self,
-        dataset: PromptDataset,
+        dataset: PromptDataset | None,
         tokenizer: HuggingFaceTokenizer,
         *,
         first: int | None = None,
         max_answer_tokens: int = 512,
         tokens_per_micro_batch: int = 8192,
         vocabulary: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        _need_answers(dataset, "reference_perplexity")
+        dataset = _need_answers(dataset, "reference_perplexity")
         for name, value in (("first", first), ("max_answer_tokens", max_answer_tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"reference_perplexity.{name} is {value}; it must be at least 1")
@@ -119,6 +128,7 @@ class ReferencePerplexity:
         self._pad_id = tokenizer.pad_id
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._vocabulary = vocabulary
+        self._ranks = ranks or Ranks()
 
     @property
     def longest(self) -> int:
@@ -127,15 +137,17 @@ class ReferencePerplexity:
 
     def __call__(self, model: TransformerDecoder) -> float:
         """The perplexity; infinite where it exceeds what a float holds."""
-        device = model.tok_embeddings.weight.device
-        total, count = 0.0, 0
-        rows = list(self._pairs)
-        while rows:
-            size = max(1, self._tokens_per_micro_batch // (len(rows[-1][0]) + len(rows[-1][1])))
-            batch, rows = rows[-size:], rows[:-size]
-            tokens_BS, mask_BS = _pad_pairs(batch, self._pad_id)
-            logprob_T = token_logprobs(model, tokens_BS.to(device), mask_BS.to(device), vocabulary=self._vocabulary)
-            total, count = total - logprob_T.double().sum().item(), count + logprob_T.numel()
+        device = device_of(model)
+        total, count = 0.0, 0.0
+        rows = self._pairs[self._ranks.rank :: self._ranks.world_size]
+        with gathered(model):
+            while rows:
+                size = max(1, self._tokens_per_micro_batch // (len(rows[-1][0]) + len(rows[-1][1])))
+                batch, rows = rows[-size:], rows[:-size]
+                tokens_BS, mask_BS = (tensor.to(device) for tensor in _pad_pairs(batch, self._pad_id))
+                logprob_T = token_logprobs(model, tokens_BS, mask_BS, vocabulary=self._vocabulary)
+                total, count = total - logprob_T.double().sum().item(), count + logprob_T.numel()
+        total, count = self._ranks.total([total, count])
         return math.exp(total / count) if total / count < 700 else math.inf
 
 
@@ -158,9 +170,12 @@ def samples_as_markdown(rollout: Rollout, tokenizer: HuggingFaceTokenizer, count
     return "\n\n---\n\n".join(f"**prompt**\n\n```\n{p}\n```\n\n**response**\n\n```\n{r}\n```" for p, r in texts)
 
 
-def _need_answers(dataset: PromptDataset, component: str) -> None:
+def _need_answers(dataset: PromptDataset | None, component: str) -> PromptDataset:
+    if dataset is None:
+        raise ConfigError(f"{component} needs an eval_dataset, with held-out prompts")
     if not dataset.has_answers:
         raise ConfigError(f"{component} needs reference answers; give eval_dataset.answer_column")
+    return dataset
 
 
 def _pad_pairs(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from oprd_tune.ranks import Ranks
+from oprd_tune.types import Rollout
 
 
 def backward(loss_sum: Tensor, count: float | Tensor, *, world_size: int = 1) -> None:
@@ -24,8 +28,16 @@ def backward(loss_sum: Tensor, count: float | Tensor, *, world_size: int = 1) ->
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Clip to a total norm, unless that is None; returns the norm before clipping."""
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm).item()
+    """Clip to a total norm, over all ranks, unless that is None; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def split_alike(rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks) -> list[Rollout]:
+    """This rank's microbatches, with idle ones at the end where another rank has more: sharded models run in step."""
+    micro_batches = rollout.split(tokens_per_micro_batch)
+    most = int(ranks.largest(len(micro_batches)))
+    return micro_batches + [rollout.idle()] * (most - len(micro_batches))
 
 
 class FiniteGuard:

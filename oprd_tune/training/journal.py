@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
+from oprd_tune.ranks import Ranks
 from oprd_tune.training.evaluation import samples_as_markdown
 from oprd_tune.training.summary import as_table, summarise, write_summary
 from oprd_tune.types import Rollout
@@ -24,7 +23,7 @@ class Journal:
 
     Args:
         folder: the run's.
-        device: whose memory and kernels are watched.
+        ranks: the processes of the run; the first one logs, prints and writes.
         log_every_n_steps: scalars.
         log_samples_every_n_steps: prompts and responses as text, where the logger takes text.
 
@@ -35,14 +34,12 @@ class Journal:
         logged: the last finished step's metrics.
     """
 
-    def __init__(
-        self, folder: Path, device: torch.device, *, log_every_n_steps: int, log_samples_every_n_steps: int
-    ) -> None:
-        self._folder, self._device = folder, device
+    def __init__(self, folder: Path, ranks: Ranks, *, log_every_n_steps: int, log_samples_every_n_steps: int) -> None:
+        self._folder, self._ranks, self._device = folder, ranks, ranks.device
         self._log_every_n_steps, self._log_samples_every_n_steps = log_every_n_steps, log_samples_every_n_steps
         self.history = History()
         self.metrics = MetricBuffer()
-        self.phase = PhaseTimer(device)
+        self.phase = PhaseTimer(ranks.device)
         self.logged: dict[str, float] = {}
 
     def open(self, logger: Any, tokenizer: HuggingFaceTokenizer, *, first_step: int) -> None:
@@ -61,7 +58,6 @@ class Journal:
         """Note what the student said in this step."""
         self._rollout = rollout
         self.metrics.add_rollout(rollout)
-        self.history.response_tokens += rollout.response_tokens
 
     def finish_step(self, step: int, *, updated: bool) -> None:
         """Close the step's metrics and log them.
@@ -74,15 +70,29 @@ class Journal:
         history.skipped_steps += not updated
         seconds = self.phase.take()
         history.loop_seconds += sum(seconds.values())
-        metrics.add_times(seconds, self._rollout)
+        sampled, read = map(int, self._ranks.total([self._rollout.response_tokens, int(self._rollout.lengths_B.sum())]))
+        history.response_tokens += sampled
+        metrics.add_times(seconds, sampled, read)
         metrics.set("memory/peak", peak_memory_bytes(self._device) / _GIB)
         metrics.set("optimizer/skipped_steps", history.skipped_steps)
-        self.logged = metrics.finish()
+        self.logged = metrics.finish(self._ranks)
         history.add_cosines(step, self.logged)
         if step % self._log_every_n_steps == 0:
             self._logger.log_dict(self.logged, step)
         if step % self._log_samples_every_n_steps == 0 and hasattr(self._logger, "log_text"):
             self._logger.log_text("rollout/samples", samples_as_markdown(self._rollout, self._tokenizer), step)
+
+    def add_teacher_errors(self, errors: dict[int, float]) -> None:
+        """Note, by teacher layer, the error of its hidden states that quantisation introduced."""
+        if not errors:
+            return
+        for layer, error in errors.items():
+            self.metrics.set(f"teacher/quantization_error_{layer:02d}", error)
+        worst = max(errors, key=errors.__getitem__)
+        print(
+            f"Quantised teacher: relative error of its last hidden state {errors[max(errors)]:.2%}, at most "
+            f"{errors[worst]:.2%} (layer {worst})."
+        )
 
     def add_evaluation(
         self, step: int, accuracy: float | None, perplexity: float | None, layers: Sequence[int] = ()
@@ -122,14 +132,17 @@ class Journal:
         self._logger.close()
 
     def finish(self, student: Path, **facts: Any) -> None:
-        """Write the summary and its plot, print it, and close.
+        """Write the summary and its plot, print it, and close. Every rank must call.
 
         Args:
             student: where the final student lies.
             facts: what else the summary records, such as the seed.
         """
-        facts |= {"device": str(self._device), "peak_memory_bytes": peak_memory_bytes(self._device)}
+        facts["peak_memory_bytes"] = int(self._ranks.largest(peak_memory_bytes(self._device)))
+        facts |= {"device": self._device.type, "world_size": self._ranks.world_size}
         summary = summarise(self.history, **facts)
-        write_summary(self._folder, summary, self.history)
         self.close()
+        if not self._ranks.first:
+            return
+        write_summary(self._folder, summary, self.history)
         print(f"\n{as_table(summary)}\n\n  student     {student}\n  everything  {self._folder}")

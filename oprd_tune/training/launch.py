@@ -1,25 +1,32 @@
-"""From `tune run` to a recipe and back to the shell: messages, exit codes, signals."""
+"""From `tune run` to a recipe and back to the shell: processes, messages, exit codes, signals."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
+import torch
+import torch.distributed as dist
+from datasets import disable_progress_bars
 from omegaconf import DictConfig
 
 from oprd_tune.errors import ConfigError
 
 _USER_ERROR = 2
+_LATER_SECONDS = 3.0
 
 
 class Recipe(Protocol):
     """What every recipe class offers."""
 
-    def setup(self) -> None:
-        """Check, load, prepare."""
+    def setup(self) -> bool | None:
+        """Check, load, prepare; False if the run ends here as asked for."""
 
     def train(self) -> int:
         """Run to the end; returns the exit status."""
@@ -32,14 +39,61 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
     """
     try:
         recipe = make_recipe(cfg)
-        recipe.setup()
-        return recipe.train()
+        return 0 if recipe.setup() is False else recipe.train()
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ConfigError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:  # most often the first rank says the same, and the launcher then ends this one
+            time.sleep(_LATER_SECONDS)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return _USER_ERROR
+
+
+def run_distributed(make_recipe: type[Recipe], cfg: DictConfig) -> int:
+    """Run a recipe in this process if a launcher has started it, else in one process for each GPU of this host.
+
+    Without a GPU, or with `device=cpu`, that is one process, this one.
+    """
+    if "RANK" not in os.environ and (processes := _processes_for(cfg.get("device"))) > 1:
+        return _launch(inspect.getfile(make_recipe.setup), processes)
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first rank speaks for all
+        disable_progress_bars()
+    sys.path.append(os.getcwd())  # for components of the user's own, as torchtune does without a launcher
+    status = run_recipe(cast(Callable[[DictConfig], Recipe], make_recipe), cfg)
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+def _processes_for(device: str | None) -> int:
+    return torch.cuda.device_count() if device in (None, "cuda") else 1
+
+
+def _launch(recipe_file: str, processes: int) -> int:
+    """Start this command again through torchrun; returns the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    print(f"Starting {processes} processes, one for each GPU.")
+    try:
+        run(parse_args(["--standalone", f"--nproc_per_node={processes}", recipe_file, *sys.argv[1:]]))
+    except SignalException as received:
+        return 128 + received.sigval.value
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(
+                f"error: rank {rank} (process {failure.pid}) was ended by {name}, so all others were stopped; "
+                "resume=true continues from the last checkpoint",
+                file=sys.stderr,
+            )
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 class StopSignals:

@@ -11,6 +11,7 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.data.prompts import PromptDataset
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer, tokens_by_id
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_names, check_adapters
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.lm_head import LMHead
 from oprd_tune.modeling.load import Builder, build_on_meta, check_weights, open_checkpointer, width_of
@@ -82,6 +83,9 @@ def check_pair(
     student_files = open_checkpointer("checkpointer", open_student)
     teacher_files = open_checkpointer("teacher_checkpointer", open_teacher)
     student, teacher = build_on_meta(build), build_on_meta(build_teacher)
+    check_adapters("model", student)
+    if adapter_names(teacher):
+        raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
     pairs: list[LayerPair] = []
     if layers is not None:
         check_widths(width_of(student), width_of(teacher))

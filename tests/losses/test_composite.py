@@ -12,6 +12,7 @@ from oprd_tune.losses.masking import response_tokens, select_states
 from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.modeling.lm_head import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.grads import backward
 from oprd_tune.types import LayerPair, Rollout
@@ -106,7 +107,7 @@ def test_metrics_of_several_token_parts_are_kept_apart():
         student(batch.tokens_BS)
     buffer = MetricBuffer()
     buffer.add_composite(stream, selection)
-    logged = buffer.finish()
+    logged = buffer.finish(Ranks())
     assert 0 < logged["token/few/student_mass"] < logged["token/many/student_mass"] < 1
 
 

@@ -7,6 +7,7 @@ from oprd_tune.metrics import TensorBoardLogger
 from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.names import METRICS, check_names
+from oprd_tune.ranks import Ranks
 
 
 def test_buffer_divides_sums_once_and_empties():
@@ -15,8 +16,8 @@ def test_buffer_divides_sums_once_and_empties():
     buffer.add("rollout/entropy", torch.tensor(5.0), 6)
     buffer.add("positions/cosine_quarter_2", torch.tensor(0.0), 0)
     buffer.set("optimizer/lr", 0.5)
-    assert buffer.finish() == {"rollout/entropy": 1.0, "optimizer/lr": 0.5}
-    assert buffer.finish() == {}
+    assert buffer.finish(Ranks()) == {"rollout/entropy": 1.0, "optimizer/lr": 0.5}
+    assert buffer.finish(Ranks()) == {}
 
 
 def test_a_metric_that_is_not_described_cannot_be_logged():

@@ -9,6 +9,7 @@ import torch
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.modeling.load import load_decoder
+from oprd_tune.ranks import Ranks
 from oprd_tune.tiny import checkpointer, tiny_qwen2
 from oprd_tune.tiny.model import write_tokenizer
 from oprd_tune.training.launch import run_recipe as launch
@@ -85,7 +86,7 @@ def test_loss_and_gradient_are_those_of_the_formula_on_the_recipe_s_own_rollout(
     """vOPD with an importance ratio: it reads tokens, the sampler's log-probabilities, and both models."""
     recipe = recipe_class(NAME)(load_config("tiny/vopd", output_dir=out, **SMALL, tokens_per_micro_batch=20))
     recipe.setup()
-    prompts = recipe._prompts.at_step(0)
+    prompts = recipe._data.prompts.at_step(0)
     rollout = recipe._engine.generate(prompts, stream=0)
     student, teacher = (
         load_decoder(tiny_qwen2, checkpointer(name, str(out)), dtype=torch.float32, device=torch.device("cpu"))
@@ -97,7 +98,7 @@ def test_loss_and_gradient_are_those_of_the_formula_on_the_recipe_s_own_rollout(
     (loss,) = recipe._loss.parts.values()
     loss.importance_ratio_cap = 2.0
     recipe.train_step(prompts)
-    metrics = recipe._metrics.finish()
+    metrics = recipe._metrics.finish(Ranks())
 
     at = shifted.response_mask_BS[:, 1:]
     tokens, mu = shifted.tokens_BS[:, 1:][at], shifted.sampler_logprobs_BS[:, 1:][at]

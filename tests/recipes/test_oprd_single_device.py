@@ -13,7 +13,7 @@ import torch
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.registry import config_files
-from oprd_tune.training.checkpoint import export_checkpoint
+from oprd_tune.training.export import export_checkpoint
 from oprd_tune.types import TeacherTargets
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 
@@ -180,7 +180,7 @@ BAD_INPUTS = {
     ),
     "unusable output": ({"output_dir": "/proc/nowhere"}, "output_dir /proc/nowhere cannot be used"),
     "grader": ({"task_accuracy.grader": "nowhere.grade"}, "'nowhere.grade' cannot be found"),
-    "evaluation without data": ({"eval_dataset._component_": "null"}, "need an eval_dataset"),
+    "evaluation without data": ({"eval_dataset._component_": "null"}, "needs an eval_dataset"),
     "normalisation": ({"loss.normalisation": "unit"}, "allowed are none, l2, rms"),
 }
 

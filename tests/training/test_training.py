@@ -15,11 +15,12 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.history import History
 from oprd_tune.tiny import tokenizer
 from oprd_tune.training import ReferencePerplexity, TaskAccuracy, constant_with_warmup, cosine_with_warmup
-from oprd_tune.training.checkpoint import RunFolder, export_checkpoint, load_checkpoint, restore_rng
+from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
+from oprd_tune.training.export import export_checkpoint
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.launch import StopSignals, run_recipe
 from oprd_tune.training.optim import restore_schedule
-from oprd_tune.training.student import TiedHeadDrift, prepare_student
+from oprd_tune.training.student import TiedHeadDrift, freeze
 from oprd_tune.training.summary import as_table, summarise, write_summary
 from tests.conftest import make_model
 
@@ -102,14 +103,13 @@ def test_steps_that_are_not_finite_are_refused_and_stop_the_run_when_they_repeat
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_what_the_loss_reaches_is_trained(tied):
     model = make_model(tied=tied)
-    off = {"activation_checkpointing": False, "compile": False}
-    message = prepare_student(model, top=2, trains_head=False, freeze_embedding=True, **off)
+    message = freeze(model, top=2, trains_head=False, freeze_embedding=True)
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"0", "1"}
     assert "blocks above layer 2" in message
     assert ("the LM head" in message) == (not tied)
     model = make_model(tied=tied)
-    assert prepare_student(model, top=3, trains_head=True, freeze_embedding=False, **off) == ""
+    assert freeze(model, top=3, trains_head=True, freeze_embedding=False) == ""
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -184,12 +184,16 @@ def training_state(folder, *, steps):
 def test_a_checkpoint_restores_model_optimizer_and_randomness_bit_by_bit(out):
     model, optimizer, folder = training_state(out, steps=2)
     folder.open(CFG)
-    folder.save(2, model, optimizer, {"step": 2}, CFG)
+    guard = FiniteGuard(3)
+    guard.load_state_dict({"in_a_row": 2})
+    folder.save(2, model, optimizer, {"guard": guard, "nothing": None}, CFG)
     drawn = torch.rand(3)
+    folder.wait()
     other, other_optimizer, _ = training_state(out, steps=0)
-    state = load_checkpoint(folder.latest(), other, other_optimizer)
-    restore_rng(state["rng"])
-    assert state["step"] == 2
+    later = FiniteGuard(3)
+    parts = {"guard": later, "nothing": None}
+    assert load_checkpoint(folder.latest(), other, other_optimizer, parts, seed=0) == 2
+    assert later.state_dict() == {"in_a_row": 2}
     assert torch.equal(torch.rand(3), drawn)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -202,6 +206,7 @@ def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_swept(out):
     folder.open(CFG)
     for step in (1, 2, 3):
         folder.save(step, model, optimizer, {}, CFG)
+    folder.wait()
     (out / "checkpoints" / ".staged-step_00000004").mkdir()
     folder.open(CFG)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
@@ -210,7 +215,8 @@ def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_swept(out):
 def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(out, monkeypatch):
     model, optimizer, folder = training_state(out, steps=1)
     folder.open(CFG)
-    folder.save(1, model, optimizer, {"step": 1}, CFG)
+    folder.save(1, model, optimizer, {}, CFG)
+    folder.wait()
     save = torch.save
 
     def crash(data, file):
@@ -218,7 +224,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(out, mon
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(ZeroDivisionError):
-        folder.save(2, model, optimizer, {"step": 2}, CFG)
+        folder.save(2, model, optimizer, {}, CFG)
     assert folder.latest().name == "step_00000001"
 
 
@@ -229,6 +235,7 @@ def test_a_folder_of_another_run_is_refused(out):
     assert folder.check(CFG, resume=False) is None  # nothing saved yet, so nothing to lose
     assert folder.check(CFG, resume=True) is None
     folder.save(1, model, optimizer, {}, CFG)
+    folder.wait()
     with pytest.raises(ConfigError, match="holds another run; continue it with resume=true"):
         folder.check(CFG, resume=False)
     allowed = OmegaConf.merge(CFG, {"max_steps": 9, "output_dir": "here"})

@@ -1,0 +1,106 @@
+"""LoRA and DoRA adapters of torchtune's builders: their parameters, their start, and weights with them merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, get_merged_lora_ckpt
+
+from oprd_tune.errors import ConfigError
+
+_ADAPTED = (LoRALinear, DoRALinear)
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of the adapters' parameters in the model's state dict; empty for a model without adapters."""
+    return {name.replace("_checkpoint_wrapped_module.", "") for name in get_adapter_params(model)}
+
+
+def check_adapters(name: str, model: nn.Module) -> None:
+    """Raise ConfigError, with the config key `name`, for adapters that cannot be trained here."""
+    if any(module._quantize_base for module in _adapted(model)):
+        raise ConfigError(
+            f"{name}.quantize_base is not supported; leave it out (an int8 teacher is: teacher_quantization)"
+        )
+
+
+def start_adapters(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Give adapters on the meta device their first values, once the weights that they adapt are loaded.
+
+    The product B·A is zero at the start, so the model is the one that was loaded.
+
+    Args:
+        module: a block, or a whole model.
+        device: where they go.
+        dtype: of their parameters.
+    """
+    for linear in _adapted(module):
+        for name in linear.adapter_params():
+            owner, _, leaf = name.rpartition(".")
+            holder = linear.get_submodule(owner)
+            old = getattr(holder, leaf)
+            new = torch.empty_like(old, device=device, dtype=dtype)
+            setattr(holder, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        linear.initialize_parameters()
+        if isinstance(linear, DoRALinear):
+            linear.initialize_dora_magnitude()
+
+
+@contextmanager
+def merged_while_gathered(model: nn.Module) -> Iterator[None]:
+    """Within the scope, adapters of a gathered sharded model are part of its weights, so that they cost nothing.
+
+    Gathered weights are copies, so the shards never see the change; call it within `gathered`. A model that is not
+    sharded keeps its adapters apart: merging would round its only weights.
+    """
+    linears = _adapted(model) if isinstance(model, FSDPModule) else []
+    with torch.no_grad():
+        for linear in linears:
+            linear.weight.copy_(_merged(linear))
+            linear.disabled = True
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.disabled = False
+
+
+def _merged(linear: LoRALinear | DoRALinear) -> Tensor:
+    state = {name: value.detach() for name, value in linear.named_parameters() if name != "bias"}
+    merged = get_merged_lora_ckpt(
+        {f"x.{name}": value.float() for name, value in state.items()}, *_rank_and_alpha(linear)
+    )
+    return merged["x.weight"]
+
+
+def merge_adapters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A full state dict with adapters merged into what they adapt; that of a model without adapters as it is."""
+    linears = _adapted(model)
+    return get_merged_lora_ckpt(weights, *_rank_and_alpha(linears[0])) if linears else weights
+
+
+def adapter_config(model: nn.Module) -> dict[str, Any]:
+    """What torchtune's checkpointers, and through them PEFT, want to know about a model's adapters."""
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    rank, alpha = _rank_and_alpha(named[0][1])
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in named}),
+        "peft_type": "LORA",
+        "use_dora": isinstance(named[0][1], DoRALinear),
+    }
+
+
+def _adapted(model: nn.Module) -> list[LoRALinear | DoRALinear]:
+    return [module for module in model.modules() if isinstance(module, _ADAPTED)]
+
+
+def _rank_and_alpha(linear: LoRALinear | DoRALinear) -> tuple[int, float]:
+    rank = linear.lora_a.out_features
+    return rank, linear.scaling * rank if isinstance(linear, DoRALinear) else linear.alpha

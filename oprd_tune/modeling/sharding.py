@@ -1,0 +1,94 @@
+"""Decoders whose parameters are spread over ranks by FSDP2, block by block, and scopes in which they are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.ranks import Ranks
+
+_RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what `gathered` puts back
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is spread.
+
+    Each block is gathered where it runs. Embedding, final norm and head form the root, which stays gathered between a
+    forward pass and its backward pass. Gradients are averaged over ranks in fp32.
+
+    Attributes:
+        ranks: the processes, in one dimension.
+        compute_dtype: what parameters are gathered in, and gradients computed in; None keeps that of the shards.
+        reshard_after_forward: free each block's gathered parameters until the backward pass (True), keep them (False),
+            or keep them spread over so many ranks.
+        cpu_offload: keep shards, gradients and the optimizer's state in CPU memory.
+    """
+
+    ranks: Ranks
+    compute_dtype: torch.dtype | None = None
+    reshard_after_forward: bool | int = True
+    cpu_offload: bool = False
+
+    def block(self, block: nn.Module) -> None:
+        """Spread one loaded block. Every rank must hold the same values; each keeps its part."""
+        self._shard(block, reshard_after_forward=self.reshard_after_forward)
+
+    def root(self, model: TransformerDecoder, *, whole: nn.Module | None = None) -> None:
+        """Spread what the blocks left over; call it last.
+
+        Args:
+            model: a decoder whose blocks are spread.
+            whole: its parameters stay whole on every rank.
+        """
+        ignored = set(whole.parameters()) if whole is not None else None
+        self._shard(model, reshard_after_forward=False, ignored=ignored)
+
+    def _shard(
+        self, module: nn.Module, *, reshard_after_forward: bool | int, ignored: set[nn.Parameter] | None = None
+    ) -> None:
+        fully_shard(
+            module,
+            mesh=init_device_mesh(self.ranks.device.type, (self.ranks.world_size,)),
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            offload_policy=CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            ignored_params=ignored,
+        )
+        _RESHARD_AFTER_FORWARD[module] = reshard_after_forward
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within the scope, a sharded model is whole on every rank; any other model is left alone.
+
+    So each rank may run as many forward passes as it likes. Entering communicates, so all ranks must. What changes the
+    parameters within is forgotten at the end.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(_RESHARD_AFTER_FORWARD[module], recurse=False)
+
+
+def sync_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass of a sharded model averages its gradients over ranks, or only accumulates them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)

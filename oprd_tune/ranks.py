@@ -1,0 +1,83 @@
+"""The processes of a run, and the few numbers that they have to agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run. One alone needs no process group, and then nothing here communicates.
+
+    Attributes:
+        rank: this process, from 0.
+        world_size: how many there are; each works on its own part of the data.
+        device: where this one computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints, logs and writes."""
+        return self.rank == 0
+
+    def gather(self, value_N: Tensor) -> Tensor:
+        """Everybody's values, [world_size, N]: one collective."""
+        if self.world_size == 1:
+            return value_N[None]
+        value_N = value_N.to(self.device)
+        rows = [torch.empty_like(value_N) for _ in range(self.world_size)]
+        dist.all_gather(rows, value_N)
+        return torch.stack(rows)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over ranks, in fp64; the same on all of them."""
+        return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
+
+    def largest(self, value: float) -> float:
+        """The largest of everybody's values."""
+        return self.gather(torch.tensor([value], dtype=torch.float64)).max().item()
+
+    def collect(self, value: T) -> list[T]:
+        """Everybody's object, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        objects: list[T] = [value] * self.world_size
+        dist.all_gather_object(objects, value)
+        return objects
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """Meet the processes that a launcher such as torchrun has started, or be alone without one.
+
+    Also without a launcher there is a process group, of one: sharding needs it.
+
+    Args:
+        device: this process's own, such as `cuda:3`.
+    """
+    if not dist.is_initialized():
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -1,0 +1,180 @@
+"""A frozen teacher's linears with fewer bits: as torchao's tensors, or as plain int8 that FSDP2 can shard.
+
+Only this file imports torchao, inside functions: importing it takes a second and prints a line.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from oprd_tune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A torchao config with its arguments, and what it takes.
+
+    Attributes:
+        bits: per weight, with the scales of groups.
+        row_bytes: at most, per output row: its scale and zero point.
+        multiple: what has to divide the number of columns.
+        tile: to multiples of how many rows and columns a weight is padded.
+        dtype: the only one that its kernel takes, or None.
+    """
+
+    config: str
+    arguments: Mapping[str, Any]
+    bits: float
+    row_bytes: int = 0
+    multiple: int = 1
+    tile: tuple[int, int] = (1, 1)
+    dtype: torch.dtype | None = None
+
+
+# Version 2 of the int8 configs, and int4 without hqq, keep scales above the dtype's epsilon. bf16's is 0.0078, more
+# than most rows of a language model need: with int8, the error of a block in bf16 grows from 2 to 28 %.
+# int8_dynamic's kernel wants multiples of 8, and torchao skips 16. The int4 layout is the one with a kernel in torch.
+_INT4 = {"int4_packing_format": "tile_packed_to_4d", "int4_choose_qparams_algorithm": "hqq", "group_size": 64}
+SCHEMES: Mapping[str, Scheme] = {
+    "int8_weight_only": Scheme("Int8WeightOnlyConfig", {"version": 1}, 8, row_bytes=12),
+    "int8_dynamic": Scheme("Int8DynamicActivationInt8WeightConfig", {"version": 1}, 8, row_bytes=4, multiple=32),
+    "float8_weight_only": Scheme("Float8WeightOnlyConfig", {"version": 2}, 8, row_bytes=4),
+    "int4_weight_only": Scheme(
+        "Int4WeightOnlyConfig", {"version": 2, **_INT4}, 4.5, multiple=64, tile=(8, 1024), dtype=torch.bfloat16
+    ),
+}
+_SHARDABLE = "int8_weight_only"
+
+
+class Int8Linear(nn.Module):
+    """y = s · (W x) + b with int8 weights W [out, in] and a scale s [out] for each row, all frozen.
+
+    The product is formed in x's dtype, where int8 is exact, and then scaled. W and s are plain parameters, so
+    `fully_shard` shards both along their rows.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
+        """W = round(w / s), s = max|w| / 127 by row, s in w's dtype before it divides: its rounding costs nothing."""
+        weight = linear.weight.detach()
+        smallest = torch.finfo(weight.dtype).tiny  # for a row of zeros
+        scale = (weight.abs().amax(1) / 127).clamp_min(smallest)
+        rounded = (weight.float() / scale.float().unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+        return cls(rounded, scale, None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in x's dtype."""
+        y = F.linear(x, self.weight.to(x.dtype)).mul_(self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def check_scheme(scheme: str, device: torch.device, *, sharded: bool) -> None:
+    """Try a scheme on one small linear in bf16, before any weights are read. Leaves the random state alone.
+
+    Args:
+        scheme: a key of `SCHEMES`.
+        device: where the teacher will run.
+        sharded: whether FSDP2 will shard it.
+
+    Raises:
+        ConfigError: if the scheme is unknown, cannot be sharded, or does not run on the device.
+    """
+    if scheme not in SCHEMES:
+        raise ConfigError(f"teacher_quantization={scheme} is unknown; allowed: null, {', '.join(SCHEMES)}")
+    if sharded and scheme != _SHARDABLE:
+        raise ConfigError(
+            f"teacher_quantization={scheme}: torchao's tensors cannot be sharded; allowed: {_SHARDABLE}, or "
+            "teacher_placement=replicated"
+        )
+    try:
+        linear = nn.utils.skip_init(nn.Linear, 256, 256, dtype=torch.bfloat16, device=device)
+        nn.init.ones_(linear.weight)
+        block = nn.Sequential(linear)
+        quantize_linears(block, scheme, sharded=sharded)
+        block(torch.ones(32, 256, dtype=torch.bfloat16, device=device))
+    except Exception as error:  # torchao and its kernels raise all kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        others = ", ".join(name for name in SCHEMES if name != scheme)
+        raise ConfigError(
+            f"teacher_quantization={scheme} does not run on {device} here ({reason}); choose null or one of {others}"
+        ) from error
+
+
+def quantize_linears(block: nn.Module, scheme: str, *, sharded: bool) -> None:
+    """Freeze a loaded block and quantise the linears inside it, in place and where they are.
+
+    Args:
+        block: a module that holds linears.
+        scheme: a key of `SCHEMES` that `check_scheme` has passed.
+        sharded: replace them by `Int8Linear`s, for FSDP2.
+
+    Raises:
+        ConfigError: if a linear's shape or dtype does not fit the scheme.
+    """
+    block.requires_grad_(False)
+    linears = _linears(block)
+    for linear in linears.values():
+        _check_fit(scheme, linear.weight.shape, linear.weight.dtype)
+    if sharded:
+        assert scheme == _SHARDABLE, scheme
+        for name, linear in linears.items():
+            block.set_submodule(name, Int8Linear.from_linear(linear))
+        return
+    from torchao import quantization
+
+    # By default torchao would also switch the whole process to TF32.
+    config = getattr(quantization, SCHEMES[scheme].config)(**SCHEMES[scheme].arguments, set_inductor_config=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Config Deprecation")  # the pinned torchao has version 1
+        quantization.quantize_(block, config)
+
+
+def quantized_bytes(block: nn.Module, scheme: str | None, dtype: torch.dtype) -> int:
+    """Bytes that the parameters of a block will take: never too few, at most 10 too many for each row of a linear.
+
+    Args:
+        block: not quantised yet; on any device, meta included. Buffers are not counted.
+        scheme: a key of `SCHEMES`, or None.
+        dtype: of everything that is not quantised.
+
+    Raises:
+        ConfigError: if a linear's shape, or the dtype, does not fit the scheme.
+    """
+    total = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
+    if scheme is None:
+        return total
+    chosen = SCHEMES[scheme]
+    for linear in _linears(block).values():
+        shape = linear.weight.shape
+        _check_fit(scheme, shape, dtype)
+        rows, columns = (math.ceil(size / tile) * tile for size, tile in zip(shape, chosen.tile, strict=True))
+        total += int(rows * columns * chosen.bits / 8) + rows * chosen.row_bytes - shape.numel() * dtype.itemsize
+    return total
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _check_fit(scheme: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    chosen = SCHEMES[scheme]
+    if shape[1] % chosen.multiple or dtype != (chosen.dtype or dtype):
+        raise ConfigError(
+            f"teacher_quantization={scheme} takes {chosen.dtype or 'any dtype'} and columns in multiples of "
+            f"{chosen.multiple}; the teacher has a linear with {shape[1]} columns in {dtype}. Choose {_SHARDABLE}, "
+            "which takes all"
+        )

@@ -1,0 +1,153 @@
+"""Students as Hugging Face folders, which transformers, vLLM and PEFT load."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torchtune import config
+from torchtune.models.convert_weights import tune_to_peft_adapter_weights
+from torchtune.modules.peft import get_adapter_state_dict
+from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_config, adapter_names, merge_adapters
+from oprd_tune.modeling.load import load_decoder
+
+STAGED = ".staged-"
+_REPLACED = ".replaced-"
+CheckpointerFactory = Callable[..., FullModelHFCheckpointer]
+
+
+def export_model(
+    weights: Mapping[str, Any],
+    model: nn.Module,
+    make_checkpointer: CheckpointerFactory,
+    target: Path,
+    *,
+    dtype: torch.dtype,
+) -> Path:
+    """Write weights in torchtune's names as a Hugging Face folder, config and tokenizer files included.
+
+    LoRA and DoRA adapters are merged, and also written on their own: `adapter_model.pt` for torchtune,
+    `adapter_model.safetensors` with `adapter_config.json` for PEFT.
+
+    Args:
+        weights: a full state dict.
+        model: what they belong to; tells which of them are adapters.
+        make_checkpointer: constructs the checkpointer that the model was loaded with, given `output_dir`.
+        target: the folder; an older one of that name is replaced once the new one is complete.
+        dtype: of the merged weights.
+    """
+    with _staged(target) as folder, quiet():
+        checkpointer = make_checkpointer(output_dir=str(folder / "export"))
+        checkpointer.load_checkpoint()  # it writes the files and names that it has read
+        state: dict[str, Any] = {}
+        if adapter_names(model):
+            state[ADAPTER_KEY] = get_adapter_state_dict(dict(weights))
+            state[ADAPTER_CONFIG] = adapter_config(model)
+        adapters = dict(state.get(ADAPTER_KEY, {}))
+        # Copies: merging changes what it is given, and safetensors takes no views.
+        copies = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+        merged = merge_adapters(copies, model)
+        state[MODEL_KEY] = {key: value.to(dtype) for key, value in merged.items()}
+        checkpointer.save_checkpoint(state, epoch=0)
+        written = folder / "export" / "epoch_0"
+        if adapters:
+            save_file(_peft_weights(adapters), written / "adapter_model.safetensors", metadata={"format": "pt"})
+        for file in written.iterdir():
+            file.rename(folder / file.name)
+        shutil.rmtree(folder / "export")
+    return target
+
+
+def _peft_weights(adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters in PEFT's names, as they are.
+
+    torchtune reorders the rows of q and k as Llama's need it, also for Qwen2, whose rows need none. With heads of two
+    rows its reordering changes nothing.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, value in adapters.items():
+        heads = len(value) // 2
+        converted |= tune_to_peft_adapter_weights({key: value}, num_heads=heads, num_kv_heads=heads, head_dim=2)
+    return {key: value.contiguous() for key, value in converted.items()}
+
+
+def export_checkpoint(checkpoint: str, target: str) -> Path:
+    """Write a training checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: a `checkpoints/step_…` folder.
+        target: the folder to write.
+
+    Raises:
+        ConfigError: if `checkpoint` is none, or `target` exists.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "state.pt").is_file():
+        raise ConfigError(f"{folder} is no checkpoint; give a folder OUTPUT_DIR/checkpoints/step_…")
+    if Path(target).exists():
+        raise ConfigError(f"{target} exists already; give a folder that does not")
+    cfg = OmegaConf.load(folder / "config.yaml")
+
+    def make_checkpointer(output_dir: str) -> FullModelHFCheckpointer:
+        return config.instantiate(cfg.checkpointer, output_dir=output_dir)
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.get("dtype", "bf16")]
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        files = make_checkpointer(scratch)
+        model = load_decoder(lambda: config.instantiate(cfg.model), files, dtype=dtype, device=torch.device("cpu"))
+        weights = get_model_state_dict(model)
+        trained = {name: weight for name, weight in weights.items() if f"model.{name}" in saved}
+        load_tensors({"model": trained}, checkpoint_id=folder, no_dist=True)
+        return export_model(weights, model, make_checkpointer, Path(target), dtype=dtype)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted writing has left in a folder."""
+    for leftover in folder.glob(f"{STAGED}*"):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `target` once it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged, replaced = target.with_name(STAGED + target.name), target.with_name(_REPLACED + target.name)
+    for leftover in (staged, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged.mkdir()
+    yield staged
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(staged, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' remarks about file sizes and single-process use."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

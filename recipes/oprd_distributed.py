@@ -1,0 +1,301 @@
+"""On-policy representation distillation (OPRD, arXiv 2606.06021) on any number of GPUs.
+
+The student answers prompts itself. A frozen teacher reads the same tokens, and the student's hidden states are pulled
+towards the teacher's at chosen layers (Eq. 6). No LM head runs for the loss, on either side. The student is sharded by
+FSDP2; each rank samples and trains on its own share of the prompts, and everything is divided by global counts.
+
+    tune run oprd_distributed --config tiny/oprd_distributed                         # every GPU of this host
+    tune run --nproc_per_node 2 oprd_distributed --config tiny/oprd_distributed      # any torchrun option
+
+This file is meant to be copied and edited. `train_step` is the method; everything around it is set-up and bookkeeping.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import config, training
+from tqdm import tqdm
+
+from oprd_tune.components import instantiate
+from oprd_tune.errors import ConfigError
+from oprd_tune.losses.composite import Composite
+from oprd_tune.losses.masking import check_selection, count_selected, select_states
+from oprd_tune.losses.token_loss import TokenLoss
+from oprd_tune.metrics.silent import SilentLogger
+from oprd_tune.modeling.sharding import Sharding, sync_gradients
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.ranks import join_ranks
+from oprd_tune.rollout.engine import RolloutEngine
+from oprd_tune.settings import OPRDDistributedSettings, parse_settings
+from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
+from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
+from oprd_tune.training.data import load_data
+from oprd_tune.training.device import pick_device
+from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients, split_alike
+from oprd_tune.training.journal import Journal
+from oprd_tune.training.launch import StopSignals, run_distributed
+from oprd_tune.training.pair import ModelPair, check_pair
+from oprd_tune.training.student import TiedHeadDrift, load_student
+from oprd_tune.types import Prompts, Rollout, Selection
+
+RECIPE = "oprd_distributed"
+COMPONENTS = (
+    *("model", "checkpointer", "teacher_model", "teacher_checkpointer", "tokenizer", "dataset"),
+    *("loss", "optimizer", "rollout", "metric_logger"),
+)
+OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
+CALIBRATION_PROMPTS = 8
+
+
+class OPRDDistributedRecipe:
+    """OPRD under FSDP2. Call `setup`, then `train`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+        self._settings = s = parse_settings(
+            cfg, OPRDDistributedSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
+        )
+        self._device, self._dtype = pick_device(s.device, s.dtype)
+        self._master_dtype = torch.float32 if s.master_dtype else self._dtype
+        self._ranks = join_ranks(self._device)
+        self._folder = RunFolder(s.output_dir, s.keep_checkpoints, self._ranks)
+        self._journal = Journal(
+            self._folder.path,
+            self._ranks,
+            log_every_n_steps=s.log_every_n_steps,
+            log_samples_every_n_steps=s.log_samples_every_n_steps,
+        )
+        self._metrics, self._phase = self._journal.metrics, self._journal.phase
+        self._guard = FiniteGuard(s.max_nonfinite_steps)
+        self._step = 0  # optimizer steps done
+
+    # ---- set-up: everything that can be wrong is found before weights are read ----
+
+    def setup(self) -> None:
+        """Check, load, prepare, and go back to the checkpoint if the run resumes."""
+        s, cfg = self._settings, self._cfg
+        if s.num_threads is not None:
+            torch.set_num_threads(s.num_threads)
+        training.set_seed(s.seed)
+        check_selection(s.positions, s.positions_k, s.anchor)
+        check_teacher(s.teacher_placement, s.teacher_quantization, self._device, can_shard=True)
+        checkpoint = self._folder.check(cfg, resume=s.resume)
+        make = partial(instantiate, cfg)
+        pair = check_pair(
+            partial(make, "model"),
+            partial(make, "teacher_model"),
+            self._make_checkpointer,
+            partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir),
+            layers=s.layers,
+            layer_pairs=s.layer_pairs,
+        )
+        self._pairs = pair.layers
+        self._data = load_data(make, s, pair, self._ranks)
+        self._loss = make("loss")
+        if isinstance(self._loss, (TokenLoss, Composite)):
+            raise ConfigError(f"{type(self._loss).__name__} compares tokens; that is for opd_topk_distributed")
+
+        self._load_student(pair)
+        self._optimizer = make("optimizer", self._trainable)
+        self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
+        self._engine: RolloutEngine = make(
+            "rollout",
+            self._model,
+            stop_tokens=self._data.tokenizer.stop_tokens,
+            pad_id=self._data.tokenizer.pad_id,
+            max_new_tokens=s.max_new_tokens,
+            samples_per_prompt=s.samples_per_prompt,
+            seed=s.seed,
+            vocabulary=pair.vocabulary,
+        )
+        logger = make("metric_logger") if self._ranks.first else SilentLogger()
+        self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
+        self._folder.open(cfg)
+        if checkpoint is not None:
+            self._step = load_checkpoint(
+                checkpoint, self._model, self._optimizer, self._parts, seed=s.seed, ranks=self._ranks
+            )
+        self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
+        self._engine.sync_weights(self._step)
+        logger.log_config(cfg)
+
+    def _load_student(self, pair: ModelPair) -> None:
+        s = self._settings
+        self._model = load_student(
+            partial(instantiate, self._cfg, "model"),
+            pair.student_files,
+            top=self._pairs[-1].student,
+            trains_head=False,
+            freeze_embedding=s.freeze_embedding,
+            activation_checkpointing=s.activation_checkpointing,
+            compile=s.compile,
+            seed=s.seed,
+            dtype=self._dtype,
+            device=self._device,
+            master_dtype=self._master_dtype,
+            sharding=Sharding(
+                self._ranks,
+                compute_dtype=self._dtype,
+                reshard_after_forward=s.fsdp_reshard_after_forward,
+                cpu_offload=s.fsdp_cpu_offload,
+            ),
+        )
+        self._drift = TiedHeadDrift(self._model, self._ranks)
+        self._trainable = [p for p in self._model.parameters() if p.requires_grad]
+
+    def _load_teacher(self, pair: ModelPair, *, evaluate: bool) -> None:
+        s = self._settings
+        measure_accuracy = self._data.task_accuracy if evaluate else None
+        teacher, errors = load_teacher(
+            partial(instantiate, self._cfg, "teacher_model"),
+            pair.teacher_files,
+            dtype=self._dtype,
+            device=self._device,
+            top=self._pairs[-1].teacher if measure_accuracy is None else None,
+            sharding=Sharding(self._ranks) if s.teacher_placement == "sharded" else None,
+            offloaded=s.teacher_placement == "offloaded",
+            quantization=s.teacher_quantization,
+            prompts=self._data.prompts.at(range(CALIBRATION_PROMPTS)).tokens,
+        )
+        self._journal.add_teacher_errors(errors)
+        if measure_accuracy is not None:
+            self._journal.history.teacher_accuracy = measure_accuracy(teacher)
+        self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}))
+
+    def _make_checkpointer(self, output_dir: str | None = None) -> Any:
+        return config.instantiate(self._cfg.checkpointer, output_dir=output_dir or self._settings.output_dir)
+
+    # ---- the method ----
+
+    def train_step(self, prompts: Prompts) -> float | None:
+        """One optimizer step; returns its loss, or None if no update was made."""
+        s = self._settings
+        with self._phase("rollout"):
+            rollout = self._engine.generate(prompts, stream=self._step)
+        self._journal.add_rollout(rollout)
+        # One denominator for the whole step, over all ranks, known before the first backward.
+        own_count = count_selected(rollout.response_mask_BS, positions=s.positions, k=s.positions_k)
+        (count,) = map(int, self._ranks.total([own_count]))
+        if count == 0:
+            return None
+        micro_batches = split_alike(rollout, s.tokens_per_micro_batch, self._ranks)
+        if self._loss.needs_calibration:
+            self._calibrate(micro_batches, count)
+
+        loss = torch.zeros((), device=self._device)
+        for left, micro in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            selection = self._select(micro)
+            with self._phase("teacher"):
+                targets = self._teacher.targets(micro.tokens_BS, selection.index_T)
+            with self._phase("student"):
+                stream = self._loss.stream(self._pairs, targets.states, selection)
+                with layer_taps(self._model, [pair.student for pair in self._pairs], stream):
+                    loss_sum = self._model(micro.tokens_BS)  # head-less: returns the streamed sum
+                sync_gradients(self._model, s.sync_every_micro_batch or left == 0)
+                backward(loss_sum, count, world_size=self._ranks.world_size)
+            loss += loss_sum.detach() / count
+            self._metrics.add_stream(stream, selection)
+
+        (total,) = self._ranks.total([loss.item()])
+        with self._phase("optimizer"):
+            grad_norm = clip_gradients(self._trainable, s.clip_grad_norm)
+            finite = self._guard.allows(self._step + 1, loss=total, grad_norm=grad_norm)
+            if finite:
+                self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        with self._phase("sync"):
+            self._engine.sync_weights(self._step + 1)
+        self._metrics.set("loss/total", total)
+        self._metrics.set("optimizer/grad_norm", grad_norm)
+        return total if finite else None
+
+    def _select(self, rollout: Rollout) -> Selection:
+        s = self._settings
+        return select_states(rollout.response_mask_BS, positions=s.positions, k=s.positions_k, anchor=s.anchor)
+
+    def _calibrate(self, micro_batches: list[Rollout], count: int) -> None:
+        """Fix the `rms` scales from the first step's targets, with one extra teacher pass."""
+        totals = dict.fromkeys((pair.teacher for pair in self._pairs), 0.0)
+        for micro in micro_batches:
+            for layer, total in self._teacher.square_sums(micro.tokens_BS, self._select(micro).index_T).items():
+                totals[layer] += total
+        totals = dict(zip(totals, self._ranks.total(list(totals.values())), strict=True))
+        self._loss.calibrate({pair.student: totals[pair.teacher] for pair in self._pairs}, count)
+
+    # ---- the loop and its bookkeeping ----
+
+    def train(self) -> int:
+        """Run to `max_steps`; returns the exit status."""
+        s = self._settings
+        if self._step == 0 and not self._journal.history.evaluations:
+            self._evaluate()
+        with (
+            StopSignals() as stop,
+            tqdm(total=s.max_steps, initial=self._step, desc="OPRD", unit="step", disable=not self._ranks.first) as bar,
+        ):
+            while not (stopped := self._ranks.largest(stop.received)) and self._step < s.max_steps:
+                loss = self.train_step(self._data.prompts.at_step(self._step))
+                self._step += 1
+                self._finish_step(updated=loss is not None)
+                done = self._step == s.max_steps
+                if done or self._step % s.evaluate_every_n_steps == 0:
+                    self._evaluate()
+                if done or self._step % s.checkpoint_every_n_steps == 0:
+                    self._save()
+                self._journal.show(bar, loss)
+        if stopped:
+            self._save()
+            self._folder.wait()
+            print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
+            self._journal.close()
+            return 128 + int(stopped)
+        final = self._folder.export("final", self._model, self._make_checkpointer, dtype=self._dtype)
+        self._folder.wait()
+        self._journal.finish(final, recipe=RECIPE, steps=self._step, seed=s.seed, dtype=s.dtype)
+        return 0
+
+    def _finish_step(self, *, updated: bool) -> None:
+        """Advance the schedule and log the step."""
+        self._metrics.set("optimizer/lr", self._optimizer.param_groups[0]["lr"])
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+        if (drift := self._drift.measure(self._model)) is not None:
+            self._metrics.set("head/drift", drift)
+        self._journal.finish_step(self._step, updated=updated)
+
+    def _evaluate(self) -> None:
+        """Measure the student, and export it if it is the best so far."""
+        accuracy = self._data.task_accuracy(self._model) if self._data.task_accuracy else None
+        perplexity = self._data.reference_perplexity(self._model) if self._data.reference_perplexity else None
+        layers = [pair.student for pair in self._pairs]
+        if self._journal.add_evaluation(self._step, accuracy, perplexity, layers):
+            self._folder.export("best", self._model, self._make_checkpointer, dtype=self._dtype)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, beside the student and its optimizer."""
+        return {
+            "history": self._journal.history,
+            "loss": self._loss,
+            "drift": self._drift,
+            "guard": self._guard,
+            "lr_scheduler": self._lr_scheduler,
+        }
+
+    def _save(self) -> None:
+        self._folder.save(self._step, self._model, self._optimizer, self._parts, self._cfg)
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> int:
+    """On-policy representation distillation on any number of GPUs."""
+    return run_distributed(OPRDDistributedRecipe, cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
