@@ -69,8 +69,16 @@ def component(cfg: DictConfig, name: str) -> Any:
 
 
 def argument(cfg: DictConfig, name: str, key: str) -> Any:
-    """What a component will get for an argument: the config's value, or its own default."""
-    return cfg[name].get(key, inspect.signature(component(cfg, name)).parameters[key].default)
+    """What a component will get for an argument: the config's value, or its own default.
+
+    Raises:
+        ConfigError: if neither says.
+    """
+    parameter = inspect.signature(component(cfg, name)).parameters.get(key)
+    value = cfg[name].get(key, parameter.default if parameter is not None else inspect.Parameter.empty)
+    if value is inspect.Parameter.empty:
+        raise ConfigError(f"{cfg[name]['_component_']} has no default for {name}.{key}; give it")
+    return value
 
 
 def _nested(node: DictConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from torchtune.models.qwen2 import qwen2
+from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
@@ -30,6 +30,22 @@ _SHAPE = {
 def tiny_qwen2() -> TransformerDecoder:
     """Build the tiny model: 4 blocks, width 128, 4 heads over 2 key-value heads, 16 characters, tied embeddings."""
     return qwen2(max_seq_len=MAX_SEQ_LEN, **_SHAPE)
+
+
+def lora_tiny_qwen2(
+    lora_rank: int = 8, lora_alpha: float = 16.0, lora_dropout: float = 0.0, use_dora: bool = False
+) -> TransformerDecoder:
+    """The tiny model with LoRA or DoRA adapters on all linear layers of its blocks."""
+    return lora_qwen2(
+        ["q_proj", "k_proj", "v_proj", "output_proj"],
+        apply_lora_to_mlp=True,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        max_seq_len=MAX_SEQ_LEN,
+        **_SHAPE,
+    )
 
 
 def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:

@@ -1,0 +1,115 @@
+"""The distributed recipes on 1, 2 and 4 gloo ranks against their single-device twins, on the same rollouts."""
+
+import json
+
+import pytest
+
+from tests.conftest import load_config, recipe_class
+from tests.distributed.spawn import run_ranks
+
+STEPS = 10
+COMPONENTS = "tests.distributed.components"
+BASE = {
+    "max_steps": STEPS,
+    "prompts_per_step": 24,
+    "dataset.count": 200,
+    "eval_dataset": "null",
+    "task_accuracy": "null",
+    "reference_perplexity": "null",
+    "metric_logger._component_": f"{COMPONENTS}.JSONLogger",
+}
+CONFIGS = {
+    "oprd": "tiny/oprd",
+    "opd_topk": "tiny/opd_topk",
+    "composite": "tiny/oprd_plus_opd",
+}
+LORA = {"model._component_": "oprd_tune.tiny.lora_tiny_qwen2", "model.lora_rank": 4}
+# Name: (which twin's rollouts, overrides of the distributed recipe).
+VARIANTS = {
+    "oprd": ("oprd", {}),
+    "opd_topk": ("opd_topk", {}),
+    "composite": ("composite", {}),
+    "checkpointed": ("oprd", {"activation_checkpointing": "true"}),
+    "every second block checkpointed": ("opd_topk", {"activation_checkpointing": 2}),
+    "replicated teacher": ("oprd", {"teacher_placement": "replicated"}),
+    "replicated teacher, top-k": ("opd_topk", {"teacher_placement": "replicated"}),
+    "offloaded teacher": ("oprd", {"teacher_placement": "offloaded"}),
+    "uneven microbatches": ("opd_topk", {"tokens_per_micro_batch": 20}),
+    "uneven microbatches, synced": ("oprd", {"tokens_per_micro_batch": 20, "sync_every_micro_batch": "true"}),
+    "gathered blocks kept": ("oprd", {"fsdp_reshard_after_forward": "false"}),
+    "compiled": ("oprd", {"compile": "true", "activation_checkpointing": "true"}),
+    "lora": ("lora", LORA),
+    "dora": ("dora", {**LORA, "model.use_dora": "true"}),
+    "truncated": ("truncated", {"layers": "[1,3]"}),
+    "embedding frozen": ("frozen", {"freeze_embedding": "true"}),
+}
+# Twins with an objective of their own.
+TWINS = {
+    **{name: (config, {}) for name, config in CONFIGS.items()},
+    "lora": ("tiny/oprd", LORA),
+    "dora": ("tiny/oprd", {**LORA, "model.use_dora": "true"}),
+    "truncated": ("tiny/oprd", {"layers": "[1,3]"}),
+    "frozen": ("tiny/opd_topk", {"freeze_embedding": "true"}),
+}
+
+
+def run(recipe, config, folder, **overrides):
+    """Run a recipe as one of its ranks."""
+    cfg = load_config(config, output_dir=folder, **{**BASE, **overrides})
+    cfg.recipe = recipe
+    trainer = recipe_class(recipe)(cfg)
+    trainer.setup()
+    assert trainer.train() == 0
+
+
+def run_variants(rank, folder, world_size, names):
+    for name in names:
+        twin, overrides = VARIANTS[name]
+        config = TWINS[twin][0]
+        recipe = "oprd_distributed" if config == "tiny/oprd" else "opd_topk_distributed"
+        replay = {
+            "rollout._component_": f"{COMPONENTS}.ReplayingEngine",
+            "rollout.record": folder / twin / "rollouts",
+            "rollout.temperature": 1.0,
+        }
+        settings = {"teacher_placement": "sharded", **replay, **TWINS[twin][1], **overrides}
+        run(recipe, config, folder / f"{name} on {world_size}", **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where all runs are: the twins', whose rollouts are kept, and the ranks', which replay them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for twin, (config, overrides) in TWINS.items():
+        recipe = "oprd_single_device" if config == "tiny/oprd" else "opd_topk_single_device"
+        record = {
+            "rollout._component_": f"{COMPONENTS}.RecordingEngine",
+            "rollout.record": folder / twin / "rollouts",
+            "rollout.temperature": 1.0,
+        }
+        run(recipe, config, folder / twin, **record, **overrides)
+    run_ranks(run_variants, 1, folder / "1", folder, 1, ["oprd", "opd_topk"])
+    run_ranks(run_variants, 2, folder / "2", folder, 2, list(VARIANTS))
+    run_ranks(run_variants, 4, folder / "4", folder, 4, ["oprd", "opd_topk"])
+    return folder
+
+
+def logged(folder):
+    """The metrics of each step; evaluations have lines of their own."""
+    lines = [json.loads(line) for line in (folder / "tensorboard" / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss/total" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [(name, 2) for name in VARIANTS] + [(name, ranks) for name in ("oprd", "opd_topk") for ranks in (1, 4)],
+)
+def test_ranks_follow_their_single_device_twin(folder, name, world_size):
+    alone, together = logged(folder / VARIANTS[name][0]), logged(folder / f"{name} on {world_size}")
+    assert len(alone) == len(together) == STEPS
+    for a, b in zip(alone, together, strict=True):
+        assert b["loss/total"] == pytest.approx(a["loss/total"], rel=1e-6)
+        assert b["optimizer/grad_norm"] == pytest.approx(a["optimizer/grad_norm"], rel=1e-5)
+        same = [key for key in a if key.split("/")[0] in ("layers", "positions", "rollout", "token", "head", "loss")]
+        assert {k: b[k] for k in same} == pytest.approx({k: a[k] for k in same}, rel=1e-5, abs=1e-7)
+    assert alone[-1]["loss/total"] != alone[0]["loss/total"]
