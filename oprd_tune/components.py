@@ -39,46 +39,54 @@ def _check_nested(name: str, value: object) -> None:
             _check_nested(f"{name}.{key}", inner)
 
 
-def instantiate(cfg: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Construct the component at a config's key, and those within it, or return None where there is none.
+class Components:
+    """The components of a parsed config: `make("loss")` constructs the one at the key `loss`, and those within it.
 
     Args:
         cfg: the config.
-        name: the key.
-        args: positional arguments that the recipe adds.
-        kwargs: keyword arguments that the recipe adds.
-
-    Raises:
-        ConfigError: if the component refuses its arguments; the message starts with the key.
     """
-    if cfg.get(name) is None:
-        return None
-    if taken := sorted(set(cfg[name]) & set(kwargs)):
-        raise ConfigError(f"{name}.{taken[0]} is set by the recipe; leave it out of {name}")
-    try:
-        return config.instantiate(cfg[name], *args, **_nested(cfg[name]), **kwargs)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, OSError, ImportError) as error:
-        raise ConfigError(f"{name}: {cfg[name]['_component_']} cannot be constructed: {error}") from error
 
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
 
-def component(cfg: DictConfig, name: str) -> Any:
-    """The class or function that a component of a parsed config names."""
-    return _get_component_from_path(cfg[name]["_component_"])
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Construct a component, or return None where there is none.
 
+        Args:
+            name: its key.
+            args: positional arguments that the recipe adds.
+            kwargs: keyword arguments that the recipe adds.
 
-def argument(cfg: DictConfig, name: str, key: str) -> Any:
-    """What a component will get for an argument: the config's value, or its own default.
+        Raises:
+            ConfigError: if the component refuses its arguments; the message starts with the key.
+        """
+        node = self._cfg.get(name)
+        if node is None:
+            return None
+        if taken := sorted(set(node) & set(kwargs)):
+            raise ConfigError(f"{name}.{taken[0]} is set by the recipe; leave it out of {name}")
+        try:
+            return config.instantiate(node, *args, **_nested(node), **kwargs)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, OSError, ImportError) as error:
+            raise ConfigError(f"{name}: {node['_component_']} cannot be constructed: {error}") from error
 
-    Raises:
-        ConfigError: if neither says.
-    """
-    parameter = inspect.signature(component(cfg, name)).parameters.get(key)
-    value = cfg[name].get(key, parameter.default if parameter is not None else inspect.Parameter.empty)
-    if value is inspect.Parameter.empty:
-        raise ConfigError(f"{cfg[name]['_component_']} has no default for {name}.{key}; give it")
-    return value
+    def type_of(self, name: str) -> Any:
+        """The class or function that a component names."""
+        return _get_component_from_path(self._cfg[name]["_component_"])
+
+    def argument(self, name: str, key: str) -> Any:
+        """What a component will get for an argument: the config's value, or its own default.
+
+        Raises:
+            ConfigError: if neither says.
+        """
+        node, parameter = self._cfg[name], inspect.signature(self.type_of(name)).parameters.get(key)
+        value = node.get(key, parameter.default if parameter is not None else inspect.Parameter.empty)
+        if value is inspect.Parameter.empty:
+            raise ConfigError(f"{node['_component_']} has no default for {name}.{key}; give it")
+        return value
 
 
 def _nested(node: DictConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from torchtune import config, training
 from tqdm import tqdm
 
-from oprd_tune.components import argument, component, instantiate
+from oprd_tune.components import Components
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
@@ -43,6 +43,7 @@ from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients, spli
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_distributed
 from oprd_tune.training.pair import ModelPair, check_pair
+from oprd_tune.training.preflight import preflight
 from oprd_tune.training.student import TiedHeadDrift, load_student
 from oprd_tune.types import Prompts, ResponseTokens, Rollout, Selection, TeacherTargets
 
@@ -63,6 +64,7 @@ class OPDDistributedRecipe:
         self._settings = s = parse_settings(
             cfg, OPDDistributedSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
         )
+        self._make = Components(cfg)
         self._device, self._dtype = pick_device(s.device, s.dtype)
         self._master_dtype = torch.float32 if s.master_dtype else self._dtype
         self._ranks = join_ranks(self._device)
@@ -79,8 +81,8 @@ class OPDDistributedRecipe:
 
     # ---- set-up: everything that can be wrong is found before weights are read ----
 
-    def setup(self) -> None:
-        """Check, load, prepare, and go back to the checkpoint if the run resumes."""
+    def setup(self) -> bool:
+        """Check, load, prepare, and go back to the checkpoint if the run resumes; False after `preflight: only`."""
         s, cfg = self._settings, self._cfg
         if s.num_threads is not None:
             torch.set_num_threads(s.num_threads)
@@ -88,9 +90,13 @@ class OPDDistributedRecipe:
         check_selection(s.positions, s.positions_k, s.anchor)
         check_teacher(s.teacher_placement, s.teacher_quantization, self._device, can_shard=True)
         checkpoint = self._folder.check(cfg, resume=s.resume)
-        make = partial(instantiate, cfg)
+        make = self._make
         pair = self._check_models()
         self._data = load_data(make, s, pair, self._ranks)
+
+        preflight(s, make, pair, self._data, self._loss, self._ranks, sharded=True)
+        if s.preflight == "only":
+            return False
 
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
@@ -116,11 +122,12 @@ class OPDDistributedRecipe:
         self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
         logger.log_config(cfg)
+        return True
 
     def _load_student(self, pair: ModelPair) -> None:
         s = self._settings
         self._model = load_student(
-            partial(instantiate, self._cfg, "model"),
+            partial(self._make, "model"),
             pair.student_files,
             top=self._top,
             trains_head=True,
@@ -145,7 +152,7 @@ class OPDDistributedRecipe:
         s = self._settings
         measure_accuracy = self._data.task_accuracy if evaluate else None
         teacher, errors = load_teacher(
-            partial(instantiate, self._cfg, "teacher_model"),
+            partial(self._make, "teacher_model"),
             pair.teacher_files,
             dtype=self._dtype,
             device=self._device,
@@ -163,12 +170,12 @@ class OPDDistributedRecipe:
     def _check_models(self) -> ModelPair:
         """Find out whether student, teacher and loss go together."""
         s, cfg = self._settings, self._cfg
-        self._loss = as_composite(instantiate(cfg, "loss"))
+        self._loss = as_composite(self._make("loss"))
         if not self._loss.token_losses:
             raise ConfigError("loss has no token part; losses on hidden states alone are for oprd_distributed")
         pair = check_pair(
-            partial(instantiate, cfg, "model"),
-            partial(instantiate, cfg, "teacher_model"),
+            partial(self._make, "model"),
+            partial(self._make, "teacher_model"),
             self._make_checkpointer,
             partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir),
             layers=s.layers if self._loss.hidden is not None else None,
@@ -178,8 +185,8 @@ class OPDDistributedRecipe:
         self._pairs, self._top = pair.layers, pair.depth
         self._loss.check(
             vocabulary=pair.vocabulary,
-            sampler_temperature=argument(cfg, "rollout", "temperature"),
-            sampler_is_student=getattr(component(cfg, "rollout"), "samples_with_student", False),
+            sampler_temperature=self._make.argument("rollout", "temperature"),
+            sampler_is_student=getattr(self._make.type_of("rollout"), "samples_with_student", False),
         )
         return pair
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torchtune import config, training
 from tqdm import tqdm
 
-from oprd_tune.components import argument, component, instantiate
+from oprd_tune.components import Components
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
@@ -40,6 +40,7 @@ from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_recipe
 from oprd_tune.training.pair import ModelPair, check_pair
+from oprd_tune.training.preflight import preflight
 from oprd_tune.training.student import TiedHeadDrift, load_student
 from oprd_tune.types import Prompts, ResponseTokens, Rollout, Selection, TeacherTargets
 
@@ -60,6 +61,7 @@ class OPDRecipe:
         self._settings = s = parse_settings(
             cfg, OPDSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
         )
+        self._make = Components(cfg)
         self._device, self._dtype = pick_device(s.device, s.dtype)
         self._ranks = Ranks(device=self._device)
         self._folder = RunFolder(s.output_dir, s.keep_checkpoints)
@@ -75,8 +77,8 @@ class OPDRecipe:
 
     # ---- set-up: everything that can be wrong is found before weights are read ----
 
-    def setup(self) -> None:
-        """Check, load, prepare, and go back to the checkpoint if the run resumes."""
+    def setup(self) -> bool:
+        """Check, load, prepare, and go back to the checkpoint if the run resumes; False after `preflight: only`."""
         s, cfg = self._settings, self._cfg
         if s.num_threads is not None:
             torch.set_num_threads(s.num_threads)
@@ -84,9 +86,13 @@ class OPDRecipe:
         check_selection(s.positions, s.positions_k, s.anchor)
         check_teacher(s.teacher_placement, s.teacher_quantization, self._device)
         checkpoint = self._folder.check(cfg, resume=s.resume)
-        make = partial(instantiate, cfg)
+        make = self._make
         pair = self._check_models()
         self._data = load_data(make, s, pair, self._ranks)
+
+        preflight(s, make, pair, self._data, self._loss, self._ranks)
+        if s.preflight == "only":
+            return False
 
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
@@ -110,11 +116,12 @@ class OPDRecipe:
         self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
         logger.log_config(cfg)
+        return True
 
     def _load_student(self, pair: ModelPair) -> None:
         s = self._settings
         self._model = load_student(
-            partial(instantiate, self._cfg, "model"),
+            partial(self._make, "model"),
             pair.student_files,
             top=self._top,
             trains_head=True,
@@ -132,7 +139,7 @@ class OPDRecipe:
         s = self._settings
         measure_accuracy = self._data.task_accuracy if evaluate else None
         teacher, errors = load_teacher(
-            partial(instantiate, self._cfg, "teacher_model"),
+            partial(self._make, "teacher_model"),
             pair.teacher_files,
             dtype=self._dtype,
             device=self._device,
@@ -149,12 +156,12 @@ class OPDRecipe:
     def _check_models(self) -> ModelPair:
         """Find out whether student, teacher and loss go together."""
         s, cfg = self._settings, self._cfg
-        self._loss = as_composite(instantiate(cfg, "loss"))
+        self._loss = as_composite(self._make("loss"))
         if not self._loss.token_losses:
             raise ConfigError("loss has no token part; losses on hidden states alone are for oprd_single_device")
         pair = check_pair(
-            partial(instantiate, cfg, "model"),
-            partial(instantiate, cfg, "teacher_model"),
+            partial(self._make, "model"),
+            partial(self._make, "teacher_model"),
             self._make_checkpointer,
             partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir),
             layers=s.layers if self._loss.hidden is not None else None,
@@ -164,8 +171,8 @@ class OPDRecipe:
         self._pairs, self._top = pair.layers, pair.depth
         self._loss.check(
             vocabulary=pair.vocabulary,
-            sampler_temperature=argument(cfg, "rollout", "temperature"),
-            sampler_is_student=getattr(component(cfg, "rollout"), "samples_with_student", False),
+            sampler_temperature=self._make.argument("rollout", "temperature"),
+            sampler_is_student=getattr(self._make.type_of("rollout"), "samples_with_student", False),
         )
         return pair
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from torchtune import config, training
 from tqdm import tqdm
 
-from oprd_tune.components import instantiate
+from oprd_tune.components import Components
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.masking import check_selection, count_selected, select_states
@@ -40,6 +40,7 @@ from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients, spli
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_distributed
 from oprd_tune.training.pair import ModelPair, check_pair
+from oprd_tune.training.preflight import preflight
 from oprd_tune.training.student import TiedHeadDrift, load_student
 from oprd_tune.types import Prompts, Rollout, Selection
 
@@ -60,6 +61,7 @@ class OPRDDistributedRecipe:
         self._settings = s = parse_settings(
             cfg, OPRDDistributedSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
         )
+        self._make = Components(cfg)
         self._device, self._dtype = pick_device(s.device, s.dtype)
         self._master_dtype = torch.float32 if s.master_dtype else self._dtype
         self._ranks = join_ranks(self._device)
@@ -76,8 +78,8 @@ class OPRDDistributedRecipe:
 
     # ---- set-up: everything that can be wrong is found before weights are read ----
 
-    def setup(self) -> None:
-        """Check, load, prepare, and go back to the checkpoint if the run resumes."""
+    def setup(self) -> bool:
+        """Check, load, prepare, and go back to the checkpoint if the run resumes; False after `preflight: only`."""
         s, cfg = self._settings, self._cfg
         if s.num_threads is not None:
             torch.set_num_threads(s.num_threads)
@@ -85,7 +87,7 @@ class OPRDDistributedRecipe:
         check_selection(s.positions, s.positions_k, s.anchor)
         check_teacher(s.teacher_placement, s.teacher_quantization, self._device, can_shard=True)
         checkpoint = self._folder.check(cfg, resume=s.resume)
-        make = partial(instantiate, cfg)
+        make = self._make
         pair = check_pair(
             partial(make, "model"),
             partial(make, "teacher_model"),
@@ -99,6 +101,10 @@ class OPRDDistributedRecipe:
         self._loss = make("loss")
         if isinstance(self._loss, (TokenLoss, Composite)):
             raise ConfigError(f"{type(self._loss).__name__} compares tokens; that is for opd_topk_distributed")
+
+        preflight(s, make, pair, self._data, self._loss, self._ranks, sharded=True)
+        if s.preflight == "only":
+            return False
 
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
@@ -123,11 +129,12 @@ class OPRDDistributedRecipe:
         self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
         self._engine.sync_weights(self._step)
         logger.log_config(cfg)
+        return True
 
     def _load_student(self, pair: ModelPair) -> None:
         s = self._settings
         self._model = load_student(
-            partial(instantiate, self._cfg, "model"),
+            partial(self._make, "model"),
             pair.student_files,
             top=self._pairs[-1].student,
             trains_head=False,
@@ -152,7 +159,7 @@ class OPRDDistributedRecipe:
         s = self._settings
         measure_accuracy = self._data.task_accuracy if evaluate else None
         teacher, errors = load_teacher(
-            partial(instantiate, self._cfg, "teacher_model"),
+            partial(self._make, "teacher_model"),
             pair.teacher_files,
             dtype=self._dtype,
             device=self._device,

@@ -1,7 +1,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from oprd_tune.components import instantiate
+from oprd_tune.components import Components
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
 from oprd_tune.settings import (
@@ -98,10 +98,10 @@ def test_every_shipped_config_belongs_to_a_recipe_and_is_well_formed(name):
 
 def test_what_the_recipe_sets_may_not_stand_in_the_config():
     with pytest.raises(ConfigError, match="dataset.split is set by the recipe; leave it out of dataset"):
-        instantiate(load_config("tiny/oprd"), "dataset", None, split="train")
+        Components(load_config("tiny/oprd"))("dataset", None, split="train")
 
 
 def test_components_within_components_are_constructed():
-    loss = instantiate(load_config("tiny/oprd_plus_opd", **{"loss.parts.oprd.coefficient": 3}), "loss")
+    loss = Components(load_config("tiny/oprd_plus_opd", **{"loss.parts.oprd.coefficient": 3}))("loss")
     assert [type(part).__name__ for part in loss.parts.values()] == ["FullReverseKL", "HiddenStateMSE"]
     assert loss.hidden.coefficient == 3

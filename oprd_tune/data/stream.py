@@ -49,6 +49,10 @@ class PromptStream:
 
         self._permutation = permutation
 
+    def __len__(self) -> int:
+        """Prompts of one pass."""
+        return len(self._dataset)
+
     def at_step(self, step: int) -> Prompts:
         """This rank's prompts of optimizer step `step`, from 0."""
         start = step * self._prompts_per_step

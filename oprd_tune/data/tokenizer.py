@@ -125,6 +125,19 @@ def tokens_by_id(folder: Path) -> tuple[dict[int, str], set[int]] | None:
     return tokens, set(tokenizer.get_added_tokens_decoder())
 
 
+def conventions(folder: Path) -> dict[str, str | None] | None:
+    """How a model folder ends a turn, pads, and renders a chat; None where it does not say."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text())
+    tokens = {name: config.get(f"{name}_token") for name in ("eos", "pad")}
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    template = folder / "chat_template.jinja"
+    chat = template.read_text() if template.is_file() else config.get("chat_template")
+    return {"EOS": texts["eos"], "padding": texts["pad"], "chat template": None if chat is None else str(chat)}
+
+
 def _generation_stops(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
     stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None

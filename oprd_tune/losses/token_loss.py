@@ -79,6 +79,10 @@ class TokenLoss:
             sampler_is_student: whether responses come from the trainer's own model.
         """
 
+    def working_bytes(self, vocabulary: int, width: int) -> int:
+        """Memory that chunks of logits take, at most, in a vocabulary of that size and at the student's width."""
+        return 3 * self.chunk_tokens * vocabulary * 4
+
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
     ) -> HeadSum:
@@ -174,6 +178,10 @@ class DenseTokenLoss(TokenLoss):
     def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
         """The chunk's sum, and its gradient with respect to the student's tempered logits, [T, V]."""
         raise NotImplementedError
+
+    def working_bytes(self, vocabulary: int, width: int) -> int:
+        """See `TokenLoss.working_bytes`; the head's gradient is collected in fp32."""
+        return super().working_bytes(vocabulary, width) + vocabulary * width * 4
 
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures

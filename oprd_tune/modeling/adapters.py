@@ -14,11 +14,12 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, g
 from oprd_tune.errors import ConfigError
 
 _ADAPTED = (LoRALinear, DoRALinear)
+_WRAPPER = "_checkpoint_wrapped_module."
 
 
 def adapter_names(model: nn.Module) -> set[str]:
     """Names of the adapters' parameters in the model's state dict; empty for a model without adapters."""
-    return {name.replace("_checkpoint_wrapped_module.", "") for name in get_adapter_params(model)}
+    return {name.replace(_WRAPPER, "") for name in get_adapter_params(model)}
 
 
 def check_adapters(name: str, model: nn.Module) -> None:
@@ -81,7 +82,12 @@ def _merged(linear: LoRALinear | DoRALinear) -> Tensor:
 def merge_adapters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A full state dict with adapters merged into what they adapt; that of a model without adapters as it is."""
     linears = _adapted(model)
-    return get_merged_lora_ckpt(weights, *_rank_and_alpha(linears[0])) if linears else weights
+    if not linears:
+        return weights
+    # torchtune merges in place, so what it changes is copied.
+    names = {name.replace(_WRAPPER, "") for name, module in model.named_modules() if isinstance(module, _ADAPTED)}
+    copies = {f"{name}.weight": weights[f"{name}.weight"].clone() for name in names}
+    return get_merged_lora_ckpt(weights | copies, *_rank_and_alpha(linears[0]))
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,33 @@ def width_of(model: TransformerDecoder) -> int:
     return model.tok_embeddings.embedding_dim
 
 
+def hugging_face_checkpointer(
+    checkpoint_dir: str, output_dir: str, hub_name: str | None = None, model_type: str = "QWEN2"
+) -> FullModelHFCheckpointer:
+    """torchtune's checkpointer over all weight files of a Hugging Face folder.
+
+    Args:
+        checkpoint_dir: the folder.
+        output_dir: where exports go; recipes set it.
+        hub_name: the model's name on the hub, such as `Qwen/Qwen2.5-1.5B`, for the message where the folder is missing.
+        model_type: torchtune's name of the architecture.
+
+    Raises:
+        ConfigError: if the folder or one of its files is missing, with the line that fetches them.
+    """
+    folder = Path(checkpoint_dir).expanduser()
+    fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no Hugging Face model folder: it has no config.json; {fetch}")
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ConfigError(f"{folder} lacks {', '.join(missing[:_SHOWN])}; {fetch}")
+    return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
+
+
 def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) -> FullModelHFCheckpointer:
     """Construct a checkpointer, which looks at its folder but reads no weights.
 
@@ -45,8 +73,8 @@ def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) ->
     """
     try:
         return make()
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"{name}: the checkpoint folder is missing or incomplete: {error}. It needs config.json and every file of "

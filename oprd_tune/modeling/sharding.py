@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.ranks import Ranks
 
@@ -23,8 +24,9 @@ _RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary() 
 class Sharding:
     """How a model is spread.
 
-    Each block is gathered where it runs. Embedding, final norm and head form the root, which stays gathered between a
-    forward pass and its backward pass. Gradients are averaged over ranks in fp32.
+    Each block is gathered where it runs, the embedding where it is looked up, and an untied head, in training, never:
+    only a loss that reads the head keeps it gathered from the forward to the end of the backward pass. Gradients are
+    averaged over ranks in fp32.
 
     Attributes:
         ranks: the processes, in one dimension.
@@ -43,15 +45,21 @@ class Sharding:
         """Spread one loaded block. Every rank must hold the same values; each keeps its part."""
         self._shard(block, reshard_after_forward=self.reshard_after_forward)
 
-    def root(self, model: TransformerDecoder, *, whole: nn.Module | None = None) -> None:
-        """Spread what the blocks left over; call it last.
+    def rest(self, model: TransformerDecoder, *, gathered_head: bool = False, whole_head: bool = False) -> None:
+        """Spread embedding, final norm and head; call it last.
 
         Args:
             model: a decoder whose blocks are spread.
-            whole: its parameters stay whole on every rank.
+            gathered_head: whether the head's weight is read within the forward pass, outside its own.
+            whole_head: leave the head, and an embedding that is tied to it, whole on every rank.
         """
-        ignored = set(whole.parameters()) if whole is not None else None
-        self._shard(model, reshard_after_forward=False, ignored=ignored)
+        tied = isinstance(model.output, TiedLinear)
+        head = model.tok_embeddings if tied else model.output
+        stays = gathered_head or whole_head
+        for module in {model.tok_embeddings, head} - ({head} if stays else set()):
+            self._shard(module, reshard_after_forward=self.reshard_after_forward)
+            module.set_unshard_in_backward(False)  # its own gradient is all that the backward pass needs
+        self._shard(model, reshard_after_forward=False, ignored=set(head.parameters()) if whole_head else None)
 
     def _shard(
         self, module: nn.Module, *, reshard_after_forward: bool | int, ignored: set[nn.Parameter] | None = None

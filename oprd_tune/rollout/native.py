@@ -85,6 +85,22 @@ class NativeEngine:
         self._top_k_ids = top_k_ids or 0
         self._policy_version = 0
 
+    @staticmethod
+    def cache_bytes(model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Memory that sampling takes beside the weights, at most: keys and values, and a row of logits each.
+
+        Args:
+            model: possibly on the meta device.
+            rows: decoded at once.
+            columns: tokens of the longest row, prompt included.
+            dtype: of keys and values.
+        """
+        attention = model.layers[0].attn
+        column = 2 * attention.num_kv_heads * attention.head_dim * dtype.itemsize
+        logits = 4 * model.tok_embeddings.num_embeddings * 4  # as they come, in fp32, as weights, and padded
+        # A cache that grows holds a fourth too much, and a copy of one layer.
+        return int(rows * (1.25 * column * columns * (len(model.layers) + 1) + logits))
+
     def sync_weights(self, policy_version: int) -> None:
         """The weights are shared; only the version is noted."""
         self._policy_version = policy_version

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.errors import ConfigError
@@ -98,8 +97,7 @@ def load_teacher(
 
     load_weights(model, checkpointer, dtype=dtype, device=device, on_block=_prepare)
     if sharding is not None:
-        head = model.output
-        sharding.root(model, whole=head.tied_module if isinstance(head, TiedLinear) else head)
+        sharding.rest(model, whole_head=True)
     return model, meter.errors if meter is not None else {}
 
 

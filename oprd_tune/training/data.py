@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from oprd_tune.components import Components
 from oprd_tune.data import PromptDataset, PromptStream
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.ranks import Ranks
 from oprd_tune.settings import OPRDSettings
 from oprd_tune.training.evaluation import ReferencePerplexity, TaskAccuracy
 from oprd_tune.training.pair import ModelPair
-
-# Constructs the component at a key of the config, with arguments on top; None where the config has none.
-MakeComponent = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,11 @@ class RunData:
     reference_perplexity: ReferencePerplexity | None
 
 
-def load_data(make: MakeComponent, settings: OPRDSettings, pair: ModelPair, ranks: Ranks) -> RunData:
+def load_data(make: Components, settings: OPRDSettings, pair: ModelPair, ranks: Ranks) -> RunData:
     """Construct tokenizer, data sets and evaluators.
 
     Args:
-        make: constructs a component by its config key.
+        make: constructs components.
         settings: lengths, sizes and the seed.
         pair: the models, which have to know every token and fit every length.
         ranks: the processes that share the prompts.
@@ -71,7 +68,7 @@ def load_data(make: MakeComponent, settings: OPRDSettings, pair: ModelPair, rank
     return RunData(tokenizer, prompts, accuracy, perplexity)
 
 
-def _load_dataset(make: MakeComponent, name: str, tokenizer: Any, limit: int) -> PromptDataset | None:
+def _load_dataset(make: Components, name: str, tokenizer: Any, limit: int) -> PromptDataset | None:
     dataset: PromptDataset | None = make(name, tokenizer, max_prompt_tokens=limit)
     if dataset is not None and dataset.dropped:
         total = dataset.dropped + len(dataset)

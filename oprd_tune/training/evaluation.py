@@ -76,6 +76,7 @@ class TaskAccuracy:
         }
         self._vocabulary = vocabulary
         self.max_new_tokens = max_new_tokens
+        self.rows_at_once = min(batch_size, len(rows) * samples_per_prompt)
 
     def __call__(self, model: TransformerDecoder) -> float:
         """The share of right answers, between 0 and 1."""

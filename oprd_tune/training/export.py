@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ CheckpointerFactory = Callable[..., FullModelHFCheckpointer]
 
 
 def export_model(
-    weights: Mapping[str, Any],
+    weights: dict[str, Any],
     model: nn.Module,
     make_checkpointer: CheckpointerFactory,
     target: Path,
@@ -58,13 +58,11 @@ def export_model(
         checkpointer.load_checkpoint()  # it writes the files and names that it has read
         state: dict[str, Any] = {}
         if adapter_names(model):
-            state[ADAPTER_KEY] = get_adapter_state_dict(dict(weights))
+            state[ADAPTER_KEY] = get_adapter_state_dict(weights)
             state[ADAPTER_CONFIG] = adapter_config(model)
         adapters = dict(state.get(ADAPTER_KEY, {}))
-        # Copies: merging changes what it is given, and safetensors takes no views.
-        copies = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
-        merged = merge_adapters(copies, model)
-        state[MODEL_KEY] = {key: value.to(dtype) for key, value in merged.items()}
+        merged = merge_adapters(weights, model)
+        state[MODEL_KEY] = {key: value.detach().to("cpu", dtype).contiguous() for key, value in merged.items()}
         checkpointer.save_checkpoint(state, epoch=0)
         written = folder / "export" / "epoch_0"
         if adapters:

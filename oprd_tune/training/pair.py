@@ -27,6 +27,7 @@ class ModelPair:
     Attributes:
         layers: the paired layers, ascending by student layer; empty without a hidden-state loss.
         depth: blocks of the student.
+        teacher_depth: blocks of the teacher.
         student_files: the student's opened checkpointer.
         teacher_files: the teacher's.
         context: tokens that both models can read.
@@ -35,6 +36,7 @@ class ModelPair:
 
     layers: list[LayerPair]
     depth: int
+    teacher_depth: int
     student_files: FullModelHFCheckpointer
     teacher_files: FullModelHFCheckpointer
     context: int
@@ -99,6 +101,7 @@ def check_pair(
     return ModelPair(
         layers=pairs,
         depth=len(student.layers),
+        teacher_depth=len(teacher.layers),
         student_files=student_files,
         teacher_files=teacher_files,
         context=min(student.max_seq_len, teacher.max_seq_len),

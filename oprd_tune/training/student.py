@@ -69,7 +69,7 @@ def load_student(
         torch.manual_seed(seed)
         load_weights(model, checkpointer, dtype=dtype, device=device, trained_dtype=master_dtype, on_block=prepare)
     if sharding is not None:
-        sharding.root(model)
+        sharding.rest(model, gathered_head=trains_head)
     return model.train()
 
 

@@ -1,0 +1,217 @@
+"""What a run will need, in bytes on each rank, from the models' shapes alone.
+
+Memory peaks while the student samples, in its backward pass, or in the optimizer. Some of it is resident in all three;
+each adds what it needs for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+from torchtune.training import set_default_dtype
+
+from oprd_tune.modeling.load import Builder
+from oprd_tune.teacher.quantize import quantized_bytes
+
+_REDUCED = 4  # bytes of a number in a gradient that is averaged over ranks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run keeps its models and cuts its work; see docs/configuration.md for each.
+
+    Attributes:
+        tokens: of the largest microbatch of a rank, padding included.
+        selected: states of it that enter a hidden-state loss.
+        tapped: layers that do.
+        micro_batches: of a step and rank.
+        logit_bytes: that the losses' chunks of logits take.
+        rollout_bytes: that sampling takes, beside the weights.
+    """
+
+    dtype: torch.dtype
+    master_dtype: torch.dtype
+    world_size: int
+    sharded: bool
+    teacher_placement: str
+    teacher_quantization: str | None
+    teacher_top: int
+    keeps_teacher_head: bool
+    trains_head: bool
+    reshard_after_forward: bool
+    activation_checkpointing: int
+    sync_every_micro_batch: bool
+    tokens: int
+    selected: int
+    tapped: int
+    micro_batches: int
+    logit_bytes: int
+    rollout_bytes: int
+    optimizer_bytes: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        student: its parameters.
+        optimizer: its state.
+        teacher: its parameters.
+        sampling: what sampling adds: gathered weights and the cache.
+        training: what the backward pass adds: gradients, gathered weights, activations, targets, logits.
+        gradients: the part of `training` that is left for the optimizer.
+        checkpoint: CPU memory that a checkpoint is copied to before it is written.
+    """
+
+    student: int
+    optimizer: int
+    teacher: int
+    sampling: int
+    training: int
+    gradients: int
+    checkpoint: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once on the device."""
+        return self.student + self.optimizer + self.teacher + max(self.sampling, self.training, self.gradients)
+
+
+def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, build: Builder, plan: Plan) -> Memory:
+    """Add up what a run will need.
+
+    Args:
+        student: on the meta device, with what stays frozen frozen.
+        teacher: on the meta device, whole.
+        build: builds the student, to see what its backward pass keeps.
+        plan: of the run.
+    """
+    compute, master = plan.dtype.itemsize, plan.master_dtype.itemsize
+    ranks = plan.world_size
+    trained, frozen = _count(student.parameters(), True), _count(student.parameters(), False)
+    resident = trained * master + frozen * compute
+    optimizer = int(trained * plan.optimizer_bytes)
+    blocks = [_count(block.parameters()) * compute for block in student.layers]
+    ends = [_count(module.parameters()) * compute for module in _ends(student)]
+    activations = _activations(build, plan, len(student.layers), student.tok_embeddings.embedding_dim)
+    targets = (
+        plan.tapped
+        * plan.selected
+        * compute
+        * (student.tok_embeddings.embedding_dim + teacher.tok_embeddings.embedding_dim)
+    )
+    working = activations + targets + plan.logit_bytes
+    if not plan.sharded:
+        gradients = trained * compute
+        embedding = ends[0] if student.tok_embeddings.weight.requires_grad else 0
+        again = plan.micro_batches > 1 or (plan.trains_head and isinstance(student.output, TiedLinear))
+        return Memory(
+            student=resident + _buffers(student),
+            optimizer=optimizer,
+            teacher=_teacher_bytes(teacher, plan),
+            sampling=plan.rollout_bytes,
+            # An embedding's gradient is made dense before it is added to what is there.
+            training=gradients + max(working, embedding if again else 0),
+            gradients=gradients,
+            checkpoint=trained * master + optimizer,
+        )
+    held = sum(ends) if plan.trains_head else 0
+    passing = held + (2 * max(blocks) if plan.reshard_after_forward else sum(blocks))
+    return Memory(
+        student=resident // ranks + _buffers(student),
+        optimizer=optimizer // ranks,
+        teacher=_teacher_bytes(teacher, plan),
+        sampling=max(2 * max(ends), sum(blocks) + sum(ends)) + plan.rollout_bytes,
+        training=max(passing + working, held + _reduction(student, plan)),
+        gradients=trained * master // ranks,
+        checkpoint=(trained * master + optimizer) // ranks,
+    )
+
+
+def optimizer_bytes(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype) -> float:
+    """Bytes of state that an optimizer keeps for each number it trains, found out by a step with a few."""
+    parameter = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer([parameter])
+    optimizer.step()
+    states = (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
+    return sum(value.nbytes for value in states if value.ndim) / parameter.numel()
+
+
+def _count(parameters: Iterable[nn.Parameter], trained: bool | None = None) -> int:
+    return sum(p.numel() for p in parameters if trained is None or p.requires_grad == trained)
+
+
+def _ends(model: TransformerDecoder) -> list[nn.Module]:
+    """Embedding and untied head."""
+    return [model.tok_embeddings] + ([] if isinstance(model.output, TiedLinear) else [model.output])
+
+
+def _buffers(model: TransformerDecoder) -> int:
+    return sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _reduction(student: TransformerDecoder, plan: Plan) -> int:
+    """Gradients at the moment when the largest group of them is averaged: the others, and its buffers."""
+    groups = [_count(module.parameters(), True) for module in (*student.layers, *_ends(student))]
+    largest = max(groups)
+    compute, master = plan.dtype.itemsize, plan.master_dtype.itemsize
+    others = (sum(groups) - largest) * master // plan.world_size
+    kept = 0
+    if plan.micro_batches > 1 and not plan.sync_every_micro_batch:  # accumulated whole until the last microbatch
+        kept = sum(groups) * (_REDUCED if compute != _REDUCED else compute)
+    elif plan.micro_batches > 1:
+        others += largest * master // plan.world_size
+    reducing = _REDUCED * largest + max(compute * largest, _REDUCED * largest // plan.world_size)
+    return others + kept + reducing
+
+
+def _teacher_bytes(teacher: TransformerDecoder, plan: Plan) -> int:
+    """Parameters of a frozen teacher on one rank; blocks that visit it count where they are largest."""
+    compute = plan.dtype.itemsize
+    blocks = [quantized_bytes(block, plan.teacher_quantization, plan.dtype) for block in teacher.layers]
+    blocks = blocks[: plan.teacher_top]
+    tied = isinstance(teacher.output, TiedLinear)
+    embedding = _count(teacher.tok_embeddings.parameters()) * compute
+    head = 0 if tied or not plan.keeps_teacher_head else _count(teacher.output.parameters()) * compute
+    rest = embedding + head + _buffers(teacher)
+    if plan.teacher_placement == "replicated":
+        return sum(blocks) + rest
+    if plan.teacher_placement == "offloaded":
+        return max(blocks) + rest
+    whole = (embedding if tied else head) + _buffers(teacher)
+    return (sum(blocks) + (0 if tied else embedding)) // plan.world_size + whole + 2 * max(blocks)
+
+
+def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
+    """Bytes that the student's forward pass keeps for its backward pass.
+
+    One block runs on tensors without data, and what it would save is counted. A block that is recomputed keeps its
+    input alone, but for one at a time all of it.
+    """
+    with FakeTensorMode(), torch.device("cpu"), set_default_dtype(plan.dtype):
+        model = build()
+        block = model.layers[0]
+        known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        saved: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            block(torch.empty(1, plan.tokens, width, requires_grad=True))
+    one, inputs = sum(saved.values()), plan.tokens * width * plan.dtype.itemsize
+    recomputed = blocks // plan.activation_checkpointing if plan.activation_checkpointing else 0
+    return (blocks - recomputed) * one + recomputed * inputs + (one if recomputed else 0)
