@@ -135,8 +135,10 @@ def _linear_forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _is_plain(module: object) -> TypeGuard[nn.Linear]:
-    """Whether a module is a matrix of ordinary numbers, not of quantised ones."""
-    return type(module) is nn.Linear and type(module.weight.data) is Tensor
+    """Whether a module, sharded or not, is a matrix of ordinary numbers, not of quantised ones."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    return type(module.weight.data) is Tensor
 
 
 def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dict[nn.Module, Callable[..., Tensor]]:
