@@ -20,6 +20,7 @@ from oprd_tune.errors import ConfigError
 
 _USER_ERROR = 2
 _LATER_SECONDS = 3.0
+_LOST_PEER = ("Connection reset by peer", "Connection closed by peer")  # gloo's words
 
 
 class Recipe(Protocol):
@@ -43,6 +44,11 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not any(reason in str(error) for reason in _LOST_PEER):
+            raise
+        print("error: the connection to another rank broke; what ended it is told elsewhere", file=sys.stderr)
+        return 1
     except (ConfigError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:  # most often the first rank says the same, and the launcher then ends this one
@@ -78,7 +84,8 @@ def _launch(recipe_file: str, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    print(f"Starting {processes} processes, one for each GPU.")
+    print(f"Starting {processes} processes, one for each GPU.", flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={processes}", recipe_file, *sys.argv[1:]]))
     except SignalException as received:
@@ -92,7 +99,8 @@ def _launch(recipe_file: str, processes: int) -> int:
                 "resume=true continues from the last checkpoint",
                 file=sys.stderr,
             )
-        return failure.exitcode if failure.exitcode > 0 else 1
+            return 128 - failure.exitcode
+        return failure.exitcode
     return 0
 
 

@@ -149,6 +149,10 @@ def _number(count: int) -> str:
     return str(count)
 
 
+def _size(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / 2**20:.1f} MiB"
+
+
 def _differing_conventions(pair: ModelPair) -> list[tuple[str, str]]:
     """Where the two folders' tokenizers end turns, pad or speak differently."""
     student, teacher = (conventions(Path(f._checkpoint_dir)) for f in (pair.student_files, pair.teacher_files))
@@ -169,7 +173,7 @@ def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> str:
     where = "one process" if ranks.world_size == 1 else f"{ranks.world_size} processes"
     return (
         f"{s.prompts_per_step} prompts × {s.samples_per_prompt} = {responses} responses a step on {where}, at most "
-        f"{responses * s.max_new_tokens:,} response tokens; {s.max_steps} steps, {passes:.2g} passes over "
+        f"{responses * s.max_new_tokens:,} response tokens; {s.max_steps} steps, {passes:,.1f} passes over "
         f"{len(data.prompts):,} prompts"
     )
 
@@ -182,12 +186,12 @@ def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
         "sampling": memory.sampling,
         "training": memory.training,
     }
-    listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     free = _free_bytes(ranks)
-    fits = "" if free is None else f" of {free / _GIB:.1f} free"
+    fits = "" if free is None else f" of {_size(free)} free"
     rows = [
-        ("memory", f"{memory.peak / _GIB:.2f} GiB a process{fits}: {listed} (of the last two, the larger counts)"),
-        ("CPU memory", f"{memory.checkpoint / _GIB:.2f} GiB a process while a checkpoint is written"),
+        ("memory", f"{_size(memory.peak)} a process{fits}: {listed} (of the last two, the larger counts)"),
+        ("CPU memory", f"{_size(memory.checkpoint)} a process while a checkpoint is written"),
     ]
     if free is not None and memory.peak > free:
         rows.append(("", "This will not fit; docs/memory.md lists what to change, cheapest first."))
@@ -213,5 +217,5 @@ def _describe_disk(
     export = sum(p.numel() for p in student.parameters()) * dtype.itemsize
     needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export  # one more while it is written; final, best, old best
     free = shutil.disk_usage(s.output_dir).free
-    text = f"up to {needed / _GIB:.2f} GiB of {free / _GIB:.1f} free, a checkpoint {checkpoint / _GIB:.2f}"
-    return text + ("" if needed < free else ". THIS WILL NOT FIT: lower keep_checkpoints, or give another output_dir")
+    text = f"up to {_size(needed)} of {_size(free)} free; a checkpoint takes {_size(checkpoint)}"
+    return text + ("" if needed < free else ". This will not fit: lower keep_checkpoints, or give another output_dir")

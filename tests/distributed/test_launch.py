@@ -1,0 +1,84 @@
+"""A distributed recipe without torchrun options: one process for each GPU, one message for each mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from oprd_tune.registry import config_files, recipe_files
+from oprd_tune.training.launch import _processes_for
+from tests.conftest import SMALL
+
+# A host with two GPUs, as far as the launcher can tell; the processes themselves compute on the CPU.
+DRIVER = """
+import runpy, sys
+import oprd_tune.training.launch as launch
+
+launch._processes_for = lambda device: 2
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+
+    def start(recipe, config, folder, **overrides):
+        words = [f"{key}={value}" for key, value in {**SMALL, "output_dir": folder, **overrides}.items()]
+        command = [sys.executable, str(driver), str(recipe_files()[recipe]), "--config", str(config_files()[config])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*command, *words], **pipes)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [("oprd_distributed", "tiny/oprd_distributed"), ("opd_topk_distributed", "tiny/opd_topk_distributed")],
+)
+def test_every_device_gets_a_process_and_the_first_one_speaks(start, out, recipe, config):
+    process = start(recipe, config, out)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Starting 2 processes" in output
+    assert output.count("optimizer steps") == 1
+    assert json.loads((out / "summary.json").read_text())["world_size"] == 2
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_a_mistake_is_told_once(start, out):
+    process = start("oprd_distributed", "tiny/oprd_distributed", out, layers="[9]")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.count("error:") == 1
+    assert "error: layers has [9]; the student's layers count from 1 to 4" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_killed_rank_is_named(start, out):
+    steps = {"max_steps": 100_000, "evaluate_every_n_steps": 100_000, "checkpoint_every_n_steps": 10}
+    process = start("oprd_distributed", "tiny/oprd_distributed", out, **steps)
+    while not list((out / "checkpoints").glob("step_*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    from tests.distributed.test_resume import children
+
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 20
+    assert process.returncode == 128 + signal.SIGKILL
+    assert re.search(r"rank 1 \(process \d+\) was ended by SIGKILL, so all others were stopped; resume=true", errors)
+    assert "Traceback" not in errors
+
+
+def test_a_cpu_host_starts_one_process(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert [_processes_for(device) for device in (None, "cuda", "cpu", "cuda:3")] == [8, 8, 1, 1]
