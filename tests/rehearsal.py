@@ -111,7 +111,8 @@ def prepare(name, folder, overrides):
         if not (folder / model).exists():
             write_model(folder / model, lambda node=cfg[model]: config.instantiate(node), seed=seed)
     rows = [{"question": f"{i}+{i}=" * 3, "answer": str(2 * i)} for i in range(100, 140)]
-    prompts.write_text("\n".join(map(json.dumps, rows)))
+    if not prompts.exists():
+        prompts.write_text("\n".join(map(json.dumps, rows)))
     return cfg
 
 
@@ -143,14 +144,38 @@ class PeakMemory:
         return self.peak - self.start
 
 
-def main():
-    name, folder, *overrides = sys.argv[1:]
-    cfg = prepare(name, Path(folder), overrides)
-    recipe = recipe_class(cfg.recipe)(cfg)
+def rehearse(cfg):
+    """Run a recipe; returns its loss, the memory that it took until its first checkpoint, and what was predicted."""
+    make_recipe = recipe_class(cfg.recipe)
+    predicted = []
+    names = make_recipe.setup.__globals__
+    preflight = names["preflight"]
+    names["preflight"] = lambda *args, **kwargs: predicted.append(preflight(*args, **kwargs))
+    recipe = make_recipe(cfg)
     memory = PeakMemory()
     recipe.setup()
+    save, peak = recipe._save, []
+
+    def measure_and_save():
+        peak.append(memory.stop())
+        save()
+
+    recipe._save = measure_and_save
     status = recipe.train()
-    print(json.dumps({"status": status, "peak_bytes": memory.stop(), "metrics": recipe._journal.logged}))
+    logged = recipe._journal.logged
+    return {
+        "status": status,
+        "loss": logged["loss/total"],
+        "grad_norm": logged["optimizer/grad_norm"],
+        "measured_bytes": peak[0],
+        "predicted_bytes": predicted[0].peak,
+    }
+
+
+def main():
+    name, folder, *overrides = sys.argv[1:]
+    result = rehearse(prepare(name, Path(folder), overrides))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

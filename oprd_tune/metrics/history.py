@@ -20,6 +20,7 @@ class History:
 
     Attributes:
         teacher_accuracy: measured once; None if not at all.
+        teacher_errors: by teacher layer, what quantisation changed in its hidden states; empty without.
         evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}` in order.
         cosines: by step, the cosine of each tapped layer.
         skipped_steps: optimizer steps without an update.
@@ -28,6 +29,7 @@ class History:
     """
 
     teacher_accuracy: float | None = None
+    teacher_errors: dict[int, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     cosines: dict[int, list[float]] = field(default_factory=dict)
     skipped_steps: int = 0

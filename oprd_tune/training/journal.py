@@ -86,6 +86,7 @@ class Journal:
         """Note, by teacher layer, the error of its hidden states that quantisation introduced."""
         if not errors:
             return
+        self.history.teacher_errors = errors
         for layer, error in errors.items():
             self.metrics.set(f"teacher/quantization_error_{layer:02d}", error)
         worst = max(errors, key=errors.__getitem__)

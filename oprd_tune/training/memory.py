@@ -29,12 +29,15 @@ class Plan:
     """How a run keeps its models and cuts its work; see docs/configuration.md for each.
 
     Attributes:
-        tokens: of the largest microbatch of a rank, padding included.
+        rows: of the largest microbatch of a rank.
+        row_tokens: of its longest row.
         selected: states of it that enter a hidden-state loss.
         tapped: layers that do.
         micro_batches: of a step and rank.
         logit_bytes: that the losses' chunks of logits take.
         rollout_bytes: that sampling takes, beside the weights.
+        optimizer_bytes: of state for each number that trains.
+        reduction_copies: that the communication library makes of what it reduces.
     """
 
     dtype: torch.dtype
@@ -49,13 +52,15 @@ class Plan:
     reshard_after_forward: bool
     activation_checkpointing: int
     sync_every_micro_batch: bool
-    tokens: int
+    rows: int
+    row_tokens: int
     selected: int
     tapped: int
     micro_batches: int
     logit_bytes: int
     rollout_bytes: int
     optimizer_bytes: float
+    reduction_copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,9 @@ def _reduction(student: TransformerDecoder, plan: Plan) -> int:
         kept = sum(groups) * (_REDUCED if compute != _REDUCED else compute)
     elif plan.micro_batches > 1:
         others += largest * master // plan.world_size
-    reducing = _REDUCED * largest + max(compute * largest, _REDUCED * largest // plan.world_size)
+    reducing = (1 + plan.reduction_copies) * _REDUCED * largest + max(
+        compute * largest, _REDUCED * largest // plan.world_size
+    )
     return others + kept + reducing
 
 
@@ -211,7 +218,7 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
             return tensor
 
         with saved_tensors_hooks(count, lambda tensor: tensor):
-            block(torch.empty(1, plan.tokens, width, requires_grad=True))
-    one, inputs = sum(saved.values()), plan.tokens * width * plan.dtype.itemsize
+            block(torch.empty(plan.rows, plan.row_tokens, width, requires_grad=True))
+    one, inputs = sum(saved.values()), plan.rows * plan.row_tokens * width * plan.dtype.itemsize
     recomputed = blocks // plan.activation_checkpointing if plan.activation_checkpointing else 0
     return (blocks - recomputed) * one + recomputed * inputs + (one if recomputed else 0)

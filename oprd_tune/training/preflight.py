@@ -24,6 +24,7 @@ from oprd_tune.training.pair import ModelPair
 from oprd_tune.training.student import freeze
 
 _GIB = 2**30
+_GLOO_COPIES = 2  # of a gradient that it averages, measured; NCCL makes none
 
 
 def preflight(
@@ -108,12 +109,14 @@ def _plan(
         reshard_after_forward=bool(getattr(s, "fsdp_reshard_after_forward", True)),
         activation_checkpointing=int(s.activation_checkpointing),
         sync_every_micro_batch=getattr(s, "sync_every_micro_batch", True),
-        tokens=rows_at_once * longest,
+        rows=rows_at_once,
+        row_tokens=longest,
         selected=selected,
         tapped=tapped + bool(token_losses),
         micro_batches=math.ceil(rows / rows_at_once),
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=_sampling_bytes(s, make, data, student, dtype, rows),
+        reduction_copies=_GLOO_COPIES if ranks.device.type == "cpu" and ranks.world_size > 1 else 0,
         optimizer_bytes=optimizer_bytes(lambda parameters: make("optimizer", parameters), master),
     )
 

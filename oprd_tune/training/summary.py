@@ -35,6 +35,7 @@ def summarise(history: History, **facts: Any) -> dict[str, Any]:
         "tokens_per_second": history.response_tokens / seconds if seconds else None,
         "skipped_steps": history.skipped_steps,
         "max_logprob_gap": None,
+        "teacher_errors": history.teacher_errors or None,
         "evaluations": history.evaluations,
         **facts,
     }

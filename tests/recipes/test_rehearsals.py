@@ -1,0 +1,87 @@
+"""Configs for large models: their components exist, and shape-true rehearsals of them run in the predicted memory."""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from oprd_tune.components import Components
+from oprd_tune.modeling.load import build_on_meta
+from oprd_tune.registry import config_files
+from tests.conftest import load_config
+from tests.rehearsal import prepare, shallow_overrides
+
+REHEARSALS = {
+    "qwen2_5_0_5b_to_0_5b": {},
+    "qwen2_5_1_5b_to_1_5b_opd_topk": {},
+    "justrl_1_5b_to_r1_distill_1_5b": {},
+    "qwen2_5_7b_to_7b_lora": {},
+    "qwen2_5_7b_to_7b": {"master_dtype": "null"},  # in fp32 two blocks and the embedding alone would take 16 GB
+}
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_every_component_can_be_constructed(name, tmp_path):
+    """Models on the meta device; what reads files is constructed by rehearsals and by the tiny runs."""
+    cfg = load_config(name, output_dir=tmp_path)
+    make = Components(cfg)
+    student, teacher = (build_on_meta(lambda key=key: make(key)) for key in ("model", "teacher_model"))
+    assert student.tok_embeddings.weight.is_meta
+    assert len(student.layers) <= len(teacher.layers)
+    make("loss")
+    optimizer = make("optimizer", [torch.nn.Parameter(torch.zeros(2))])
+    make("lr_scheduler", optimizer, num_training_steps=cfg.max_steps)
+    make("metric_logger")
+    engine = make(
+        "rollout",
+        torch.nn.Linear(1, 1),
+        stop_tokens=[0],
+        pad_id=0,
+        max_new_tokens=cfg.max_new_tokens,
+        samples_per_prompt=1,
+    )
+    assert hasattr(engine, "generate")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REHEARSALS)
+def test_a_shape_true_rehearsal_runs_within_the_predicted_memory(name):
+    overrides = [f"{key}={value}" for key, value in REHEARSALS[name].items()]
+    with tempfile.TemporaryDirectory() as folder:  # gigabytes, which pytest's own folders would keep for three runs
+        command = [sys.executable, "-m", "tests.rehearsal", name, folder, *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["status"] == 0
+    assert math.isfinite(result["loss"])
+    assert result["loss"] > 0
+    assert 0 < result["grad_norm"] < math.inf
+    assert result["predicted_bytes"] == pytest.approx(result["measured_bytes"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_what_is_predicted_for_two():
+    name, config = "tests.rehearsal", "qwen2_5_0_5b_to_0_5b"
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(config, Path(folder), [])
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", name]
+        done = subprocess.run([*launch, config, folder, "num_threads=1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["predicted_bytes"] == pytest.approx(result["measured_bytes"], rel=0.15)
+
+
+def test_a_rehearsal_changes_nothing_but_paths_depth_and_sizes():
+    cfg = load_config("qwen2_5_7b_to_7b")
+    overrides = shallow_overrides(cfg, "model")
+    shallow = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}" for key, value in overrides.items()]))
+    whole, cut = (build_on_meta(lambda c=c: Components(c)("model")) for c in (cfg, shallow))
+    assert len(cut.layers) == 2
+    shapes = {name: p.shape for name, p in whole.named_parameters()}
+    assert all(shapes[name] == p.shape for name, p in cut.named_parameters())
