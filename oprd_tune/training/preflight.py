@@ -197,7 +197,7 @@ def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
         ("CPU memory", f"{_size(memory.checkpoint)} a process while a checkpoint is written"),
     ]
     if free is not None and memory.peak > free:
-        rows.append(("", "This will not fit; docs/memory.md lists what to change, cheapest first."))
+        rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
     return rows
 
 

@@ -1,0 +1,168 @@
+"""What is told before weights are read, and what it is worth."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torchtune.training import FullModelHFCheckpointer
+
+from oprd_tune.modeling.load import build_on_meta
+from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
+from oprd_tune.training import preflight as module
+from oprd_tune.training.launch import run_recipe as launch
+from oprd_tune.training.memory import Plan, optimizer_bytes, predict_memory
+from oprd_tune.training.student import freeze
+from tests.conftest import SMALL, load_config, recipe_class
+
+PLAN = Plan(
+    dtype=torch.float32,
+    master_dtype=torch.float32,
+    world_size=1,
+    sharded=False,
+    teacher_placement="replicated",
+    teacher_quantization=None,
+    teacher_top=4,
+    keeps_teacher_head=False,
+    trains_head=False,
+    reshard_after_forward=True,
+    activation_checkpointing=0,
+    sync_every_micro_batch=True,
+    rows=3,
+    row_tokens=20,
+    selected=30,
+    tapped=4,
+    micro_batches=1,
+    logit_bytes=0,
+    rollout_bytes=1000,
+    optimizer_bytes=8.0,
+)
+
+
+def predict(build=tiny_qwen2, **changes):
+    student, teacher = build_on_meta(build), build_on_meta(tiny_qwen2)
+    freeze(student, top=4, trains_head=False, freeze_embedding=False)
+    return predict_memory(student, teacher, build, replace(PLAN, **changes))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [
+        ("oprd_single_device", "tiny/oprd"),
+        ("opd_topk_single_device", "tiny/oprd_plus_opd"),
+        ("oprd_distributed", "tiny/oprd_distributed"),
+        ("opd_topk_distributed", "tiny/opd_topk_distributed"),
+    ],
+)
+def test_preflight_only_reads_no_weights_and_starts_nothing(recipe, config, out, monkeypatch, capsys):
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
+    cfg = load_config(config, output_dir=out, preflight="only", **SMALL)
+    assert launch(recipe_class(recipe), cfg) == 0
+    told = capsys.readouterr().out
+    assert "791k parameters, 4 blocks of width 128, vocabulary 16; 791k of them train" in told
+    assert "4 prompts × 1 = 4 responses a step on one process, at most 32 response tokens" in told
+    assert "a checkpoint takes 9.0 MiB" in told
+    assert not list(out.iterdir())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_an_unknown_preflight_is_refused(out, capsys):
+    cfg = load_config("tiny/oprd", output_dir=out, preflight="maybe", **SMALL)
+    assert launch(recipe_class("oprd_single_device"), cfg) == 2
+    assert "allowed are true, false and only" in capsys.readouterr().err
+
+
+def test_conventions_that_differ_are_told(tmp_path):
+    class Files:
+        def __init__(self, name, **changes):
+            self._checkpoint_dir = shutil.copytree(
+                checkpointer("teacher", str(tmp_path))._checkpoint_dir, tmp_path / name
+            )
+            path = Path(self._checkpoint_dir) / "tokenizer_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    class Pair:
+        student_files = Files("student")
+        teacher_files = Files("teacher", eos_token={"content": "<|im_end|>"}, chat_template="{{ messages }}")
+
+    assert module._differing_conventions(Pair) == [
+        ("EOS", "<eos> (student), <|im_end|> (teacher); responses end as `tokenizer` says"),
+        ("chat template", "differs between student and teacher; prompts use the one of `tokenizer`"),
+    ]
+    Pair.teacher_files = Pair.student_files
+    assert module._differing_conventions(Pair) == []
+
+
+def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_free_bytes", lambda ranks: 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    cfg = load_config("tiny/oprd", output_dir=out, preflight="only", **SMALL)
+    assert launch(recipe_class("oprd_single_device"), cfg) == 0
+    assert capsys.readouterr().out.count("This will not fit") == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "expected"),
+    [
+        (torch.optim.AdamW, torch.float32, 8),
+        (torch.optim.AdamW, torch.bfloat16, 4),
+        (lambda p: torch.optim.SGD(p, lr=0.1), torch.float32, 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.float32, 4),
+    ],
+)
+def test_optimizers_are_asked_for_what_they_keep(make, dtype, expected):
+    assert optimizer_bytes(make, dtype) == expected
+
+
+@pytest.mark.parametrize("build", [tiny_qwen2, lora_tiny_qwen2])
+def test_activations_are_those_that_the_backward_pass_really_keeps(build):
+    model, saved = build(), {}
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def count(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    state = torch.randn(3, 20, 128, requires_grad=True)
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        kept = model.layers[0](state)
+    one = sum(saved.values())
+    assert kept.requires_grad
+    none, every, second = (predict(build, activation_checkpointing=n).training for n in (0, 1, 2))
+    inputs = state.nbytes
+    assert none - every == (4 * one) - (4 * inputs + one)
+    assert none - second == (4 * one) - (2 * one + 2 * inputs + one)
+
+
+def test_each_part_counts_once():
+    alone, parameters = predict(), sum(p.numel() for p in tiny_qwen2().parameters())
+    assert alone.optimizer == 8 * parameters
+    assert alone.gradients == 4 * parameters
+    assert alone.checkpoint == 12 * parameters
+    assert alone.student == pytest.approx(4 * parameters, rel=0.05)  # and the rotary cache
+    assert alone.peak == alone.student + alone.optimizer + alone.teacher + max(alone.sampling, alone.training)
+    assert predict(rollout_bytes=5000).sampling == alone.sampling + 4000
+    assert predict(logit_bytes=7000).training == alone.training + 7000
+    assert predict(teacher_top=2).teacher < alone.teacher
+    assert predict(teacher_quantization="int8_weight_only").teacher < alone.teacher / 2
+
+
+def test_ranks_share_what_is_sharded():
+    one, four = (predict(sharded=True, world_size=n, teacher_placement="sharded") for n in (1, 4))
+    assert four.optimizer == one.optimizer // 4
+    assert four.checkpoint == one.checkpoint // 4
+    assert four.student < one.student / 2
+    assert four.teacher < one.teacher
+    assert four.sampling == one.sampling  # each rank gathers the whole model to sample
+    deferred = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=False)
+    each = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=True)
+    assert deferred.training > each.training
+    assert math.isclose(
+        predict(sharded=True, master_dtype=torch.float32, dtype=torch.bfloat16).optimizer, one.optimizer
+    )
