@@ -76,14 +76,14 @@ class Components:
         """The class or function that a component names."""
         return _get_component_from_path(self._cfg[name]["_component_"])
 
-    def argument(self, name: str, key: str) -> Any:
-        """What a component will get for an argument: the config's value, or its own default.
+    def argument(self, name: str, key: str, otherwise: Any = inspect.Parameter.empty) -> Any:
+        """What a component will get for an argument: the config's value, or its own default, or `otherwise`.
 
         Raises:
-            ConfigError: if neither says.
+            ConfigError: if none of them says.
         """
         node, parameter = self._cfg[name], inspect.signature(self.type_of(name)).parameters.get(key)
-        value = node.get(key, parameter.default if parameter is not None else inspect.Parameter.empty)
+        value = node.get(key, parameter.default if parameter is not None else otherwise)
         if value is inspect.Parameter.empty:
             raise ConfigError(f"{node['_component_']} has no default for {name}.{key}; give it")
         return value

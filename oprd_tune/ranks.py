@@ -72,12 +72,12 @@ def join_ranks(device: torch.device) -> Ranks:
     Args:
         device: this process's own, such as `cuda:3`.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

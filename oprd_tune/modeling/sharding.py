@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
+from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks
 
 _RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what `gathered` puts back
@@ -40,6 +41,10 @@ class Sharding:
     compute_dtype: torch.dtype | None = None
     reshard_after_forward: bool | int = True
     cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cpu_offload and self.ranks.device.type == "cpu":
+            raise ConfigError("fsdp_cpu_offload moves shards out of a GPU's memory; there is none here: leave it out")
 
     def block(self, block: nn.Module) -> None:
         """Spread one loaded block. Every rank must hold the same values; each keeps its part."""

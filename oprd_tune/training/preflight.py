@@ -65,7 +65,7 @@ def preflight(
             ("student", _describe(student)),
             ("teacher", _describe(teacher)),
             *_differing_conventions(pair),
-            ("batch", _describe_batch(s, data, ranks)),
+            *_describe_batch(s, data, ranks),
             *_describe_memory(memory, ranks),
             ("disk", _describe_disk(s, student, memory, ranks, plan.dtype)),
         ]
@@ -129,7 +129,7 @@ def _sampling_bytes(
     if cache_bytes is None:
         training = 0
     else:
-        at_once = min(rows, make.argument("rollout", "batch_size") or rows)
+        at_once = min(rows, make.argument("rollout", "batch_size", None) or rows)
         training = cache_bytes(student, rows=at_once, columns=s.max_prompt_tokens + s.max_new_tokens, dtype=dtype)
     if data.task_accuracy is None:
         return training
@@ -170,30 +170,24 @@ def _differing_conventions(pair: ModelPair) -> list[tuple[str, str]]:
     return rows
 
 
-def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> str:
+def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> list[tuple[str, str]]:
     responses = s.prompts_per_step * s.samples_per_prompt
     passes = s.max_steps * s.prompts_per_step / len(data.prompts)
     where = "one process" if ranks.world_size == 1 else f"{ranks.world_size} processes"
-    return (
-        f"{s.prompts_per_step} prompts × {s.samples_per_prompt} = {responses} responses a step on {where}, at most "
-        f"{responses * s.max_new_tokens:,} response tokens; {s.max_steps} steps, {passes:,.1f} passes over "
-        f"{len(data.prompts):,} prompts"
-    )
+    return [
+        ("batch", f"{s.prompts_per_step} prompts × {s.samples_per_prompt} = {responses} responses a step on {where}"),
+        ("", f"at most {responses * s.max_new_tokens:,} response tokens a step"),
+        ("steps", f"{s.max_steps:,}, {passes:,.2f} passes over {len(data.prompts):,} prompts"),
+    ]
 
 
 def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
-    parts = {
-        "student": memory.student,
-        "optimizer": memory.optimizer,
-        "teacher": memory.teacher,
-        "sampling": memory.sampling,
-        "training": memory.training,
-    }
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in always.items())
     free = _free_bytes(ranks)
-    fits = "" if free is None else f" of {_size(free)} free"
     rows = [
-        ("memory", f"{_size(memory.peak)} a process{fits}: {listed} (of the last two, the larger counts)"),
+        ("memory", f"{_size(memory.peak)} a process" + ("" if free is None else f" of {_size(free)} free")),
+        ("", f"{listed}; besides sampling {_size(memory.sampling)}, or training {_size(memory.training)}"),
         ("CPU memory", f"{_size(memory.checkpoint)} a process while a checkpoint is written"),
     ]
     if free is not None and memory.peak > free:

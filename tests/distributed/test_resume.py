@@ -91,6 +91,16 @@ def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(folder, tmp_pat
         assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in common)
 
 
+def test_the_final_student_loads_in_transformers(folder):
+    from transformers import AutoModelForCausalLM
+
+    for name in ("full", "lora with dropout"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name / "final", dtype=torch.float32)
+        written = weights(folder / name / "final")
+        assert torch.equal(model.model.norm.weight, written["model.norm.weight"])
+        assert model(torch.tensor([[3, 4, 12, 5, 13]])).logits.isfinite().all()
+
+
 def test_only_what_trains_is_saved(folder):
     size = sum(f.stat().st_size for f in (folder / "lora with dropout" / "checkpoints" / "step_00000004").iterdir())
     whole = sum(f.stat().st_size for f in (folder / "full" / "checkpoints" / "step_00000004").iterdir())

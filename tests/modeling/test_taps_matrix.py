@@ -30,7 +30,7 @@ BUILDERS = {
     "lora": partial(lora_tiny_qwen2, lora_rank=4),
     "dora": partial(lora_tiny_qwen2, lora_rank=4, use_dora=True),
 }
-PAIRS = [LayerPair(1, 2), LayerPair(3, 2), LayerPair(4, 4)]
+PAIRS = [LayerPair(2, 2), LayerPair(3, 2), LayerPair(4, 4)]
 # Two microbatches of one row, with responses at different places.
 TOKENS = torch.randint(2, 16, (2, 1, 9), generator=torch.Generator().manual_seed(1))
 MASKS = torch.zeros(2, 1, 9, dtype=torch.bool)
@@ -161,8 +161,9 @@ def assert_same(got, want):
     assert got[0] == pytest.approx(want[0], rel=1e-6)
     assert got[1].keys() == want[1].keys()
     for name, gradient in want[1].items():
-        assert gradient.abs().max() > 1e-4
-        torch.testing.assert_close(got[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+        largest = gradient.abs().max().item()
+        assert largest > 1e-4
+        torch.testing.assert_close(got[1][name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
