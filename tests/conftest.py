@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torchtune.models.qwen2 import qwen2
@@ -74,6 +75,14 @@ def run_recipe(name, config, output_dir, **overrides):
     recipe.setup()
     assert recipe.train() == 0
     return recipe
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    """This process as the only rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -9,12 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, get_merged_lora_ckpt
 
 from oprd_tune.errors import ConfigError
 
 _ADAPTED = (LoRALinear, DoRALinear)
 _WRAPPER = "_checkpoint_wrapped_module."
+
+
+class _BiasedDoRA(DoRALinear):
+    """y = m / ‖W + s B A‖ · (W + s B A) x + b. torchtune's scales b too; DoRA, PEFT and merged weights do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        out = F.linear(x, self.weight, self.bias)
+        if self.disabled:
+            return out
+        unbiased, x = out - self.bias, self.dropout(x)
+        eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
+        change = self.lora_b(self.lora_a(eye)).T.detach()  # by their own forward passes, which FSDP's hooks are on
+        norm = self._get_weight_norm(self.weight.to(x.dtype), change).detach()
+        scale = self.magnitude / norm
+        return out + (scale - 1) * unbiased + scale * self.scaling * self.lora_b(self.lora_a(x))
 
 
 def adapter_names(model: nn.Module) -> set[str]:
@@ -50,6 +67,8 @@ def start_adapters(module: nn.Module, *, device: torch.device, dtype: torch.dtyp
         linear.initialize_parameters()
         if isinstance(linear, DoRALinear):
             linear.initialize_dora_magnitude()
+            if linear.bias is not None:
+                linear.__class__ = _BiasedDoRA
 
 
 @contextmanager
@@ -60,11 +79,11 @@ def merged_while_gathered(model: nn.Module) -> Iterator[None]:
     sharded keeps its adapters apart: merging would round its only weights.
     """
     linears = _adapted(model) if isinstance(model, FSDPModule) else []
-    with torch.no_grad():
-        for linear in linears:
-            linear.weight.copy_(_merged(linear))
-            linear.disabled = True
     try:
+        with torch.no_grad():
+            for linear in linears:
+                linear.weight.copy_(_merged(linear))
+                linear.disabled = True
         yield
     finally:
         for linear in linears:

@@ -142,4 +142,4 @@ def _keep_on_cpu(block: nn.Module, device: torch.device) -> None:
 
     leave()
     block.register_forward_pre_hook(visit)
-    block.register_forward_hook(leave)
+    block.register_forward_hook(leave, always_call=True)

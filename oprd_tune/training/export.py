@@ -43,8 +43,9 @@ def export_model(
 ) -> Path:
     """Write weights in torchtune's names as a Hugging Face folder, config and tokenizer files included.
 
-    LoRA and DoRA adapters are merged, and also written on their own: `adapter_model.pt` for torchtune,
-    `adapter_model.safetensors` with `adapter_config.json` for PEFT.
+    LoRA and DoRA adapters are merged, and also written on their own, into the folder `adapter`: `adapter_model.pt` for
+    torchtune, `adapter_model.safetensors` with `adapter_config.json` for PEFT. Beside the merged weights, transformers
+    would find them where PEFT is installed, and apply them once more.
 
     Args:
         weights: a full state dict.
@@ -68,7 +69,9 @@ def export_model(
         if adapters:
             save_file(_peft_weights(adapters), written / "adapter_model.safetensors", metadata={"format": "pt"})
         for file in written.iterdir():
-            file.rename(folder / file.name)
+            place = folder / "adapter" if file.name.startswith("adapter_") else folder
+            place.mkdir(exist_ok=True)
+            file.rename(place / file.name)
         shutil.rmtree(folder / "export")
     return target
 

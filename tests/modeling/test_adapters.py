@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torchtune.models.qwen2 import lora_qwen2
@@ -46,13 +45,6 @@ each_kind = pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.fixture
 def files(tmp_path):
     return checkpointer("student", str(tmp_path / "files"))
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def load(files, kind, *, seed=0, dtype=torch.float32, **kwargs):

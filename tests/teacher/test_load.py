@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -28,13 +27,6 @@ PROMPTS = [[3, 12, 5, 13], [7, 2, 9, 12, 4, 4, 8, 13, 10], [6, 13]]
 @pytest.fixture
 def files(tmp_path):
     return checkpointer("teacher", str(tmp_path))
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def load(files, *, device=CPU, dtype=torch.float32, **kwargs):
