@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.fsdp import fully_shard
 
 from oprd_tune.losses import FullReverseKL, HiddenStateMSE, TopKReverseKL
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.masking import response_tokens, select_states
 from oprd_tune.modeling.lm_head import Heads, LMHead
+from oprd_tune.modeling.sharding import Sharding, sync_gradients
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.grads import backward
 from oprd_tune.types import LayerPair
 from tests.conftest import DEPTH, VOCAB, make_model
+from tests.distributed.spawn import run_ranks
 from tests.losses.test_composite import rollout
 
 PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
@@ -25,44 +25,42 @@ LOSSES = {
 }
 
 
-def accumulate(model, loss, micro_batches, *, tied, world_size):
-    """Backpropagate some of the step's microbatches."""
+def accumulate(model, loss, micro_batches, *, tied, ranks):
+    """Backpropagate a rank's microbatches of a step in which every row comes twice."""
     teacher = make_model(tied=tied, seed=1)
     heads = Heads(LMHead(model), LMHead(teacher), VOCAB)
     frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS], final=True)
-    counts_P = torch.tensor(loss.counts(rollout(), positions="all", positions_k=1))
+    counts_P = 2 * torch.tensor(loss.counts(rollout(), positions="all", positions_k=1))
     for micro in micro_batches:
         tokens, selection = response_tokens(micro), select_states(micro.response_mask_BS)
         targets = frozen.targets(micro.tokens_BS, selection.index_T, tokens.index_T)
         stream = loss.stream(targets, tokens, selection, heads=heads, pairs=PAIRS, top=DEPTH)
         with layer_taps(model, stream.layers, stream):
             sums_P = model(micro.tokens_BS)
-        backward(sums_P, counts_P, world_size=world_size)
+        sync_gradients(model, micro is micro_batches[-1])
+        backward(sums_P, counts_P, world_size=ranks.world_size)
 
 
-def compare(rank, store, name, tied):
-    """On one of two ranks: the row of this rank under FSDP2 against both rows in one process."""
-    torch.set_num_threads(1)
-    # A file, not a port: nobody else can take it, and it outlives the rank that ends first.
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def compare(rank, name, tied):
+    """On one of two ranks: the row of this rank, twice and then idle, against both rows in one process."""
     rows = [rollout().rows(torch.tensor([i])) for i in range(2)]
     whole, sharded = make_model(tied=tied), make_model(tied=tied)
-    accumulate(whole, LOSSES[name](), rows, tied=tied, world_size=1)
+    accumulate(whole, LOSSES[name](), rows + rows, tied=tied, ranks=Ranks())
+    ranks = Ranks(rank, 2)
+    sharding = Sharding(ranks)
     for layer in sharded.layers:
-        fully_shard(layer)
-    fully_shard(sharded)
-    accumulate(sharded, LOSSES[name](), [rows[rank]], tied=tied, world_size=2)
+        sharding.block(layer)
+    sharding.rest(sharded, gathered_head=True)
+    accumulate(sharded, LOSSES[name](), [rows[rank], rows[rank], rows[rank].idle()], tied=tied, ranks=ranks)
     got = dict(sharded.named_parameters())
     for parameter_name, parameter in whole.named_parameters():
         torch.testing.assert_close(
             got[parameter_name].grad.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-7, msg=parameter_name
         )
     assert whole.tok_embeddings.weight.grad.abs().max() > 1e-3
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_one_process(name, tied, tmp_path):
-    mp.spawn(compare, (str(tmp_path / "store"), name, tied), nprocs=2)
+    run_ranks(compare, 2, tmp_path, name, tied)
