@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+# How long ranks wait for the slowest: for its rollout, or for the first one's export. NCCL's own 10 minutes are few.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def join_ranks(device: torch.device) -> Ranks:
     if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

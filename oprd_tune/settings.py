@@ -96,7 +96,7 @@ class _Sharded:
     """What the `*_distributed` recipes have besides."""
 
     master_dtype: str | None = None
-    fsdp_reshard_after_forward: bool | int = True
+    fsdp_reshard_after_forward: bool = True
     fsdp_cpu_offload: bool = False
     sync_every_micro_batch: bool = False
 
@@ -122,7 +122,8 @@ class OPDDistributedSettings(_Sharded, OPDSettings):
 # work is cut, so that a run can go on with other hardware. Everything else must not.
 FREE_ON_RESUME = frozenset(
     {
-        *("max_steps", "output_dir", "resume", "preflight", "evaluate_teacher"),
+        *("max_steps", "output_dir", "resume", "preflight", "evaluate_teacher", "num_threads"),
+        *("checkpoint_every_n_steps", "keep_checkpoints"),
         *("metric_logger", "log_every_n_steps", "log_samples_every_n_steps"),
         *("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"),
         *("tokens_per_micro_batch", "activation_checkpointing", "teacher_placement"),

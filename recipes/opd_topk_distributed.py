@@ -53,7 +53,7 @@ COMPONENTS = (
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
 OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
-CALIBRATION_PROMPTS = 8
+QUANTISATION_PROMPTS = 8
 
 
 class OPDDistributedRecipe:
@@ -68,6 +68,12 @@ class OPDDistributedRecipe:
         self._device, self._dtype = pick_device(s.device, s.dtype)
         self._master_dtype = torch.float32 if s.master_dtype else self._dtype
         self._ranks = join_ranks(self._device)
+        self._sharding = Sharding(
+            self._ranks,
+            compute_dtype=self._dtype,
+            reshard_after_forward=s.fsdp_reshard_after_forward,
+            cpu_offload=s.fsdp_cpu_offload,
+        )
         self._folder = RunFolder(s.output_dir, s.keep_checkpoints, self._ranks)
         self._journal = Journal(
             self._folder.path,
@@ -98,6 +104,7 @@ class OPDDistributedRecipe:
         if s.preflight == "only":
             return False
 
+        logger = make("metric_logger") if self._ranks.first else SilentLogger()
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
         self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
@@ -112,7 +119,6 @@ class OPDDistributedRecipe:
             vocabulary=pair.vocabulary,
             top_k_ids=self._loss.sampler_top_k,
         )
-        logger = make("metric_logger") if self._ranks.first else SilentLogger()
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
         if checkpoint is not None:
@@ -138,12 +144,7 @@ class OPDDistributedRecipe:
             dtype=self._dtype,
             device=self._device,
             master_dtype=self._master_dtype,
-            sharding=Sharding(
-                self._ranks,
-                compute_dtype=self._dtype,
-                reshard_after_forward=s.fsdp_reshard_after_forward,
-                cpu_offload=s.fsdp_cpu_offload,
-            ),
+            sharding=self._sharding,
         )
         self._drift = TiedHeadDrift(self._model, self._ranks)
         self._trainable = [p for p in self._model.parameters() if p.requires_grad]
@@ -159,7 +160,7 @@ class OPDDistributedRecipe:
             sharding=Sharding(self._ranks) if s.teacher_placement == "sharded" else None,
             offloaded=s.teacher_placement == "offloaded",
             quantization=s.teacher_quantization,
-            prompts=self._data.prompts.at(range(CALIBRATION_PROMPTS)).tokens,
+            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).tokens,
         )
         self._journal.add_teacher_errors(errors)
         if measure_accuracy is not None:

@@ -50,7 +50,7 @@ COMPONENTS = (
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
 OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
-CALIBRATION_PROMPTS = 8
+QUANTISATION_PROMPTS = 8
 
 
 class OPDRecipe:
@@ -94,6 +94,7 @@ class OPDRecipe:
         if s.preflight == "only":
             return False
 
+        logger = make("metric_logger")
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
         self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
@@ -108,7 +109,6 @@ class OPDRecipe:
             vocabulary=pair.vocabulary,
             top_k_ids=self._loss.sampler_top_k,
         )
-        logger = make("metric_logger")
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
         if checkpoint is not None:
@@ -145,7 +145,7 @@ class OPDRecipe:
             device=self._device,
             offloaded=s.teacher_placement == "offloaded",
             quantization=s.teacher_quantization,
-            prompts=self._data.prompts.at(range(CALIBRATION_PROMPTS)).tokens,
+            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).tokens,
         )
         self._journal.add_teacher_errors(errors)
         if measure_accuracy is not None:

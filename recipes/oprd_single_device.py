@@ -47,7 +47,7 @@ COMPONENTS = (
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
 OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
-CALIBRATION_PROMPTS = 8
+QUANTISATION_PROMPTS = 8
 
 
 class OPRDRecipe:
@@ -102,6 +102,7 @@ class OPRDRecipe:
         if s.preflight == "only":
             return False
 
+        logger = make("metric_logger")
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
         self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
@@ -115,7 +116,6 @@ class OPRDRecipe:
             seed=s.seed,
             vocabulary=pair.vocabulary,
         )
-        logger = make("metric_logger")
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
         if checkpoint is not None:
@@ -153,7 +153,7 @@ class OPRDRecipe:
             top=self._pairs[-1].teacher if measure_accuracy is None else None,
             offloaded=s.teacher_placement == "offloaded",
             quantization=s.teacher_quantization,
-            prompts=self._data.prompts.at(range(CALIBRATION_PROMPTS)).tokens,
+            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).tokens,
         )
         self._journal.add_teacher_errors(errors)
         if measure_accuracy is not None:

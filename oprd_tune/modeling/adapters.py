@@ -23,15 +23,13 @@ class _BiasedDoRA(DoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        out = F.linear(x, self.weight, self.bias)
         if self.disabled:
-            return out
-        unbiased, x = out - self.bias, self.dropout(x)
+            return F.linear(x, self.weight, self.bias)
+        base, x = F.linear(x, self.weight), self.dropout(x)
         eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
         change = self.lora_b(self.lora_a(eye)).T.detach()  # by their own forward passes, which FSDP's hooks are on
         norm = self._get_weight_norm(self.weight.to(x.dtype), change).detach()
-        scale = self.magnitude / norm
-        return out + (scale - 1) * unbiased + scale * self.scaling * self.lora_b(self.lora_a(x))
+        return self.magnitude / norm * (base + self.scaling * self.lora_b(self.lora_a(x))) + self.bias
 
 
 def adapter_names(model: nn.Module) -> set[str]:

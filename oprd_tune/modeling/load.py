@@ -102,6 +102,8 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
                 found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
+    if checkpointer._config.get("model_type") == "qwen2" and checkpointer._model_type is not ModelType.QWEN2:
+        raise ConfigError(f"{name}.model_type is {checkpointer._model_type.name}, but config.json says qwen2: QWEN2")
     if checkpointer._model_type is ModelType.QWEN2:
         if "tie_word_embeddings" not in checkpointer._config:
             raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")

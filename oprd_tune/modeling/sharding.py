@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
@@ -18,7 +18,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks
 
-_RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what `gathered` puts back
+_RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `gathered` puts back
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,22 @@ class Sharding:
     Attributes:
         ranks: the processes, in one dimension.
         compute_dtype: what parameters are gathered in, and gradients computed in; None keeps that of the shards.
-        reshard_after_forward: free each block's gathered parameters until the backward pass (True), keep them (False),
-            or keep them spread over so many ranks.
+        reshard_after_forward: free each block's gathered parameters until the backward pass.
         cpu_offload: keep shards, gradients and the optimizer's state in CPU memory.
     """
 
     ranks: Ranks
     compute_dtype: torch.dtype | None = None
-    reshard_after_forward: bool | int = True
+    reshard_after_forward: bool = True
     cpu_offload: bool = False
 
     def __post_init__(self) -> None:
         if self.cpu_offload and self.ranks.device.type == "cpu":
             raise ConfigError("fsdp_cpu_offload moves shards out of a GPU's memory; there is none here: leave it out")
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
 
     def block(self, block: nn.Module) -> None:
         """Spread one loaded block. Every rank must hold the same values; each keeps its part."""
@@ -58,20 +61,19 @@ class Sharding:
             gathered_head: whether the head's weight is read within the forward pass, outside its own.
             whole_head: leave the head, and an embedding that is tied to it, whole on every rank.
         """
-        tied = isinstance(model.output, TiedLinear)
-        head = model.tok_embeddings if tied else model.output
-        stays = gathered_head or whole_head
-        for module in {model.tok_embeddings, head} - ({head} if stays else set()):
+        ends = [model.tok_embeddings] if isinstance(model.output, TiedLinear) else [model.tok_embeddings, model.output]
+        head = ends[-1]
+        for module in ends[:-1] if gathered_head or whole_head else ends:
             self._shard(module, reshard_after_forward=self.reshard_after_forward)
             module.set_unshard_in_backward(False)  # its own gradient is all that the backward pass needs
         self._shard(model, reshard_after_forward=False, ignored=set(head.parameters()) if whole_head else None)
 
     def _shard(
-        self, module: nn.Module, *, reshard_after_forward: bool | int, ignored: set[nn.Parameter] | None = None
+        self, module: nn.Module, *, reshard_after_forward: bool, ignored: set[nn.Parameter] | None = None
     ) -> None:
         fully_shard(
             module,
-            mesh=init_device_mesh(self.ranks.device.type, (self.ranks.world_size,)),
+            mesh=self._mesh,
             reshard_after_forward=reshard_after_forward,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

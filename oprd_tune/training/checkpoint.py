@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -37,8 +40,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training
 
-from oprd_tune.errors import ConfigError
-from oprd_tune.ranks import Ranks
+from oprd_tune.errors import CheckpointError, ConfigError
+from oprd_tune.ranks import PATIENCE, Ranks
 from oprd_tune.settings import differences
 from oprd_tune.training.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
 from oprd_tune.training.optim import restore_schedule
@@ -64,7 +67,7 @@ class RunFolder:
         self._keep = keep
         self._ranks = ranks or Ranks()
         # Checkpoints are written while training communicates, so they need a group of their own.
-        self._group = dist.new_group(backend="gloo") if self._ranks.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self._ranks.world_size > 1 else None
         self._saved_step: int | None = None
         self._pending: _PendingCheckpoint | None = None
 
@@ -78,13 +81,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
+        latest = self._ranks.collect(self.latest())[0]
         if not resume:
-            if self.latest() is not None:
+            if latest is not None:
                 raise ConfigError(
                     f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
                 )
             return None
-        latest = self.latest()
         if latest is None:
             print(f"resume: {self.path} has no checkpoint yet, so the run starts at step 0")
             return None
@@ -93,14 +96,30 @@ class RunFolder:
         if changed:
             raise ConfigError(
                 f"resume: {latest} was written under another config: {'; '.join(changed)}. Only max_steps, output_dir, "
-                "logging and what concerns memory alone may change"
+                "logging, checkpoints and what concerns memory alone may change"
             )
+        self._saved_step = int(latest.name.removeprefix("step_"))
         return latest
 
     def open(self, cfg: DictConfig) -> None:
-        """Make the folder this run's, and remove what an interrupted save left behind. All ranks have checked it."""
+        """Make the folder this run's, and remove what an interrupted save left behind. All ranks have checked it.
+
+        Raises:
+            ConfigError: if the ranks do not see the same folder.
+        """
+        mark = self.path / f".seen-by-all-{self._ranks.collect(uuid.uuid4().hex)[0]}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._ranks.first:
+            mark.touch()
+        self._ranks.wait()
+        if not mark.exists():
+            raise ConfigError(
+                f"output_dir {self.path} is another folder here than on the first rank's host; give a shared one, as "
+                "an absolute path"
+            )
         self._ranks.wait()
         if self._ranks.first:
+            mark.unlink()
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
             remove_leftovers(self._checkpoints)
@@ -124,9 +143,12 @@ class RunFolder:
             parts: what else has a state, by name; the first rank's is saved. None has none.
             cfg: the run's config.
         """
-        if step == self._saved_step:
+        if step == self._saved_step or not optimizer.state:  # nothing has been learned yet
             return
-        self.wait()
+        try:
+            self.wait()
+        except CheckpointError as error:
+            print(f"{error}; this one is written all the same", file=sys.stderr)
         self._saved_step = step
         target = self._checkpoints / f"step_{step:08d}"
         staged = target.with_name(STAGED + target.name)
@@ -153,10 +175,14 @@ class RunFolder:
         self._pending = _PendingCheckpoint(written, staged, target, self._keep if self._ranks.first else None)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is complete; raises what its writing raised."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        """Return when the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
 
     def export(
         self, name: str, model: nn.Module, make_checkpointer: CheckpointerFactory, *, dtype: torch.dtype
@@ -180,13 +206,17 @@ class _PendingCheckpoint:
             written.add_done_callback(lambda done: self._publish() if done.exception() is None else None)
 
     def wait(self) -> None:
-        self._written.result()
-        if self._keep is not None:
-            self._publish()
+        try:
+            self._written.result()
+            if self._keep is not None:
+                self._publish()
+        except (Exception, CheckpointException) as error:  # the library's own is none of Python's `Exception`s
+            raise CheckpointError(f"{self._target} could not be written: {error}") from error
 
     def _publish(self) -> None:
         with self._lock:
             if self._target.exists():
+                shutil.rmtree(self._staged, ignore_errors=True)
                 return
             os.replace(self._staged, self._target)
             for old in sorted(self._target.parent.glob("step_*"))[: -self._keep]:  # type: ignore[operator]
@@ -223,7 +253,7 @@ def load_checkpoint(
     set_state_dict(
         model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=_TRAINED
     )
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     for name, part in parts.items():
         if isinstance(part, LRScheduler):
             restore_schedule(part, state["parts"][name])

@@ -65,6 +65,8 @@ class TaskAccuracy:
         dataset = _need_answers(dataset, "task_accuracy")
         self._ranks = ranks or Ranks()
         own = range(self._ranks.rank, len(dataset), self._ranks.world_size)
+        self._counts = bool(own)
+        own = own or range(1)  # a rank without a prompt of its own keeps pace with the others
         rows = [dataset[i] for i in own]
         self._prompts = Prompts(tuple(t for t, _ in rows), tuple(own), tuple(a for _, a in rows))
         self._tokenizer = tokenizer
@@ -91,7 +93,8 @@ class TaskAccuracy:
         responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, self._tokenizer)
         n = self._sampling["samples_per_prompt"]
         answers = [str(answer) for answer in self._prompts.answers for _ in range(n)]
-        right, count = self._ranks.total([sum(map(self._grader, responses, answers)), len(answers)])
+        scored = [sum(map(self._grader, responses, answers)), len(answers)] if self._counts else [0, 0]
+        right, count = self._ranks.total(scored)
         return right / count
 
 

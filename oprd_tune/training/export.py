@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torchtune import config
 from torchtune.models.convert_weights import tune_to_peft_adapter_weights
-from torchtune.modules.peft import get_adapter_state_dict
+from torchtune.modules.peft import get_adapter_state_dict, set_trainable_params
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_config, adapter_names, merge_adapters
-from oprd_tune.modeling.load import load_decoder
+from oprd_tune.modeling.load import build_on_meta, load_weights
 
 STAGED = ".staged-"
 _REPLACED = ".replaced-"
@@ -113,10 +113,14 @@ def export_checkpoint(checkpoint: str, target: str) -> Path:
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     with tempfile.TemporaryDirectory() as scratch, quiet():
         files = make_checkpointer(scratch)
-        model = load_decoder(lambda: config.instantiate(cfg.model), files, dtype=dtype, device=torch.device("cpu"))
+        model = build_on_meta(lambda: config.instantiate(cfg.model))
+        if adapters := adapter_names(model):
+            set_trainable_params(model, adapters)
+        trained = torch.float32 if cfg.get("master_dtype") else dtype
+        load_weights(model, files, dtype=dtype, device=torch.device("cpu"), trained_dtype=trained)
         weights = get_model_state_dict(model)
-        trained = {name: weight for name, weight in weights.items() if f"model.{name}" in saved}
-        load_tensors({"model": trained}, checkpoint_id=folder, no_dist=True)
+        own = {name: weight for name, weight in weights.items() if f"model.{name}" in saved}
+        load_tensors({"model": own}, checkpoint_id=folder, no_dist=True)
         return export_model(weights, model, make_checkpointer, Path(target), dtype=dtype)
 
 

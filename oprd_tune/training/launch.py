@@ -16,7 +16,7 @@ import torch.distributed as dist
 from datasets import disable_progress_bars
 from omegaconf import DictConfig
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import CheckpointError, ConfigError
 
 _USER_ERROR = 2
 _LATER_SECONDS = 3.0
@@ -44,6 +44,9 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if not any(reason in str(error) for reason in _LOST_PEER):
             raise
@@ -129,7 +132,8 @@ class StopSignals:
         for s, handler in self._previous.items():
             signal.signal(s, handler)
         name = signal.Signals(number).name
-        print(f"\n{name}: finishing the step, then saving; once more to stop at once", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{name}: finishing the step, then saving; once more to stop at once", file=sys.stderr)
 
     @property
     def exit_status(self) -> int:

@@ -7,7 +7,7 @@ each adds what it needs for itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import set_default_dtype
 
+from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.load import Builder
 from oprd_tune.teacher.quantize import quantized_bytes
 
@@ -36,8 +37,10 @@ class Plan:
         micro_batches: of a step and rank.
         logit_bytes: that the losses' chunks of logits take.
         rollout_bytes: that sampling takes, beside the weights.
-        optimizer_bytes: of state for each number that trains.
+        optimizer_bytes: of state for each number that trains; None if unknown, and then not counted.
         reduction_copies: that the communication library makes of what it reduces.
+        cpu_offload: shards, gradients and optimizer state are in CPU memory.
+        evaluates_teacher: it samples once, for which it is gathered if it is sharded.
     """
 
     dtype: torch.dtype
@@ -59,8 +62,10 @@ class Plan:
     micro_batches: int
     logit_bytes: int
     rollout_bytes: int
-    optimizer_bytes: float
+    optimizer_bytes: float | None
     reduction_copies: int = 0
+    cpu_offload: bool = False
+    evaluates_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Memory:
         sampling: what sampling adds: gathered weights and the cache.
         training: what the backward pass adds: gradients, gathered weights, activations, targets, logits.
         gradients: the part of `training` that is left for the optimizer.
-        checkpoint: CPU memory that a checkpoint is copied to before it is written.
+        cpu: of CPU memory: a checkpoint's copy while it is written, and what is offloaded.
+        checkpoint: the size of a checkpoint's part.
     """
 
     student: int
@@ -83,6 +89,7 @@ class Memory:
     sampling: int
     training: int
     gradients: int
+    cpu: int
     checkpoint: int
 
     @property
@@ -104,7 +111,7 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
     ranks = plan.world_size
     trained, frozen = _count(student.parameters(), True), _count(student.parameters(), False)
     resident = trained * master + frozen * compute
-    optimizer = int(trained * plan.optimizer_bytes)
+    optimizer = int(trained * (plan.optimizer_bytes or 0))
     blocks = [_count(block.parameters()) * compute for block in student.layers]
     ends = [_count(module.parameters()) * compute for module in _ends(student)]
     activations = _activations(build, plan, len(student.layers), student.tok_embeddings.embedding_dim)
@@ -127,27 +134,47 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
             # An embedding's gradient is made dense before it is added to what is there.
             training=gradients + max(working, embedding if again else 0),
             gradients=gradients,
+            cpu=trained * master + optimizer,
             checkpoint=trained * master + optimizer,
         )
     held = sum(ends) if plan.trains_head else 0
     passing = held + (2 * max(blocks) if plan.reshard_after_forward else sum(blocks))
+    sampling = max(2 * max(ends), sum(blocks) + sum(ends)) + plan.rollout_bytes
+    if plan.evaluates_teacher and plan.teacher_placement == "sharded":
+        whole = replace(plan, teacher_placement="replicated")
+        sampling = max(sampling, _teacher_bytes(teacher, whole) + plan.rollout_bytes)
+    checkpoint = (trained * master + optimizer) // ranks
+    shards = (resident + trained * master + optimizer) // ranks
+    on_device = 0 if plan.cpu_offload else 1
     return Memory(
-        student=resident // ranks + _buffers(student),
-        optimizer=optimizer // ranks,
+        student=on_device * resident // ranks + _buffers(student),
+        optimizer=on_device * optimizer // ranks,
         teacher=_teacher_bytes(teacher, plan),
-        sampling=max(2 * max(ends), sum(blocks) + sum(ends)) + plan.rollout_bytes,
+        sampling=sampling,
         training=max(passing + working, held + _reduction(student, plan)),
-        gradients=trained * master // ranks,
-        checkpoint=(trained * master + optimizer) // ranks,
+        gradients=on_device * trained * master // ranks,
+        cpu=checkpoint + (shards if plan.cpu_offload else 0),
+        checkpoint=checkpoint,
     )
 
 
-def optimizer_bytes(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype) -> float:
-    """Bytes of state that an optimizer keeps for each number it trains, found out by a step with a few."""
-    parameter = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+def optimizer_bytes(
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """Bytes of state that an optimizer keeps for each number it trains, found out by a step with a few.
+
+    Returns:
+        None for an optimizer that takes no such step.
+    """
+    parameter = nn.Parameter(torch.zeros(64, 64, dtype=dtype, device=device))
     parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer([parameter])
-    optimizer.step()
+    try:
+        optimizer = make_optimizer([parameter])
+        optimizer.step()
+    except ConfigError:
+        raise
+    except Exception:  # whatever it wanted, the run itself will tell
+        return None
     states = (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
     return sum(value.nbytes for value in states if value.ndim) / parameter.numel()
 
@@ -173,7 +200,7 @@ def _reduction(student: TransformerDecoder, plan: Plan) -> int:
     others = (sum(groups) - largest) * master // plan.world_size
     kept = 0
     if plan.micro_batches > 1 and not plan.sync_every_micro_batch:  # accumulated whole until the last microbatch
-        kept = sum(groups) * (_REDUCED if compute != _REDUCED else compute)
+        kept = sum(groups) * _REDUCED
     elif plan.micro_batches > 1:
         others += largest * master // plan.world_size
     reducing = (1 + plan.reduction_copies) * _REDUCED * largest + max(

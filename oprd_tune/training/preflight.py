@@ -66,7 +66,7 @@ def preflight(
             ("teacher", _describe(teacher)),
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
-            *_describe_memory(memory, ranks),
+            *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
             ("disk", _describe_disk(s, student, memory, ranks, plan.dtype)),
         ]
         wide = max(len(name) for name, _ in rows)
@@ -117,7 +117,9 @@ def _plan(
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=_sampling_bytes(s, make, data, student, dtype, rows),
         reduction_copies=_GLOO_COPIES if ranks.device.type == "cpu" and ranks.world_size > 1 else 0,
-        optimizer_bytes=optimizer_bytes(lambda parameters: make("optimizer", parameters), master),
+        optimizer_bytes=optimizer_bytes(lambda parameters: make("optimizer", parameters), master, ranks.device),
+        cpu_offload=getattr(s, "fsdp_cpu_offload", False),
+        evaluates_teacher=s.evaluate_teacher and data.task_accuracy is not None,
     )
 
 
@@ -181,15 +183,17 @@ def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> list[tuple[
     ]
 
 
-def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
+def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> list[tuple[str, str]]:
     always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
     listed = ", ".join(f"{name} {_size(size)}" for name, size in always.items())
     free = _free_bytes(ranks)
     rows = [
         ("memory", f"{_size(memory.peak)} a process" + ("" if free is None else f" of {_size(free)} free")),
         ("", f"{listed}; besides sampling {_size(memory.sampling)}, or training {_size(memory.training)}"),
-        ("CPU memory", f"{_size(memory.checkpoint)} a process while a checkpoint is written"),
+        ("CPU memory", f"{_size(memory.cpu)} a process while a checkpoint is written"),
     ]
+    if not optimizer_known:
+        rows.append(("", "The optimizer's state is not counted: it takes no trial step."))
     if free is not None and memory.peak > free:
         rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
     return rows

@@ -65,7 +65,7 @@ def load_student(
             sharding.block(block)
         return block
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         load_weights(model, checkpointer, dtype=dtype, device=device, trained_dtype=master_dtype, on_block=prepare)
     if sharding is not None:
@@ -117,7 +117,7 @@ class TiedHeadDrift:
         own_RD, places_R = self._own_rows(model)
         start_RD = own_RD.new_zeros(len(range(*self._spacing(model))), own_RD.shape[1])
         start_RD[places_R] = own_RD
-        return self._ranks.gather(start_RD.flatten()).sum(0).view_as(start_RD)
+        return self._ranks.gather(start_RD.flatten()).sum(0).view_as(start_RD).to(own_RD.device)
 
     @staticmethod
     def _spacing(model: TransformerDecoder) -> tuple[int, int, int]:

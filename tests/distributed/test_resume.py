@@ -26,6 +26,12 @@ STEADY = {
     "loss.normalisation": "rms",
     "metric_logger._component_": "tests.distributed.components.JSONLogger",
 }
+MIXED = {
+    "model._component_": "oprd_tune.tiny.lora_tiny_qwen2",
+    "model.use_dora": "true",
+    "dtype": "bf16",
+    "master_dtype": "fp32",
+}
 DROPOUT = {
     "model._component_": "oprd_tune.tiny.lora_tiny_qwen2",
     "model.lora_dropout": 0.2,
@@ -46,6 +52,7 @@ def run_all(rank, folder):
         run(rank, folder / f"{name} in parts", {**extra, "max_steps": 2})
         run(rank, folder / f"{name} in parts", {**extra, "resume": "true"})
     run(rank, folder / "more", {"max_steps": 2})
+    run(rank, folder / "bf16 with fp32 adapters", MIXED)
 
 
 def resume(rank, folder):
@@ -83,12 +90,12 @@ def test_another_number_of_ranks_goes_on_with_the_same_prompts(folder, name):
 
 
 def test_a_checkpoint_of_two_ranks_becomes_a_hugging_face_folder(folder, tmp_path):
-    for name in ("full", "lora with dropout"):
+    for name in ("full", "lora with dropout", "bf16 with fp32 adapters"):
         exported = export_checkpoint(str(folder / name / "checkpoints" / "step_00000004"), str(tmp_path / name))
         a, b = weights(exported), weights(folder / name / "final")
         common = a.keys() & b.keys()
         assert len(common) > 30
-        assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in common)
+        assert all(torch.equal(a[key], b[key]) for key in common)
 
 
 def test_the_final_student_loads_in_transformers(folder):

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
     ],
 )
 def test_optimizers_are_asked_for_what_they_keep(make, dtype, expected):
-    assert optimizer_bytes(make, dtype) == expected
+    assert optimizer_bytes(make, dtype, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("build", [tiny_qwen2, lora_tiny_qwen2])

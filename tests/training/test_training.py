@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from oprd_tune.data import PromptDataset
 from oprd_tune.data.prompts import in_memory
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import CheckpointError, ConfigError
 from oprd_tune.metrics.history import History
 from oprd_tune.tiny import tokenizer
 from oprd_tune.training import ReferencePerplexity, TaskAccuracy, constant_with_warmup, cosine_with_warmup
@@ -210,6 +211,34 @@ def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_swept(out):
     (out / "checkpoints" / ".staged-step_00000004").mkdir()
     folder.open(CFG)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_nothing_is_saved_before_something_is_learned(out):
+    model, optimizer, folder = training_state(out, steps=0)
+    folder.open(CFG)
+    folder.save(0, model, optimizer, {}, CFG)
+    folder.wait()
+    assert folder.latest() is None
+    assert not optimizer.state
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(out, capsys, monkeypatch):
+    model, optimizer, folder = training_state(out, steps=1)
+    folder.open(CFG)
+    full: Future = Future()
+    full.set_exception(OSError("No space left on device"))
+    with monkeypatch.context() as patch:
+        patch.setattr("oprd_tune.training.checkpoint.async_save", lambda *args, **kwargs: full)
+        folder.save(1, model, optimizer, {}, CFG)
+    folder.save(2, model, optimizer, {}, CFG)
+    assert "step_00000001 could not be written: No space left on device" in capsys.readouterr().err
+    folder.wait()
+    assert folder.latest().name == "step_00000002"
+    with monkeypatch.context() as patch:
+        patch.setattr("oprd_tune.training.checkpoint.async_save", lambda *args, **kwargs: full)
+        folder.save(3, model, optimizer, {}, CFG)
+    with pytest.raises(CheckpointError, match="No space left"):
+        folder.wait()
 
 
 def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(out, monkeypatch):

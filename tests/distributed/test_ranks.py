@@ -1,0 +1,88 @@
+"""What only several ranks can get wrong."""
+
+import pytest
+import torch
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.ranks import Ranks
+from oprd_tune.training.checkpoint import RunFolder
+from oprd_tune.training.student import TiedHeadDrift
+from tests.conftest import SMALL, load_config, make_model, recipe_class
+from tests.distributed.spawn import run_ranks
+from tests.training.test_training import CFG
+
+
+def run(rank, folder):
+    """Fewer evaluation prompts than ranks; a layout that keeps gathered blocks; other sizes of the ranks' work."""
+    overrides = {**SMALL, "max_steps": 2, "prompts_per_step": 3, "eval_dataset.count": 1}
+    cfg = load_config("tiny/oprd_distributed", output_dir=folder / "one prompt", **overrides)
+    recipe = recipe_class("oprd_distributed")(cfg)
+    recipe.setup()
+    assert recipe.train() == 0
+    accuracies = [e["accuracy"] for e in recipe._journal.history.evaluations]
+    assert set(accuracies) <= {0.0, 1.0}
+    assert Ranks(rank, 2).collect(accuracies) == [accuracies] * 2
+
+    with pytest.raises(ConfigError, match="each of which needs a prompt"):
+        recipe_class("oprd_distributed")(
+            load_config("tiny/oprd_distributed", output_dir=folder / "few", **{**overrides, "prompts_per_step": 1})
+        ).setup()
+
+
+def check_folder(rank, folder):
+    own = RunFolder(str(folder / str(rank)), 1, Ranks(rank, 2))
+    assert own.check(CFG, resume=False) is None
+    if rank == 0:
+        own.open(CFG)
+    else:
+        with pytest.raises(ConfigError, match="is another folder here than on the first rank's host"):
+            own.open(CFG)
+
+
+def check_numbers(rank):
+    ranks = Ranks(rank, 2)
+    assert ranks.total([1.0, rank]) == [2.0, 1.0]
+    assert ranks.largest(-rank) == 0.0
+    assert ranks.collect({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert ranks.gather(torch.tensor([float(rank)])).tolist() == [[0.0], [1.0]]
+
+
+def check_drift(rank):
+    """23 rows over two ranks: the shards are uneven."""
+    from oprd_tune.modeling.sharding import Sharding
+
+    model, ranks = make_model(), Ranks(rank, 2)
+    whole = model.tok_embeddings.weight.detach().clone()
+    Sharding(ranks).rest(model)
+    drift = TiedHeadDrift(model, ranks)
+    assert torch.equal(drift.state_dict()["start"], whole)
+    with torch.no_grad():
+        local = model.tok_embeddings.weight.to_local()
+        local.mul_(1.25 if rank else 1.0)
+    moved = whole.clone()
+    moved[12:] *= 1.25
+    expected = (torch.dist(moved, whole) / whole.norm()).item()
+    assert drift.measure(model) == pytest.approx(expected, rel=1e-5)
+
+
+def check_everything(rank, folder):
+    check_numbers(rank)
+    check_drift(rank)
+    run(rank, folder)
+
+
+def test_numbers_drift_and_evaluation_are_those_of_all_ranks(tmp_path):
+    run_ranks(check_everything, 2, tmp_path / "ranks", tmp_path)
+
+
+def test_hosts_that_see_different_folders_are_told(tmp_path):
+    run_ranks(check_folder_and_leave, 2, tmp_path / "ranks", tmp_path)
+
+
+def check_folder_and_leave(rank, folder):
+    # The first rank goes on to the second barrier of `open`; the other one has to meet it there.
+    try:
+        check_folder(rank, folder)
+    finally:
+        if rank == 1:
+            torch.distributed.barrier()
