@@ -75,10 +75,12 @@ class RunFolder:
         """Find out, before anything is loaded, whether the run may start here; returns the checkpoint to resume from.
 
         Raises:
-            ConfigError: if the folder is another run's and `resume` is false, or the checkpoint's config differs.
+            ConfigError: if the ranks do not see the same folder, if it is another run's and `resume` is false, or if
+                the checkpoint's config differs.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_shared()
         except OSError as error:
             raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
         latest = self._ranks.collect(self.latest())[0]
@@ -102,13 +104,17 @@ class RunFolder:
         return latest
 
     def open(self, cfg: DictConfig) -> None:
-        """Make the folder this run's, and remove what an interrupted save left behind. All ranks have checked it.
+        """Make the folder this run's, and remove what an interrupted save left behind. All ranks have checked it."""
+        self._ranks.wait()
+        if self._ranks.first:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
+            remove_leftovers(self._checkpoints)
+            OmegaConf.save(cfg, self.path / "config.yaml")
 
-        Raises:
-            ConfigError: if the ranks do not see the same folder.
-        """
+    def _check_shared(self) -> None:
+        """Find out whether all ranks see the same folder, by a file that the first one makes for a moment."""
         mark = self.path / f".seen-by-all-{self._ranks.collect(uuid.uuid4().hex)[0]}"
-        self.path.mkdir(parents=True, exist_ok=True)
         if self._ranks.first:
             mark.touch()
         self._ranks.wait()
@@ -120,10 +126,6 @@ class RunFolder:
         self._ranks.wait()
         if self._ranks.first:
             mark.unlink()
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.path)
-            remove_leftovers(self._checkpoints)
-            OmegaConf.save(cfg, self.path / "config.yaml")
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""

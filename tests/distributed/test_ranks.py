@@ -31,12 +31,14 @@ def run(rank, folder):
 
 def check_folder(rank, folder):
     own = RunFolder(str(folder / str(rank)), 1, Ranks(rank, 2))
-    assert own.check(CFG, resume=False) is None
     if rank == 0:
-        own.open(CFG)
-    else:
-        with pytest.raises(ConfigError, match="is another folder here than on the first rank's host"):
-            own.open(CFG)
+        assert own.check(CFG, resume=False) is None
+        return
+    with pytest.raises(ConfigError, match="is another folder here than on the first rank's host"):
+        own.check(CFG, resume=False)
+    # The first rank goes on, to the end of this check and to the search for a checkpoint.
+    torch.distributed.barrier()
+    Ranks(rank, 2).collect(None)
 
 
 def check_numbers(rank):
@@ -76,13 +78,4 @@ def test_numbers_drift_and_evaluation_are_those_of_all_ranks(tmp_path):
 
 
 def test_hosts_that_see_different_folders_are_told(tmp_path):
-    run_ranks(check_folder_and_leave, 2, tmp_path / "ranks", tmp_path)
-
-
-def check_folder_and_leave(rank, folder):
-    # The first rank goes on to the second barrier of `open`; the other one has to meet it there.
-    try:
-        check_folder(rank, folder)
-    finally:
-        if rank == 1:
-            torch.distributed.barrier()
+    run_ranks(check_folder, 2, tmp_path / "ranks", tmp_path)
