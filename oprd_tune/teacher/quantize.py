@@ -1,6 +1,6 @@
 """A frozen teacher's linears with fewer bits: as torchao's tensors, or as plain int8 that FSDP2 can shard.
 
-Only this file imports torchao, inside functions: importing it takes a second and prints a line.
+Only this file imports torchao, inside functions: importing it is slow and prints a line.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Scheme:
     dtype: torch.dtype | None = None
 
 
-# Version 2 of the int8 configs, and int4 without hqq, keep scales above the dtype's epsilon. bf16's is 0.0078, more
-# than most rows of a language model need: with int8, the error of a block in bf16 grows from 2 to 28 %.
+# Version 2 of the int8 configs, and int4 without hqq, keep scales above the dtype's epsilon. bf16's is 0.0078, far more
+# than most rows of a language model need, whose weights would then round to a few steps.
 # int8_dynamic's kernel wants multiples of 8, and torchao skips 16. The int4 layout is the one with a kernel in torch.
 _INT4 = {"int4_packing_format": "tile_packed_to_4d", "int4_choose_qparams_algorithm": "hqq", "group_size": 64}
 SCHEMES: Mapping[str, Scheme] = {

@@ -50,7 +50,10 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
     except RuntimeError as error:
         if not any(reason in str(error) for reason in _LOST_PEER):
             raise
-        print("error: the connection to another rank broke; what ended it is told elsewhere", file=sys.stderr)
+        print(
+            "error: the connection to another rank broke, which tells its own reason; resume=true goes on",
+            file=sys.stderr,
+        )
         return 1
     except (ConfigError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", 0))

@@ -13,6 +13,7 @@ from torchtune.modules.peft import set_trainable_params
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names
 from oprd_tune.modeling.load import Builder, build_on_meta, load_weights
 from oprd_tune.modeling.sharding import Sharding
@@ -53,6 +54,11 @@ def load_student(
         sharding: how to spread it over ranks, each block as soon as it is loaded; None leaves it whole.
     """
     model = build_on_meta(build)
+    if activation_checkpointing > len(model.layers):
+        raise ConfigError(
+            f"activation_checkpointing is {activation_checkpointing}, but the student has {len(model.layers)} blocks, "
+            "so none would be recomputed; give true, or a smaller number"
+        )
     if frozen := freeze(model, top=top, trains_head=trains_head, freeze_embedding=freeze_embedding):
         print(frozen)
 

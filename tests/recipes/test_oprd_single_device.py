@@ -181,6 +181,7 @@ BAD_INPUTS = {
     "unusable output": ({"output_dir": "/proc/nowhere"}, "output_dir /proc/nowhere cannot be used"),
     "grader": ({"task_accuracy.grader": "nowhere.grade"}, "'nowhere.grade' cannot be found"),
     "evaluation without data": ({"eval_dataset._component_": "null"}, "needs an eval_dataset"),
+    "checkpointing": ({"activation_checkpointing": 5}, "the student has 4 blocks, so none would be recomputed"),
     "normalisation": ({"loss.normalisation": "unit"}, "allowed are none, l2, rms"),
 }
 
