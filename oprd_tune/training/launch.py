@@ -50,10 +50,7 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
     except RuntimeError as error:
         if not any(reason in str(error) for reason in _LOST_PEER):
             raise
-        print(
-            "error: the connection to another rank broke, which tells its own reason; resume=true goes on",
-            file=sys.stderr,
-        )
+        print("error: another rank is gone, and its own message says why; resume=true goes on", file=sys.stderr)
         return 1
     except (ConfigError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", 0))
