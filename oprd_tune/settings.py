@@ -30,6 +30,7 @@ class OPRDSettings:
     num_threads: int | None = None
     prompts_per_step: int = 8
     samples_per_prompt: int = 2
+    truncated_responses: str = "keep"
     tokens_per_micro_batch: int = 16384
     layers: str | list[int] = "all"
     layer_pairs: list[list[int]] | None = None
@@ -61,6 +62,8 @@ class OPRDSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"dtype is {self.dtype!r}; allowed are bf16 and fp32")
+        if self.truncated_responses not in ("keep", "mask", "drop"):
+            raise ConfigError(f"truncated_responses is {self.truncated_responses!r}; allowed are keep, mask and drop")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(
                 f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null to switch it off"

@@ -10,6 +10,7 @@ Dimension letters, used as suffixes of tensor names everywhere in this package:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,23 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class LogprobGap:
+    """How far a sampler's log-probabilities of some of its tokens are from the trainer's, |Δ| in nats, over all ranks.
+
+    Attributes:
+        mean: over the tokens.
+        largest: among them.
+        tokens: how many were compared.
+        seconds: that the comparison took.
+    """
+
+    mean: float
+    largest: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Prompts with sampled responses. Rows are right-padded: a token's column is its rotary position.
 
@@ -48,6 +66,7 @@ class Rollout:
         policy_version: optimizer steps that the sampling weights had seen.
         sampler_top_ids_BSK: the sampler's K most probable tokens at each response token, if it was asked for them.
         sampler_top_mass_BS: their probability together.
+        logprob_gap: what was found when an engine with weights of its own was compared with the trainer.
     """
 
     tokens_BS: Tensor
@@ -59,6 +78,7 @@ class Rollout:
     policy_version: int
     sampler_top_ids_BSK: Tensor | None = None
     sampler_top_mass_BS: Tensor | None = None
+    logprob_gap: LogprobGap | None = None
 
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
@@ -71,9 +91,9 @@ class Rollout:
     def rows(self, index_B: Tensor) -> Rollout:
         """The given rows, trimmed to the longest of them."""
         width = int(self.lengths_B[index_B].max())
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "policy_version"}
-        picked = {name: value[index_B] for name, value in tensors.items() if value is not None}
-        trimmed = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked: dict[str, Any] = {k: v[index_B] for k, v in values.items() if isinstance(v, Tensor)}
+        trimmed: dict[str, Any] = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
         return replace(self, **trimmed)
 
     def split(self, tokens_per_micro_batch: int) -> list[Rollout]:
@@ -90,6 +110,21 @@ class Rollout:
             micro_batches.append(self.rows(order[start : start + rows]))
             start += rows
         return micro_batches
+
+    def without_truncated(self, policy: str) -> Rollout:
+        """What is left to learn from when responses that hit the limit are not trusted.
+
+        Args:
+            policy: `keep` leaves everything; `mask` leaves the rows but none of their tokens; `drop` removes the rows,
+                or all but one masked row where every response was cut. Losses do not tell `mask` from `drop`.
+        """
+        if policy == "keep" or not bool(self.truncated_B.any()):
+            return self
+        masked = replace(self, response_mask_BS=self.response_mask_BS & ~self.truncated_B[:, None])
+        if policy == "mask":
+            return masked
+        whole_B = (~self.truncated_B).nonzero(as_tuple=True)[0]
+        return masked.rows(whole_B if len(whole_B) else whole_B.new_zeros(1))
 
     def idle(self) -> Rollout:
         """A microbatch of one token of which nothing is selected, for a rank that has to keep pace with others."""

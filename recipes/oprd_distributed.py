@@ -13,6 +13,7 @@ This file is meant to be copied and edited. `train_step` is the method; everythi
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -30,12 +31,12 @@ from oprd_tune.metrics.silent import SilentLogger
 from oprd_tune.modeling.sharding import Sharding, sync_gradients
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import join_ranks
-from oprd_tune.rollout.engine import RolloutEngine
 from oprd_tune.settings import OPRDDistributedSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
 from oprd_tune.training.data import load_data
 from oprd_tune.training.device import pick_device
+from oprd_tune.training.engine import load_engine, settle_engine
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients, split_alike
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_distributed
@@ -92,6 +93,7 @@ class OPRDDistributedRecipe:
         training.set_seed(s.seed)
         check_selection(s.positions, s.positions_k, s.anchor)
         check_teacher(s.teacher_placement, s.teacher_quantization, self._device, can_shard=True)
+        settle_engine(cfg, self._folder.latest() if s.resume else None, self._device, self._ranks)
         checkpoint = self._folder.check(cfg, resume=s.resume)
         make = self._make
         pair = check_pair(
@@ -116,16 +118,7 @@ class OPRDDistributedRecipe:
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
         self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
-        self._engine: RolloutEngine = make(
-            "rollout",
-            self._model,
-            stop_tokens=self._data.tokenizer.stop_tokens,
-            pad_id=self._data.tokenizer.pad_id,
-            max_new_tokens=s.max_new_tokens,
-            samples_per_prompt=s.samples_per_prompt,
-            seed=s.seed,
-            vocabulary=pair.vocabulary,
-        )
+        self._engine = load_engine(make, self._model, s, pair, self._data, self._ranks, dtype=self._dtype)
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
         if checkpoint is not None:
@@ -133,7 +126,6 @@ class OPRDDistributedRecipe:
                 checkpoint, self._model, self._optimizer, self._parts, seed=s.seed, ranks=self._ranks
             )
         self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
-        self._engine.sync_weights(self._step)
         logger.log_config(cfg)
         return True
 
@@ -183,9 +175,12 @@ class OPRDDistributedRecipe:
     def train_step(self, prompts: Prompts) -> float | None:
         """One optimizer step; returns its loss, or None if no update was made."""
         s = self._settings
+        with self._phase("sync"):
+            self._engine.sync_weights(self._step)
         with self._phase("rollout"):
-            rollout = self._engine.generate(prompts, stream=self._step)
+            rollout = self._engine.generate(prompts, stream=self._step)  # or an error, which leaves the step undone
         self._journal.add_rollout(rollout)
+        rollout = rollout.without_truncated(s.truncated_responses)
         # One denominator for the whole step, over all ranks, known before the first backward.
         own_count = count_selected(rollout.response_mask_BS, positions=s.positions, k=s.positions_k)
         (count,) = map(int, self._ranks.total([own_count]))
@@ -216,8 +211,6 @@ class OPRDDistributedRecipe:
             if finite:
                 self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        with self._phase("sync"):
-            self._engine.sync_weights(self._step + 1)
         self._metrics.set("loss/total", total)
         self._metrics.set("optimizer/grad_norm", grad_norm)
         return total if finite else None
@@ -243,6 +236,7 @@ class OPRDDistributedRecipe:
         if self._step == 0 and not self._journal.history.evaluations:
             self._evaluate()
         with (
+            closing(self._engine),
             StopSignals() as stop,
             tqdm(total=s.max_steps, initial=self._step, desc="OPRD", unit="step", disable=not self._ranks.first) as bar,
         ):
@@ -257,8 +251,7 @@ class OPRDDistributedRecipe:
                     self._save()
                 self._journal.show(bar, loss)
         if stopped:
-            self._save()
-            self._folder.wait()
+            self.save()
             print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
             self._journal.close()
             return 128 + int(stopped)
@@ -294,6 +287,11 @@ class OPRDDistributedRecipe:
             "guard": self._guard,
             "lr_scheduler": self._lr_scheduler,
         }
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished step."""
+        self._save()
+        self._folder.wait()
 
     def _save(self) -> None:
         self._folder.save(self._step, self._model, self._optimizer, self._parts, self._cfg)

@@ -12,6 +12,7 @@ This file is meant to be copied and edited. `train_step` is the method; everythi
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,12 @@ from oprd_tune.losses.masking import check_selection, count_selected, select_sta
 from oprd_tune.losses.token_loss import TokenLoss
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import Ranks
-from oprd_tune.rollout.engine import RolloutEngine
 from oprd_tune.settings import OPRDSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
 from oprd_tune.training.data import load_data
 from oprd_tune.training.device import pick_device
+from oprd_tune.training.engine import load_engine, settle_engine
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_recipe
@@ -82,6 +83,7 @@ class OPRDRecipe:
         training.set_seed(s.seed)
         check_selection(s.positions, s.positions_k, s.anchor)
         check_teacher(s.teacher_placement, s.teacher_quantization, self._device)
+        settle_engine(cfg, self._folder.latest() if s.resume else None, self._device, self._ranks)
         checkpoint = self._folder.check(cfg, resume=s.resume)
         make = self._make
         pair = check_pair(
@@ -106,22 +108,12 @@ class OPRDRecipe:
         self._load_student(pair)
         self._optimizer = make("optimizer", self._trainable)
         self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
-        self._engine: RolloutEngine = make(
-            "rollout",
-            self._model,
-            stop_tokens=self._data.tokenizer.stop_tokens,
-            pad_id=self._data.tokenizer.pad_id,
-            max_new_tokens=s.max_new_tokens,
-            samples_per_prompt=s.samples_per_prompt,
-            seed=s.seed,
-            vocabulary=pair.vocabulary,
-        )
+        self._engine = load_engine(make, self._model, s, pair, self._data, self._ranks, dtype=self._dtype)
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
         if checkpoint is not None:
             self._step = load_checkpoint(checkpoint, self._model, self._optimizer, self._parts, seed=s.seed)
         self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
-        self._engine.sync_weights(self._step)
         logger.log_config(cfg)
         return True
 
@@ -168,9 +160,12 @@ class OPRDRecipe:
     def train_step(self, prompts: Prompts) -> float | None:
         """One optimizer step; returns its loss, or None if no update was made."""
         s = self._settings
+        with self._phase("sync"):
+            self._engine.sync_weights(self._step)
         with self._phase("rollout"):
-            rollout = self._engine.generate(prompts, stream=self._step)
+            rollout = self._engine.generate(prompts, stream=self._step)  # or an error, which leaves the step undone
         self._journal.add_rollout(rollout)
+        rollout = rollout.without_truncated(s.truncated_responses)
         # One denominator for the whole step, known before the first backward.
         count = count_selected(rollout.response_mask_BS, positions=s.positions, k=s.positions_k)
         if count == 0:
@@ -198,8 +193,6 @@ class OPRDRecipe:
             if finite:
                 self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        with self._phase("sync"):
-            self._engine.sync_weights(self._step + 1)
         self._metrics.set("loss/total", loss.item())
         self._metrics.set("optimizer/grad_norm", grad_norm)
         return loss.item() if finite else None
@@ -223,7 +216,11 @@ class OPRDRecipe:
         s = self._settings
         if self._step == 0 and not self._journal.history.evaluations:
             self._evaluate()
-        with StopSignals() as stop, tqdm(total=s.max_steps, initial=self._step, desc="OPRD", unit="step") as bar:
+        with (
+            closing(self._engine),
+            StopSignals() as stop,
+            tqdm(total=s.max_steps, initial=self._step, desc="OPRD", unit="step") as bar,
+        ):
             while self._step < s.max_steps and not stop.received:
                 loss = self.train_step(self._data.prompts.at_step(self._step))
                 self._step += 1
@@ -235,8 +232,7 @@ class OPRDRecipe:
                     self._save()
                 self._journal.show(bar, loss)
         if stop.received:
-            self._save()
-            self._folder.wait()
+            self.save()
             print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
             self._journal.close()
             return stop.exit_status
@@ -272,6 +268,11 @@ class OPRDRecipe:
             "guard": self._guard,
             "lr_scheduler": self._lr_scheduler,
         }
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished step."""
+        self._save()
+        self._folder.wait()
 
     def _save(self) -> None:
         self._folder.save(self._step, self._model, self._optimizer, self._parts, self._cfg)

@@ -23,7 +23,7 @@ LAYERS = [
     {"tiny", "__main__"},
 ]
 ONLY_IN = {
-    "vllm": set(),
+    "vllm": {"rollout/vllm_colocated.py", "rollout/weight_transfer.py"},
     "torchao": {"teacher/quantize.py"},
     "math_verify": {"grading/graders.py"},
     "transformers": set(),

@@ -23,6 +23,7 @@ class History:
         teacher_errors: by teacher layer, what quantisation changed in its hidden states; empty without.
         evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}` in order.
         cosines: by step, the cosine of each tapped layer.
+        max_logprob_gap: the largest difference of sampler and trainer at a token, in nats; None if never measured.
         skipped_steps: optimizer steps without an update.
         response_tokens: trained on so far.
         loop_seconds: time within training steps, so without start-up, evaluation and checkpoints.
@@ -32,6 +33,7 @@ class History:
     teacher_errors: dict[int, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     cosines: dict[int, list[float]] = field(default_factory=dict)
+    max_logprob_gap: float | None = None
     skipped_steps: int = 0
     response_tokens: int = 0
     loop_seconds: float = 0.0
@@ -43,6 +45,11 @@ class History:
             self.cosines[step] = column
         if len(self.cosines) > _MOST_COLUMNS:
             self.cosines = {s: self.cosines[s] for s in list(self.cosines)[::2]}
+
+    def add_logprob_gap(self, metrics: dict[str, float]) -> None:
+        """Keep a step's `rollout/logprob_gap_max` if it is the largest so far."""
+        if (gap := metrics.get("rollout/logprob_gap_max")) is not None:
+            self.max_logprob_gap = max(gap, self.max_logprob_gap or 0.0)
 
     @property
     def best(self) -> dict[str, Any] | None:

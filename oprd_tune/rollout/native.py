@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import merged_while_gathered
 from oprd_tune.modeling.head import device_of, evaluating
 from oprd_tune.modeling.sharding import gathered
 from oprd_tune.rollout.decoding import DecodingCache, incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
+from oprd_tune.rollout.responses import Response, pack_responses
+from oprd_tune.rollout.sampling import check_sampling
 from oprd_tune.types import Prompts, Rollout
-
-
-@dataclass(frozen=True)
-class _Response:
-    """One sampled response; K is 0 unless top-k ids were asked for."""
-
-    tokens_T: Tensor
-    logprobs_T: Tensor
-    top_ids_TK: Tensor
-    top_mass_T: Tensor
 
 
 class NativeEngine:
@@ -65,13 +55,8 @@ class NativeEngine:
         vocabulary: int | None = None,
         top_k_ids: int | None = None,
     ) -> None:
-        if temperature < 0:
-            raise ConfigError(f"rollout.temperature is {temperature}; it is 1 for on-policy sampling, 0 for greedy")
-        sizes = {"max_new_tokens": max_new_tokens, "samples_per_prompt": samples_per_prompt}
-        optional = {"batch_size": batch_size, "vocabulary": vocabulary, "top_k_ids": top_k_ids}
-        for name, size in (sizes | optional).items():
-            if size is not None and size < 1:
-                raise ConfigError(f"rollout {name} is {size}; it must be at least 1")
+        sizes = {"max_new_tokens": max_new_tokens, "samples_per_prompt": samples_per_prompt, "batch_size": batch_size}
+        check_sampling(temperature, **sizes, vocabulary=vocabulary, top_k_ids=top_k_ids)
         self._model = model
         self._device = device_of(model)
         self._stop_tokens = torch.tensor(sorted(stop_tokens), device=self._device)
@@ -86,24 +71,31 @@ class NativeEngine:
         self._policy_version = 0
 
     @staticmethod
-    def cache_bytes(model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """Memory that sampling takes beside the weights, at most: keys and values, and a row of logits each.
+    def memory_bytes(
+        model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype, batch_size: int | None = None
+    ) -> tuple[int, int]:
+        """Memory that is held all the time, none, and that sampling takes at most: keys, values, and a row of logits.
 
         Args:
             model: possibly on the meta device.
-            rows: decoded at once.
+            rows: of the largest rollout.
             columns: tokens of the longest row, prompt included.
             dtype: of keys and values.
+            batch_size: see the class.
         """
+        rows = min(rows, batch_size or rows)
         attention = model.layers[0].attn
         column = 2 * attention.num_kv_heads * attention.head_dim * dtype.itemsize
         logits = 4 * model.tok_embeddings.num_embeddings * 4  # as they come, in fp32, as weights, and padded
         # A cache that grows holds a fourth too much, and a copy of one layer.
-        return int(rows * (1.25 * column * columns * (len(model.layers) + 1) + logits))
+        return 0, int(rows * (1.25 * column * columns * (len(model.layers) + 1) + logits))
 
     def sync_weights(self, policy_version: int) -> None:
         """The weights are shared; only the version is noted."""
         self._policy_version = policy_version
+
+    def close(self) -> None:
+        """Nothing is held between rollouts."""
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
@@ -115,16 +107,23 @@ class NativeEngine:
         # Rows of similar prompt length decode together; the order is undone below.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = self._batch_size or len(rows)
-        responses: dict[int, _Response] = {}
+        responses: dict[int, Response] = {}
         with evaluating(self._model), gathered(self._model), merged_while_gathered(self._model):
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
                 decoded = self._decode([rows[row] for row in batch], noise_BT[batch])
                 responses |= dict(zip(batch, decoded, strict=True))
-        positions = [position for position in prompts.positions for _ in range(n)]
-        return self._pack(rows, [responses[row] for row in range(len(rows))], positions)
+        return pack_responses(
+            prompts,
+            [responses[row] for row in range(len(rows))],
+            samples_per_prompt=n,
+            stop_tokens=self._stop_tokens.tolist(),
+            pad_id=self._pad_id,
+            policy_version=self._policy_version,
+            device=self._device,
+        )
 
-    def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> list[_Response]:
+    def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> list[Response]:
         """Responses in the order of `prompts`."""
         tokens_BP, visible_BP = self._left_pad(prompts)
         batch = len(prompts)
@@ -158,8 +157,8 @@ class NativeEngine:
                 "the student's logits are not finite, so nothing can be sampled from it; lower the learning rate, or "
                 "set dtype=fp32 to see whether precision is the cause"
             )
-        columns = (response_BT, logprob_BT, top_ids_BTK, top_mass_BT)
-        return [_Response(*(column[b, :n] for column in columns)) for b, n in enumerate(length_B.tolist())]
+        columns = [column.cpu() for column in (response_BT, logprob_BT, top_ids_BTK, top_mass_BT)]
+        return [Response(*(column[b, :n] for column in columns)) for b, n in enumerate(length_B.tolist())]
 
     def _forward(self, cache: DecodingCache, input_BS: Tensor, position_BS: Tensor) -> Tensor:
         columns = input_BS.shape[1]
@@ -179,30 +178,3 @@ class NativeEngine:
         tokens = [[self._pad_id] * (width - len(p)) + list(p) for p in prompts]
         visible = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
         return torch.tensor(tokens, device=self._device), torch.tensor(visible, device=self._device)
-
-    def _pack(self, prompts: list[tuple[int, ...]], responses: list[_Response], positions: list[int]) -> Rollout:
-        lengths = [len(p) + len(r.tokens_T) for p, r in zip(prompts, responses, strict=True)]
-        shape = (len(prompts), max(lengths))
-        tokens_BS = torch.full(shape, self._pad_id, device=self._device)
-        mask_BS = torch.zeros(shape, dtype=torch.bool, device=self._device)
-        logprobs_BS = torch.zeros(shape, device=self._device)
-        top_ids_BSK = torch.zeros(*shape, self._top_k_ids, dtype=torch.long, device=self._device)
-        top_mass_BS = torch.zeros_like(logprobs_BS)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            tokens_BS[row, : len(prompt)] = torch.tensor(prompt, device=self._device)
-            columns = slice(len(prompt), lengths[row])
-            tokens_BS[row, columns], logprobs_BS[row, columns] = response.tokens_T, response.logprobs_T
-            top_ids_BSK[row, columns], top_mass_BS[row, columns] = response.top_ids_TK, response.top_mass_T
-            mask_BS[row, columns] = True
-        last_token_B = tokens_BS[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
-        return Rollout(
-            tokens_BS=tokens_BS,
-            response_mask_BS=mask_BS,
-            sampler_logprobs_BS=logprobs_BS,
-            lengths_B=torch.tensor(lengths, device=self._device),
-            truncated_B=torch.isin(last_token_B, self._stop_tokens, invert=True),
-            prompt_positions_B=torch.tensor(positions, device=self._device),
-            policy_version=self._policy_version,
-            sampler_top_ids_BSK=top_ids_BSK if self._top_k_ids else None,
-            sampler_top_mass_BS=top_mass_BS if self._top_k_ids else None,
-        )

@@ -57,3 +57,9 @@ def inverse_cdf(weight_BV: Tensor, noise_B1: Tensor) -> Tensor:
     rest_B1 = torch.minimum(threshold_B1 - before_B1, within_BK[:, -1:].nextafter(within_BK.new_zeros(())))
     drawn_B1 = block_B1 * _BLOCK + torch.searchsorted(within_BK, rest_B1, right=True)
     return drawn_B1.clamp(max=size - 1)  # only weights that are not finite get there
+
+
+def sample_seed(seed: int, stream: int, sample_index: int) -> int:
+    """A seed of 63 bits for engines that draw their own noise, from the same three numbers as `sample_noise`."""
+    (word,) = np.random.SeedSequence((seed, stream, sample_index)).generate_state(1, np.uint64)
+    return int(word >> np.uint64(1))

@@ -77,6 +77,7 @@ class Journal:
         metrics.set("optimizer/skipped_steps", history.skipped_steps)
         self.logged = metrics.finish(self._ranks)
         history.add_cosines(step, self.logged)
+        history.add_logprob_gap(self.logged)
         if step % self._log_every_n_steps == 0:
             self._logger.log_dict(self.logged, step)
         if step % self._log_samples_every_n_steps == 0 and hasattr(self._logger, "log_text"):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from datasets import disable_progress_bars
 from omegaconf import DictConfig
 
-from oprd_tune.errors import CheckpointError, ConfigError
+from oprd_tune.errors import CheckpointError, ConfigError, RolloutError
 
 _USER_ERROR = 2
 _LATER_SECONDS = 3.0
@@ -32,6 +32,9 @@ class Recipe(Protocol):
     def train(self) -> int:
         """Run to the end; returns the exit status."""
 
+    def save(self) -> None:
+        """Write a checkpoint of the last finished step."""
+
 
 def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> int:
     """Run a recipe; returns the process's exit status.
@@ -44,6 +47,10 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
+    except RolloutError as error:
+        recipe.save()
+        print(f"error: {error}\nWhat was learned until then is saved; resume=true goes on from there", file=sys.stderr)
+        return 1
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -41,6 +41,7 @@ class Plan:
         reduction_copies: that the communication library makes of what it reduces.
         cpu_offload: shards, gradients and optimizer state are in CPU memory.
         evaluates_teacher: it samples once, for which it is gathered if it is sharded.
+        engine_bytes: that an engine with weights of its own holds all the time.
     """
 
     dtype: torch.dtype
@@ -66,6 +67,7 @@ class Plan:
     reduction_copies: int = 0
     cpu_offload: bool = False
     evaluates_teacher: bool = False
+    engine_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Memory:
         student: its parameters.
         optimizer: its state.
         teacher: its parameters.
+        engine: what a sampling engine holds all the time.
         sampling: what sampling adds: gathered weights and the cache.
         training: what the backward pass adds: gradients, gathered weights, activations, targets, logits.
         gradients: the part of `training` that is left for the optimizer.
@@ -86,6 +89,7 @@ class Memory:
     student: int
     optimizer: int
     teacher: int
+    engine: int
     sampling: int
     training: int
     gradients: int
@@ -95,7 +99,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is needed at once on the device."""
-        return self.student + self.optimizer + self.teacher + max(self.sampling, self.training, self.gradients)
+        always = self.student + self.optimizer + self.teacher + self.engine
+        return always + max(self.sampling, self.training, self.gradients)
 
 
 def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, build: Builder, plan: Plan) -> Memory:
@@ -130,6 +135,7 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
             student=resident + _buffers(student),
             optimizer=optimizer,
             teacher=_teacher_bytes(teacher, plan),
+            engine=plan.engine_bytes,
             sampling=plan.rollout_bytes,
             # An embedding's gradient is made dense before it is added to what is there.
             training=gradients + max(working, embedding if again else 0),
@@ -150,6 +156,7 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
         student=on_device * resident // ranks + _buffers(student),
         optimizer=on_device * optimizer // ranks,
         teacher=_teacher_bytes(teacher, plan),
+        engine=plan.engine_bytes,
         sampling=sampling,
         training=max(passing + working, held + _reduction(student, plan)),
         gradients=on_device * trained * master // ranks,

@@ -95,6 +95,7 @@ def _plan(
     chosen = {"last": 1, "first_k": s.positions_k, "last_k": s.positions_k}.get(s.positions, s.max_new_tokens)
     final = s.max_new_tokens if token_losses else 0
     tapped = len(pair.layers) if hidden is not None else 0
+    held, sampling = _engine_bytes(s, make, data, student, dtype, rows)
     selected = rows_at_once * (min(chosen, s.max_new_tokens) if tapped else final)
     return Plan(
         dtype=dtype,
@@ -115,7 +116,8 @@ def _plan(
         tapped=tapped + bool(token_losses),
         micro_batches=math.ceil(rows / rows_at_once),
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
-        rollout_bytes=_sampling_bytes(s, make, data, student, dtype, rows),
+        rollout_bytes=sampling,
+        engine_bytes=held,
         reduction_copies=_GLOO_COPIES if ranks.device.type == "cpu" and ranks.world_size > 1 else 0,
         optimizer_bytes=optimizer_bytes(lambda parameters: make("optimizer", parameters), master, ranks.device),
         cpu_offload=getattr(s, "fsdp_cpu_offload", False),
@@ -123,20 +125,23 @@ def _plan(
     )
 
 
-def _sampling_bytes(
+def _engine_bytes(
     s: OPRDSettings, make: Components, data: RunData, student: TransformerDecoder, dtype: torch.dtype, rows: int
-) -> int:
-    """What sampling takes beside the weights, in training by the engine's own account, or in an evaluation."""
-    cache_bytes = getattr(make.type_of("rollout"), "cache_bytes", None)
-    if cache_bytes is None:
-        training = 0
-    else:
-        at_once = min(rows, make.argument("rollout", "batch_size", None) or rows)
-        training = cache_bytes(student, rows=at_once, columns=s.max_prompt_tokens + s.max_new_tokens, dtype=dtype)
-    if data.task_accuracy is None:
-        return training
-    rows, columns = data.task_accuracy.rows_at_once, s.max_prompt_tokens + data.task_accuracy.max_new_tokens
-    return max(training, NativeEngine.cache_bytes(student, rows=rows, columns=columns, dtype=dtype))
+) -> tuple[int, int]:
+    """What sampling holds all the time, and what it takes beside the student's weights while it lasts.
+
+    In training that is the engine's own account, in an evaluation the native engine's.
+    """
+    held, sampling = 0, 0
+    if account := getattr(make.type_of("rollout"), "memory_bytes", None):
+        arguments = {key: make.argument("rollout", key) for key in account.__kwdefaults__ or ()}
+        columns = s.max_prompt_tokens + s.max_new_tokens
+        held, sampling = account(student, rows=rows, columns=columns, dtype=dtype, **arguments)
+    if data.task_accuracy is not None:
+        rows, columns = data.task_accuracy.rows_at_once, s.max_prompt_tokens + data.task_accuracy.max_new_tokens
+        _, evaluating = NativeEngine.memory_bytes(student, rows=rows, columns=columns, dtype=dtype)
+        sampling = max(sampling, evaluating)
+    return held, sampling
 
 
 def _describe(model: TransformerDecoder) -> str:
@@ -185,6 +190,7 @@ def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> list[tuple[
 
 def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> list[tuple[str, str]]:
     always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
+    always |= {"sampling engine": memory.engine} if memory.engine else {}
     listed = ", ".join(f"{name} {_size(size)}" for name, size in always.items())
     free = _free_bytes(ranks)
     rows = [

@@ -1,0 +1,126 @@
+"""The student's weights on their way to an engine that keeps its own: whole, merged, in Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+from torchtune.training import FullModelHFCheckpointer
+from torchtune.training.checkpointing import ModelType
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_names, merge_adapters
+from oprd_tune.modeling.head import device_of
+from oprd_tune.ranks import Ranks
+
+_WRAPPER = "_checkpoint_wrapped_module."
+_HEAD = "output.weight"
+_BY_TOKEN = ("tok_embeddings.weight", _HEAD)  # a row for each token
+# torchtune's own conversions. Qwen2 only renames, so that of a part needs none of the sizes.
+_CONVERSIONS: dict[ModelType, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    ModelType.QWEN2: partial(qwen2_tune_to_hf, num_heads=1, num_kv_heads=1, dim=1, tie_word_embeddings=False)
+}
+
+
+class PolicyWeights:
+    """Streams the student's weights, in an order and under names that vLLM loads.
+
+    A tied embedding is sent twice, as itself and as `lm_head.weight`: vLLM's CPU build packs the head, and with a
+    config that says "tied" it would keep a stale one. Only tokens that the teacher has too are sent, so the engine
+    samples from them alone.
+
+    Args:
+        model: the student, in any wrapping.
+        files: the checkpointer that it was loaded with.
+        dtype: that the engine computes in.
+        vocabulary: the first so many tokens.
+        ranks: the processes that the student is spread over.
+
+    Raises:
+        ConfigError: for an architecture without a conversion.
+    """
+
+    def __init__(
+        self,
+        model: TransformerDecoder,
+        files: FullModelHFCheckpointer,
+        *,
+        dtype: torch.dtype,
+        vocabulary: int,
+        ranks: Ranks,
+    ) -> None:
+        if files._model_type not in _CONVERSIONS:
+            known = ", ".join(sorted(kind.name for kind in _CONVERSIONS))
+            raise ConfigError(f"vLLM rollouts know the weights of {known} only, not of {files._model_type.name}")
+        self.model, self.dtype, self.vocabulary, self.ranks = model, dtype, vocabulary, ranks
+        self.device = device_of(model)
+        self.folder = Path(files._checkpoint_dir)
+        self._config: Mapping[str, Any] = files._config
+        self._convert = _CONVERSIONS[files._model_type]
+
+    @property
+    def config_overrides(self) -> dict[str, Any]:
+        """Where the engine's model differs from `config.json`."""
+        return {
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocabulary,
+            "num_hidden_layers": len(self.model.layers),
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The engine's `config.json`."""
+        return {**self._config, **self.config_overrides, "torch_dtype": str(self.dtype).removeprefix("torch.")}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `parts` yields, without gathering anything."""
+        adapters = adapter_names(self.model)
+        named = {name.replace(_WRAPPER, ""): parameter for name, parameter in self.model.named_parameters()}
+        own = {name: torch.empty(p.shape, device="meta") for name, p in named.items() if name not in adapters}
+        own.setdefault(_HEAD, own["tok_embeddings.weight"])
+        cut = {name: weight[: self.vocabulary] if name in _BY_TOKEN else weight for name, weight in own.items()}
+        return {name: tuple(weight.shape) for name, weight in self._convert(cut).items()}
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """Whole tensors by name: embedding, each block, norm and head. Never is there a second copy of the model.
+
+        Sharded parameters are gathered on the way, so all ranks have to iterate, to the end.
+        """
+        model = self.model
+        ends = self._whole(model.tok_embeddings, "tok_embeddings.")
+        if isinstance(model.output, TiedLinear):
+            ends[_HEAD] = ends["tok_embeddings.weight"]
+        yield self._convert(ends)
+        del ends
+        for number, block in enumerate(model.layers):
+            yield self._convert(self._whole(block, f"layers.{number}."))
+        ends = self._whole(model.norm, "norm.")
+        if not isinstance(model.output, TiedLinear):
+            ends |= self._whole(model.output, "output.")
+        yield self._convert(ends)
+
+    def _whole(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """A module's parameters under their full names, with adapters merged, in fp32 until then."""
+        adapted = bool(adapter_names(module))
+        weights = {
+            name.replace(_WRAPPER, ""): _gathered(parameter, torch.float32 if adapted else self.dtype)
+            for name, parameter in module.named_parameters()
+        }
+        merged = merge_adapters(weights, module)
+        named = {prefix + name: weight.to(self.dtype) for name, weight in merged.items()}
+        return {name: weight[: self.vocabulary] if name in _BY_TOKEN else weight for name, weight in named.items()}
+
+
+def _gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in another precision, converted before it is gathered if it is sharded."""
+    converted = parameter.detach().to(dtype)
+    return converted.full_tensor() if isinstance(converted, DTensor) else converted

@@ -1,0 +1,92 @@
+"""Responses that hit the limit: kept, masked or dropped."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from oprd_tune.losses import HiddenStateMSE
+from oprd_tune.losses.masking import count_selected, select_states
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.training.grads import backward
+from oprd_tune.types import LayerPair, LogprobGap
+from tests.conftest import DEPTH, make_model
+from tests.rollout.test_native import STOP, engine, make_prompts
+
+PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
+SELECTIONS = [("all", 1), ("last", 1), ("first_k", 3), ("last_k", 3)]
+
+
+def make_rollout(stop_tokens=(STOP, 5, 6)):
+    return engine(make_model(), samples_per_prompt=2, stop_tokens=stop_tokens, top_k_ids=2).generate(make_prompts())
+
+
+def learn(rollout, positions, k, tokens_per_micro_batch=60):
+    """A step's loss and gradients."""
+    student, teacher, loss = make_model(), make_model(seed=1), HiddenStateMSE()
+    frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS])
+    count = count_selected(rollout.response_mask_BS, positions=positions, k=k)
+    total = torch.zeros(())
+    for micro in rollout.split(tokens_per_micro_batch):
+        selection = select_states(micro.response_mask_BS, positions=positions, k=k)
+        stream = loss.stream(PAIRS, frozen.targets(micro.tokens_BS, selection.index_T).states, selection)
+        with layer_taps(student, [pair.student for pair in PAIRS], stream):
+            summed = student(micro.tokens_BS)
+        backward(summed, max(count, 1))
+        total += summed.detach()
+    return total / max(count, 1), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("policy", ["keep", "mask", "drop"])
+def test_a_rollout_without_truncated_responses_is_itself(policy):
+    rollout = make_rollout()
+    whole = rollout.rows((~rollout.truncated_B).nonzero(as_tuple=True)[0])
+    assert whole.without_truncated(policy) is whole
+    assert rollout.without_truncated("keep") is rollout
+
+
+def test_masking_leaves_rows_and_dropping_leaves_whole_ones():
+    rollout = replace(make_rollout(), logprob_gap=LogprobGap(*(0.1,) * len(fields(LogprobGap))))
+    before = rollout.response_mask_BS.clone()
+    masked, dropped = (rollout.without_truncated(policy) for policy in ("mask", "drop"))
+    whole_B = ~rollout.truncated_B
+    assert 0 < whole_B.sum() < len(rollout)
+    assert torch.equal(masked.response_mask_BS, before & whole_B[:, None])
+    assert masked.tokens_BS is rollout.tokens_BS
+    width = int(rollout.lengths_B[whole_B].max())
+    for field in fields(rollout):
+        kept, all_rows = getattr(dropped, field.name), getattr(rollout, field.name)
+        if not isinstance(all_rows, torch.Tensor):
+            assert kept == all_rows
+        else:
+            assert torch.equal(kept, all_rows[whole_B][:, :width] if "_BS" in field.name else all_rows[whole_B])
+    assert torch.equal(rollout.response_mask_BS, before)
+
+
+@pytest.mark.parametrize(("positions", "k"), SELECTIONS)
+def test_losses_do_not_tell_masked_responses_from_dropped_ones(positions, k):
+    rollout = make_rollout()
+    masked, dropped = (rollout.without_truncated(policy) for policy in ("mask", "drop"))
+    counts = [count_selected(r.response_mask_BS, positions=positions, k=k) for r in (rollout, masked, dropped)]
+    assert 0 < counts[1] == counts[2] < counts[0]
+    (one, gradients), (other, others), (kept, _) = (learn(r, positions, k) for r in (masked, dropped, rollout))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert (one - kept).abs() > 1e-3 * one
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-7)
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["mask", "drop"])
+def test_where_every_response_was_cut_nothing_is_learned(policy):
+    rollout = make_rollout(stop_tokens=[999])
+    assert rollout.truncated_B.all()
+    left = rollout.without_truncated(policy)
+    assert len(left) == (1 if policy == "drop" else len(rollout))
+    assert left.response_tokens == count_selected(left.response_mask_BS, positions="all", k=1) == 0
+    assert torch.equal(left.tokens_BS[0], rollout.tokens_BS[0, : left.tokens_BS.shape[1]])
+    loss, gradients = learn(left, "all", 1)
+    assert loss == 0
+    assert gradients
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())

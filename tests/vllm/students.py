@@ -1,0 +1,74 @@
+"""Students in Hugging Face folders, in the shapes that vLLM's kernels take."""
+
+import json
+
+import torch
+from torchtune.models.qwen2 import qwen2
+from torchtune.training import FullModelHFCheckpointer
+
+from oprd_tune.modeling.load import load_decoder
+from oprd_tune.modeling.sharding import Sharding
+from oprd_tune.ranks import Ranks
+from oprd_tune.rollout import NativeEngine
+from oprd_tune.rollout.policy_weights import PolicyWeights
+from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
+from oprd_tune.tiny.model import _SHAPE, MAX_SEQ_LEN, hugging_face_config
+from oprd_tune.training.student import load_student
+from oprd_tune.types import Prompts
+
+SAMPLING = {"stop_tokens": [1], "pad_id": 0, "max_new_tokens": 8}
+PROMPTS = Prompts(((3, 4, 12, 5, 6, 13), (5, 12, 6, 13), (9, 9, 9, 12, 2, 13), (7, 13)), (0, 1, 2, 3), (None,) * 4)
+# One pattern for each group of parameters; a head that is tied is the embedding.
+GROUPS = ("tok_embeddings", "q_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "output_proj", "sa_norm")
+GROUPS += ("mlp_norm", "mlp.w1", "mlp.w2", "mlp.w3", "norm.scale")
+
+
+def untied_qwen2():
+    return qwen2(max_seq_len=MAX_SEQ_LEN, **{**_SHAPE, "tie_word_embeddings": False})
+
+
+def make_student(kind, folder, ranks=None, dtype=torch.float32):
+    """A student, `tied`, `untied`, `lora` or `dora`, and its weights for engines; on all ranks if there are several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = ranks or Ranks()
+    files = checkpointer("student", str(folder))
+    if kind == "untied":
+        (folder / "config.json").write_text(json.dumps(hugging_face_config() | {"tie_word_embeddings": False}))
+        torch.manual_seed(5)
+        (folder / "model.safetensors").touch()
+        files = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "QWEN2", str(folder.parent / "out"))
+        model = untied_qwen2().to(dtype)
+    elif kind == "tied" and ranks.world_size == 1:
+        model = load_decoder(tiny_qwen2, files, dtype=dtype, device=torch.device("cpu"))
+    else:
+        build = tiny_qwen2 if kind == "tied" else lambda: lora_tiny_qwen2(use_dora=kind == "dora")
+        model = load_student(
+            build,
+            files,
+            top=4,
+            trains_head=False,
+            freeze_embedding=False,
+            activation_checkpointing=True,
+            compile=False,
+            seed=3,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            sharding=Sharding(ranks, compute_dtype=dtype) if ranks.world_size > 1 else None,
+        )
+    move(model, "lora_b", by=0.05)  # adapters that do something
+    return model, PolicyWeights(model, files, dtype=dtype, vocabulary=16, ranks=ranks)
+
+
+@torch.no_grad()
+def move(model, group, *, by=0.1):
+    """Change the parameters whose names contain `group`; returns how many."""
+    generator = torch.Generator().manual_seed(1)
+    changed = [p for name, p in model.named_parameters() if group in name]
+    for parameter in changed:
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        own.add_(torch.randn(own.shape, generator=generator).to(own.dtype) * by)
+    return len(changed)
+
+
+def native(model, **kwargs):
+    return NativeEngine(model, **{**SAMPLING, **kwargs})
