@@ -131,6 +131,10 @@ FREE_ON_RESUME = frozenset(
         *("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"),
         *("tokens_per_micro_batch", "activation_checkpointing", "teacher_placement"),
         *("fsdp_reshard_after_forward", "fsdp_cpu_offload", "sync_every_micro_batch"),
+        *("rollout.batch_size", "rollout.max_num_seqs", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib"),
+        *("rollout.addresses", "rollout.transfer", "rollout.shared_folder", "rollout.requests_in_flight"),
+        *("rollout.timeout", "rollout.startup_timeout", "rollout.server_environment", "rollout.server_arguments"),
+        *("rollout.checksum_every_n_syncs", "rollout.max_logprob_gap"),
     }
 )
 
@@ -186,7 +190,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """What differs between two nested configs, one line a key; keys that may differ on resume are passed over."""
     found = []
     for key in sorted(set(old) | set(new)):
-        if not prefix and key in FREE_ON_RESUME:
+        if prefix + key in FREE_ON_RESUME:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

@@ -52,6 +52,8 @@ def test_returns_typed_values():
         ({"max_steps": "0"}, "max_steps is 0; it must be at least 1"),
         ({"max_steps": "true"}, "max_steps is True; it must be int"),
         ({"dtype": "fp16"}, "allowed are bf16 and fp32"),
+        ({"truncated_responses": "cut"}, "truncated_responses is 'cut'; allowed are keep, mask and drop"),
+        ({"truncated_responses": "null"}, "truncated_responses is None; it must be str"),
         ({"clip_grad_norm": "0"}, "give a positive number, or null"),
         ({"seed": "-1"}, "seed is -1"),
         ({"recipe": "opd_topk_single_device"}, "belongs to opd_topk_single_device, not to oprd_single_device"),
@@ -83,6 +85,14 @@ def test_differences_name_keys_and_values_but_not_what_may_change():
     old = {"max_steps": 1, "optimizer": {"lr": 1, "eps": 2}, "seed": 0, "metric_logger": 1}
     new = {"max_steps": 2, "optimizer": {"lr": 3, "eps": 2}, "seed": 0, "layers": "all"}
     assert differences(old, new) == ["layers: None then, 'all' now", "optimizer.lr: 1 then, 3 now"]
+
+
+def test_what_becomes_of_truncated_responses_stays_as_the_run_began():
+    assert parse(load_config("tiny/oprd")).truncated_responses == "keep"
+    for policy in ("keep", "mask", "drop"):
+        assert parse(load_config("tiny/oprd", truncated_responses=policy)).truncated_responses == policy
+    found = differences({"truncated_responses": "mask"}, {"truncated_responses": "drop"})
+    assert found == ["truncated_responses: 'mask' then, 'drop' now"]
 
 
 @pytest.mark.parametrize("name", config_files())

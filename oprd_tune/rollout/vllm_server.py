@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -28,6 +28,7 @@ from oprd_tune.types import Prompts, Rollout
 
 _GIB = 2**30
 _CPU_CACHE_GIB = 1.0
+_MOST_LOGPROBS = 20  # at a token, vLLM's default
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class VLLMServer:
         checksum_every_n_syncs: int = 1,
         gpu_memory_utilization: float = 0.9,
         kv_cache_gib: float | None = None,
-        server_environment: dict[str, str] | None = None,
+        server_environment: Mapping[str, Any] | None = None,
         server_arguments: Sequence[str] = (),
         max_logprob_gap: float | None = None,
     ) -> None:
@@ -108,9 +109,9 @@ class VLLMServer:
         arguments = self._arguments(on_cuda, transfer, gpu_memory_utilization, kv_cache_gib)
         if addresses is None:
             if self._ranks.first:
-                self._process = ServerProcess(
-                    start, [*arguments, *map(str, server_arguments)], server_environment or {}, folder / "server.log"
-                )
+                environment = {name: str(value) for name, value in (server_environment or {}).items()}
+                arguments += map(str, server_arguments)
+                self._process = ServerProcess(start, arguments, environment, folder / "server.log")
                 self._process.wait_until_ready(startup_timeout)
             addresses = self._ranks.collect([self._process.address] if self._process else [])[0]
         self._servers = [VLLMClient(address, timeout) for address in addresses]
@@ -128,7 +129,7 @@ class VLLMServer:
         named: dict[str, Any] = {
             "dtype": str(self._weights.dtype).removeprefix("torch."),
             "max-model-len": self._length,
-            "max-logprobs": self._sampling.logprobs,
+            "max-logprobs": max(_MOST_LOGPROBS, self._sampling.logprobs),
             "generation-config": "vllm",
             "gpu-memory-utilization": memory,
         }

@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.names import METRICS, check_names
 from oprd_tune.ranks import Ranks
+from oprd_tune.types import LogprobGap
+from tests.losses.test_composite import rollout
 
 
 def test_buffer_divides_sums_once_and_empties():
@@ -46,6 +50,29 @@ def test_the_best_is_the_first_most_accurate_or_else_the_least_perplexed():
     for evaluation, accuracy in zip(history.evaluations, (0.5, 0.1, 0.5), strict=True):
         evaluation["accuracy"] = accuracy
     assert history.best["step"] == 0
+
+
+def test_a_rollout_tells_its_gap_where_one_was_measured():
+    buffer = MetricBuffer()
+    buffer.add_rollout(rollout())
+    assert not [name for name in buffer.finish(Ranks()) if "gap" in name]
+    gap = LogprobGap(mean=0.25, largest=0.5, tokens=7, seconds=3.0)
+    buffer.add_rollout(replace(rollout(), logprob_gap=gap))
+    metrics = buffer.finish(Ranks())
+    assert (metrics["rollout/logprob_gap"], metrics["rollout/logprob_gap_max"]) == (0.25, 0.5)
+    assert metrics["rollout/proof_seconds"] == 3.0
+
+
+def test_history_keeps_the_largest_gap_and_takes_it_through_checkpoints():
+    history = History()
+    history.add_logprob_gap({"loss/total": 1.0})
+    assert history.max_logprob_gap is None
+    for gap, largest in ((0.0, 0.0), (0.5, 0.5), (0.25, 0.5), (0.75, 0.75)):
+        history.add_logprob_gap({"rollout/logprob_gap_max": gap, "rollout/logprob_gap": 9.0})
+        assert history.max_logprob_gap == largest
+    resumed = History()
+    resumed.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    assert resumed.max_logprob_gap == 0.75
 
 
 def test_history_thins_out_its_heatmap():

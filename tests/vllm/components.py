@@ -1,0 +1,60 @@
+"""An engine whose servers die when it hurts."""
+
+import os
+import signal
+import threading
+import time
+
+from oprd_tune.rollout import VLLMServer
+
+SLOW = 0.1  # seconds that each request waits, so that a batch has a middle
+
+
+class FragileServer(VLLMServer):
+    """Kills servers at its addresses: in a batch, at a sync, or between the two.
+
+    Args:
+        record: a file for a line on each rollout: step, policy version, prompts.
+
+    The environment variable MOMENTS says where, at which policy version, and whom: `batch 2 <pid>`.
+    """
+
+    def __init__(self, model, *, record, **kwargs):
+        super().__init__(model, **kwargs)
+        self._moments = dict(moment.rsplit(" ", 1) for moment in os.environ["MOMENTS"].split(",") if moment)
+        self._record = record
+        for server in self._servers:
+            server.generate = lambda *args, ask=server.generate: (time.sleep(SLOW), ask(*args))[1]
+
+    def _strike(self, moment, version):
+        pid = int(self._moments.pop(f"{moment} {version}", -1))
+        if pid >= 0:
+            os.killpg(pid, signal.SIGKILL)
+
+    def sync_weights(self, policy_version):
+        transfer = self._transfer.send
+
+        def send(servers, checksums, on_each):
+            def each(call):
+                self._strike("sync", policy_version)
+                on_each(call)
+
+            transfer(servers, checksums, each)
+
+        self._transfer.send = send
+        try:
+            super().sync_weights(policy_version)
+        finally:
+            del self._transfer.send
+        self._strike("between", policy_version)
+
+    def generate(self, prompts, *, stream=0):
+        timer = threading.Timer(0.05, self._strike, ("batch", self._policy_version))
+        timer.start()
+        try:
+            rollout = super().generate(prompts, stream=stream)
+        finally:
+            timer.join()
+        with open(self._record, "a") as file:
+            file.write(f"{stream} {rollout.policy_version} {list(prompts.positions)}\n")
+        return rollout

@@ -1,0 +1,149 @@
+"""Recipes with vLLM end to end: they learn as with the native engine, and survive, or not, as the docs say."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from oprd_tune.registry import config_files, recipe_files
+from oprd_tune.rollout.server_process import ServerProcess
+from oprd_tune.rollout.weight_transfer import FolderTransfer
+from oprd_tune.training.launch import run_recipe as launch
+from tests.conftest import SMALL, load_config, recipe_class, weights
+from tests.vllm.students import make_student
+from tests.vllm.test_server import ENVIRONMENT
+
+pytest.importorskip("vllm")
+NAME, CONFIG = "oprd_single_device", "tiny/oprd"
+STEADY = {**SMALL, "lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
+
+
+def run(out, recipe=NAME, config=CONFIG, **overrides):
+    """A recipe in a process of its own, which vLLM may do with what it likes."""
+    words = [f"{key}={value}" for key, value in {"output_dir": out, **overrides}.items()]
+    command = [sys.executable, str(recipe_files()[recipe]), "--config", str(config_files()[config]), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["VLLMColocated", "VLLMServer"])
+def test_closes_95_percent_of_the_gap(out, engine):
+    extra = {"rollout.kv_cache_gib": 0.25, "evaluate_every_n_steps": 200}
+    if engine == "VLLMServer":
+        extra["rollout.server_environment.OMP_NUM_THREADS"] = "1"
+    done = run(out, **{"rollout._component_": f"oprd_tune.rollout.{engine}"}, **extra)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["gap_closed"] >= 0.95
+    assert 0 < summary["max_logprob_gap"] < 1e-3
+    assert "largest gap of sampler and trainer" in done.stdout
+
+
+@pytest.mark.parametrize(("recipe", "config"), [("opd_topk_distributed", "tiny/opd_topk_distributed")])
+def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out, recipe, config):
+    auto = {**STEADY, "rollout._component_": "oprd_tune.rollout.auto"}
+    first = run(out, recipe, config, **{**auto, "max_steps": 2})
+    assert first.returncode == 0, first.stderr
+    assert "rollout: VLLMColocated (vLLM works here)" in first.stdout
+    second = run(out, recipe, config, **auto, resume="true")
+    assert second.returncode == 0, second.stderr
+    assert "rollout: VLLMColocated (as before)" in second.stdout
+    assert json.loads((out / "summary.json").read_text())["max_logprob_gap"] < 1e-3
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Three servers, to be killed."""
+    folder = tmp_path_factory.mktemp("servers")
+    _, student = make_student("tied", folder / "student")
+    start = FolderTransfer(student, folder).write_start()
+    arguments = ["--dtype", "float32", "--max-model-len", "24", "--generation-config", "vllm", "--enforce-eager"]
+    arguments += ["--skip-tokenizer-init", "--enable-scale-out", "--kv-cache-memory-bytes", str(2**27)]
+    processes = [ServerProcess(start, arguments, ENVIRONMENT, folder / f"{i}.log") for i in range(3)]
+    for process in processes:
+        process.wait_until_ready(120)
+    yield processes
+    for process in processes:
+        process.close()
+
+
+def test_killed_servers(servers, tmp_path, capsys, monkeypatch):
+    """In the middle of a batch, at a sync, and between the two."""
+    first, second, third = servers
+
+    def train(out, *left, moments="", **extra):
+        monkeypatch.setenv("MOMENTS", moments)
+        record = tmp_path / f"{out}.txt"
+        overrides = {"output_dir": tmp_path / out, **STEADY, "checkpoint_every_n_steps": 4, **extra}
+        overrides["rollout._component_"] = "tests.vllm.components.FragileServer"
+        cfg = load_config(CONFIG, **overrides)
+        cfg.rollout.addresses = [server.address for server in left]
+        cfg.rollout.record = str(record)
+        status = launch(recipe_class(NAME), cfg)
+        steps = record.read_text().splitlines()
+        record.unlink()  # a resumed run begins another one
+        return status, steps, capsys.readouterr().err
+
+    def saved(out):
+        return [path.name for path in sorted((tmp_path / out / "checkpoints").iterdir())]
+
+    status, whole, _ = train("whole", third)
+    assert status == 0
+    assert [line.split()[:2] for line in whole] == [[str(step)] * 2 for step in range(4)]
+
+    status, steps, said = train("batch", first, second, moments=f"batch 1 {first.pid}")
+    assert (status, steps) == (0, whole)
+    assert f"{first.address} was lost: no connection" in said
+    assert said.count("1 left") == 1
+
+    status, steps, said = train("sync", second, moments=f"sync 2 {second.pid}")
+    assert (status, steps) == (1, whole[:2])
+    assert "error: no vLLM server is left" in said
+    assert "resume=true goes on from there" in said
+    assert saved("sync") == ["step_00000002"]
+    status, steps, _ = train("sync", third, resume="true")
+    assert (status, steps) == (0, whole[2:])
+
+    status, steps, said = train("between", third, moments=f"between 3 {third.pid}")
+    assert (status, steps) == (1, whole[:3])
+    assert "error: no vLLM server is left" in said
+    assert saved("between") == ["step_00000003"]
+
+    reference = weights(tmp_path / "whole" / "final")
+    for out in ("batch", "sync"):
+        for name, weight in weights(tmp_path / out / "final").items():
+            torch.testing.assert_close(weight, reference[name], rtol=0, atol=2e-3)
+
+
+def test_no_server_outlives_its_run(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from oprd_tune.rollout.server_process import ServerProcess
+
+folder = Path(sys.argv[1])
+print(ServerProcess(folder, [], {}, folder / "log").pid, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert runs(pid)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(pid)
+
+
+def runs(pid):
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
