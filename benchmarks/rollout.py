@@ -1,10 +1,11 @@
-"""Tokens per second of sampling: the native engine against torchtune's own `generate`.
+"""Tokens per second of sampling: the native engine, vLLM in the same process, and torchtune's own `generate`.
 
     python benchmarks/rollout.py                                    the embedded model
     python benchmarks/rollout.py --model FOLDER --batch 8           a Hugging Face folder in Qwen2 layout
 
-Both engines sample the same number of tokens from the same prompts of different lengths, stop tokens off, each in a
-process of its own, in turn; the median of the repeats counts. Writes a table and a plot to benchmarks/results/.
+All engines sample the same number of tokens from the same prompts of different lengths, stop tokens off, each in a
+process of its own, in turn; the median of the repeats counts. vLLM is sent the weights before each repeat, and then
+proves its responses on-policy; both are timed apart. Writes a table and a plot to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-ENGINES = ("native", "torchtune")
+ENGINES = ("native", "vllm", "torchtune")
+LABELS = {"native": "native", "vllm": "vLLM, colocated", "torchtune": "torchtune `generate`"}
 NO_STOP_TOKEN = -1
 
 
-def load(folder: str | None, dtype: str) -> tuple[Any, int]:
-    """The model and the size of its vocabulary."""
+def load(folder: str | None, dtype: str) -> tuple[Any, Any]:
+    """The model and its checkpointer."""
     import torch
     from torchtune.models.qwen2 import qwen2
     from torchtune.training import FullModelHFCheckpointer
@@ -34,8 +36,8 @@ def load(folder: str | None, dtype: str) -> tuple[Any, int]:
 
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     if folder is None:
-        model = load_decoder(tiny_qwen2, checkpointer("student", "/tmp"), dtype=torch_dtype, device=torch.device("cpu"))
-        return model, model.tok_embeddings.num_embeddings
+        files = checkpointer("student", "/tmp")
+        return load_decoder(tiny_qwen2, files, dtype=torch_dtype, device=torch.device("cpu")), files
     shape = json.loads((Path(folder) / "config.json").read_text())
 
     def build() -> Any:
@@ -54,22 +56,32 @@ def load(folder: str | None, dtype: str) -> tuple[Any, int]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = FullModelHFCheckpointer(folder, ["model.safetensors"], "QWEN2", "/tmp")
-    return load_decoder(build, files, dtype=torch_dtype, device=device), shape["vocab_size"]
+    return load_decoder(build, files, dtype=torch_dtype, device=device), files
 
 
-def sample_once(engine: str, model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> int:
+def make_engine(args: argparse.Namespace, model: Any, files: Any) -> Any:
+    """One of ours; None for torchtune's function."""
+    from oprd_tune.ranks import Ranks
+    from oprd_tune.rollout import NativeEngine, VLLMColocated
+    from oprd_tune.rollout.policy_weights import PolicyWeights
+
+    sizes = {"pad_id": 0, "max_new_tokens": args.new_tokens}
+    if args.engine == "native":
+        return NativeEngine(model, stop_tokens=[NO_STOP_TOKEN], **sizes)
+    if args.engine == "vllm":
+        weight = model.tok_embeddings.weight
+        ranks = Ranks(device=weight.device)
+        weights = PolicyWeights(model, files, dtype=weight.dtype, vocabulary=len(weight), ranks=ranks)
+        return VLLMColocated(model, weights=weights, stop_tokens=[], max_prompt_tokens=args.prompt_tokens, **sizes)
+    return None
+
+
+def sample_with_torchtune(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> int:
     """Sample and return how many tokens that were."""
     import torch
     from torchtune.generation import generate
     from torchtune.modules.common_utils import local_kv_cache
 
-    from oprd_tune.rollout import NativeEngine
-    from oprd_tune.types import Prompts
-
-    if engine == "native":
-        native = NativeEngine(model, stop_tokens=[NO_STOP_TOKEN], pad_id=0, max_new_tokens=new_tokens)
-        batch = Prompts(tuple(prompts), tuple(range(len(prompts))), (None,) * len(prompts))
-        return native.generate(batch).response_tokens
     width = max(map(len, prompts))
     weight = model.tok_embeddings.weight
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=weight.device)
@@ -86,33 +98,67 @@ def measure(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model, vocabulary = load(args.model, args.dtype)
+    from oprd_tune.types import Prompts
+
+    model, files = load(args.model, args.dtype)
     model.eval()
     lengths = [args.prompt_tokens - i % (args.prompt_tokens // 2) for i in range(args.batch[0])]
-    prompts = [tuple(torch.randint(2, vocabulary, (n,)).tolist()) for n in lengths]
-    sample_once(args.engine, model, prompts, min(args.new_tokens, 4))
-    speeds = []
-    for _ in range(args.repeats):
-        started = time.perf_counter()
-        tokens = sample_once(args.engine, model, prompts, args.new_tokens)
-        speeds.append(tokens / (time.perf_counter() - started))
-    print(json.dumps(speeds))
+    prompts = [tuple(torch.randint(2, model.tok_embeddings.num_embeddings, (n,)).tolist()) for n in lengths]
+    batch = Prompts(tuple(prompts), tuple(range(len(prompts))), (None,) * len(prompts))
+    engine = make_engine(args, model, files)
+    repeats = []
+    for repeat in range(args.repeats + 1):  # the first one warms up
+        times = [time.perf_counter()]
+        if engine is not None:
+            engine.sync_weights(repeat)
+        times.append(time.perf_counter())
+        proof = 0.0
+        if engine is not None:
+            rollout = engine.generate(batch, stream=repeat)
+            tokens = rollout.response_tokens
+            proof = rollout.logprob_gap.seconds if rollout.logprob_gap else 0.0
+        else:
+            tokens = sample_with_torchtune(model, prompts, args.new_tokens)
+        sampling = time.perf_counter() - times[1] - proof
+        repeats.append({"speed": tokens / sampling, "sync": times[1] - times[0], "proof": proof, "sampling": sampling})
+    print(json.dumps({key: statistics.median(row[key] for row in repeats[1:]) for key in repeats[0]}))
+    if engine is not None:
+        engine.close()
 
 
 def run_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every batch size with both engines, each in a fresh process."""
+    """Every batch size with every engine, each in a fresh process."""
     rows = []
     for batch in args.batch:
         row: dict[str, Any] = {"batch": batch}
-        for engine in ENGINES:
+        for engine in args.engines:
             words = ["--engine", engine, "--batch", str(batch), "--dtype", args.dtype, "--repeats", str(args.repeats)]
             words += ["--new-tokens", str(args.new_tokens), "--prompt-tokens", str(args.prompt_tokens)]
             words += ["--threads", str(args.threads)] + (["--model", args.model] if args.model else [])
             result = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
-            row[engine] = statistics.median(json.loads(result.stdout.splitlines()[-1]))
+            row[engine] = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+            print(f"batch {batch}, {engine}: {row[engine]['speed']:,.0f} tokens/s", file=sys.stderr)
         rows.append(row)
-        print(f"batch {batch}: {row['native'] / row['torchtune']:.2f} x", file=sys.stderr)
     return rows
+
+
+def table(rows: list[dict[str, Any]], engines: list[str]) -> list[str]:
+    """Speeds side by side, as ratios to the native engine's, and what vLLM takes besides."""
+    others = [engine for engine in engines if engine != "native"]
+    head = ["batch", "native, tokens/s", *(f"{LABELS[engine]}, tokens/s (× native)" for engine in others)]
+    if "vllm" in engines:
+        head += ["vLLM: sync, s", "proof, s", "both, share of sync + rollout"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        native = row["native"]["speed"]
+        cells = [str(row["batch"]), f"{native:,.0f}"]
+        cells += [f"{row[engine]['speed']:,.0f} ({row[engine]['speed'] / native:.2f})" for engine in others]
+        if "vllm" in engines:
+            v = row["vllm"]
+            besides = v["sync"] + v["proof"]
+            cells += [f"{v['sync']:.3f}", f"{v['proof']:.3f}", f"{besides / (besides + v['sampling']):.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -120,27 +166,23 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     name = Path(args.model).name if args.model else "tiny"
-    RESULTS.mkdir(exist_ok=True)
+    args.out.mkdir(exist_ok=True)
     words = " ".join("FOLDER" if word == args.model else word for word in sys.argv[1:])
-    path = RESULTS / f"rollout_{name}_{args.dtype}_{args.new_tokens}_tokens"
+    path = args.out / f"rollout_{name}_{args.dtype}_{args.new_tokens}_tokens"
     lines = [
         f"# Sampling, {name}, {args.dtype}",
         "",
         f"{args.new_tokens} new tokens after prompts of up to {args.prompt_tokens}; {args.threads or 'default'} "
         f"threads; median of {args.repeats}. `python benchmarks/rollout.py {words}`",
         "",
-        "| batch | native / torchtune | native, tokens/s | torchtune `generate`, tokens/s |",
-        "|---|---|---|---|",
-        *(
-            f"| {r['batch']} | {r['native'] / r['torchtune']:.2f} | {r['native']:,.0f} | {r['torchtune']:,.0f} |"
-            for r in rows
-        ),
+        *table(rows, args.engines),
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    for engine in ENGINES:
-        axes.plot([r["batch"] for r in rows], [r[engine] for r in rows], marker="o", label=engine)
+    for engine in args.engines:
+        axes.plot([r["batch"] for r in rows], [r[engine]["speed"] for r in rows], marker="o", label=LABELS[engine])
     axes.set(
         xlabel="rows decoded together", ylabel="tokens/s", xscale="log", yscale="log", title=f"{name}, {args.dtype}"
     )
@@ -159,6 +201,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="0 for torch's default")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=list(ENGINES), help="native among them")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:

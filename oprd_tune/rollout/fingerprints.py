@@ -111,6 +111,8 @@ def check_arrived(sent: Mapping[str, int | str], found: Mapping[str, int | str],
 def _bit_sum(weight: Tensor, first_row: int) -> Tensor:
     """Σ over rows i of (2 i + 1) · Σ of the row's words, modulo 2⁶⁴. An odd factor loses no bit."""
     rows = weight.contiguous().view(len(weight), -1)
+    if rows.storage_offset() * rows.element_size() % max(_WORDS):  # a piece of something larger
+        rows = rows.clone()
     width = next(w for w in _WORDS if rows.shape[1] * rows.element_size() % w == 0)
     sums_R = rows.view(_WORDS[width]).sum(1, dtype=torch.int64)
     factors_R = torch.arange(first_row, first_row + len(sums_R), device=sums_R.device) * 2 + 1

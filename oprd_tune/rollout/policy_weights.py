@@ -22,8 +22,8 @@ from oprd_tune.modeling.head import device_of
 from oprd_tune.ranks import Ranks
 
 _WRAPPER = "_checkpoint_wrapped_module."
-_HEAD = "output.weight"
-_BY_TOKEN = ("tok_embeddings.weight", _HEAD)  # a row for each token
+_EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
+_BY_TOKEN = (_EMBEDDING, _HEAD)  # a row for each token
 # torchtune's own conversions. Qwen2 only renames, so that of a part needs none of the sizes.
 _CONVERSIONS: dict[ModelType, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     ModelType.QWEN2: partial(qwen2_tune_to_hf, num_heads=1, num_kv_heads=1, dim=1, tie_word_embeddings=False)
@@ -81,11 +81,15 @@ class PolicyWeights:
         return {**self._config, **self.config_overrides, "torch_dtype": str(self.dtype).removeprefix("torch.")}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `parts` yields, without gathering anything."""
+        """What `parts` yields, in the same order, without gathering anything."""
         adapters = adapter_names(self.model)
         named = {name.replace(_WRAPPER, ""): parameter for name, parameter in self.model.named_parameters()}
-        own = {name: torch.empty(p.shape, device="meta") for name, p in named.items() if name not in adapters}
-        own.setdefault(_HEAD, own["tok_embeddings.weight"])
+        own: dict[str, Tensor] = {}
+        for name, parameter in named.items():
+            if name not in adapters:
+                own[name] = torch.empty(parameter.shape, device="meta")
+            if name == _EMBEDDING and isinstance(self.model.output, TiedLinear):
+                own[_HEAD] = own[name]
         cut = {name: weight[: self.vocabulary] if name in _BY_TOKEN else weight for name, weight in own.items()}
         return {name: tuple(weight.shape) for name, weight in self._convert(cut).items()}
 
@@ -98,7 +102,7 @@ class PolicyWeights:
         model = self.model
         ends = self._whole(model.tok_embeddings, "tok_embeddings.")
         if isinstance(model.output, TiedLinear):
-            ends[_HEAD] = ends["tok_embeddings.weight"]
+            ends[_HEAD] = ends[_EMBEDDING]
         yield self._convert(ends)
         del ends
         for number, block in enumerate(model.layers):

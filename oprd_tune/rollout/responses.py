@@ -70,7 +70,9 @@ def pack_responses(
         response_mask_BS=mask_BS.to(device),
         sampler_logprobs_BS=logprobs_BS.to(device),
         lengths_B=torch.tensor(lengths, device=device),
-        truncated_B=torch.isin(last_token_B, torch.tensor(sorted(stop_tokens)), invert=True).to(device),
+        truncated_B=torch.isin(last_token_B, torch.tensor(sorted(stop_tokens), dtype=torch.long), invert=True).to(
+            device
+        ),
         prompt_positions_B=torch.tensor(positions, device=device),
         policy_version=policy_version,
         sampler_top_ids_BSK=top_ids_BSK.to(device) if top_k else None,

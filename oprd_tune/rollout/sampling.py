@@ -101,7 +101,6 @@ def check_versions(found: Collection[str], wanted: str, where: str) -> None:
         wanted: the label of the last sync.
         where: names the engine.
     """
-    if wrong := sorted(set(found) - {wanted}):
-        raise RolloutError(
-            f"{where} sampled with weights {', '.join(wrong)} instead of {wanted}; does another run use it?"
-        )
+    if set(found) != {wanted}:
+        wrong = ", ".join(sorted(set(found) - {wanted})) or "that it does not name"
+        raise RolloutError(f"{where} sampled with weights {wrong} instead of {wanted}; does another run use it?")

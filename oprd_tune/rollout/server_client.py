@@ -42,7 +42,7 @@ class VLLMClient:
 
     Args:
         address: such as `http://127.0.0.1:8000`.
-        timeout: seconds within which a request must be answered.
+        timeout: the most seconds without a sign of an answer.
     """
 
     def __init__(self, address: str, timeout: float) -> None:
@@ -62,15 +62,15 @@ class VLLMClient:
 
     def version(self) -> str:
         """Of vLLM."""
-        return self._call("GET", "version").json()["version"]
+        return self._ask("GET", "version", "version")
 
     def settings(self) -> dict[str, Any]:
         """vLLM's own configuration, by its parts."""
-        return self._call("GET", "server_info", params={"config_format": "json"}).json()["vllm_config"]
+        return self._ask("GET", "server_info", "vllm_config", params={"config_format": "json"})
 
     def world_size(self) -> int:
         """Processes that hold its weights."""
-        return self._call("GET", "get_world_size").json()["world_size"]
+        return self._ask("GET", "get_world_size", "world_size")
 
     def generate(self, tokens: list[int], parameters: Mapping[str, Any]) -> Answer:
         """Sample one response.
@@ -80,16 +80,19 @@ class VLLMClient:
             parameters: vLLM's `SamplingParams`.
         """
         body = {"token_ids": tokens, "sampling_params": parameters}
-        (choice,) = self._call("POST", "inference/v1/generate", json=body).json()["choices"]
-        places = choice["logprobs"]["content"]
-        return Answer(
-            tokens=choice["token_ids"],
-            logprobs=[
-                {place["token_id"]: place["logprob"], **{t["token_id"]: t["logprob"] for t in place["top_logprobs"]}}
-                for place in places
-            ],
-            weight_versions=[span["version"] for span in choice["weight_versions"]],
-        )
+        choices = self._ask("POST", "inference/v1/generate", "choices", json=body)
+        try:
+            (choice,) = choices
+            return Answer(
+                tokens=choice["token_ids"],
+                logprobs=[
+                    {top["token_id"]: top["logprob"] for top in (place, *place["top_logprobs"])}
+                    for place in choice["logprobs"]["content"]
+                ],
+                weight_versions=[span["version"] for span in choice["weight_versions"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise LostServerError(f"an answer that is not vLLM's: {str(choices)[:300]}") from error
 
     def load_weights(self, folder: Path) -> None:
         """Replace its weights by those of a Hugging Face folder that it can read."""
@@ -97,15 +100,23 @@ class VLLMClient:
 
     def commit_weights(self, label: str) -> None:
         """Forget what was cached with the weights before, and give those that it has now a label."""
-        if not self._call("POST", "reset_prefix_cache").json()["success"]:
+        if not self._ask("POST", "reset_prefix_cache", "success"):
             raise LostServerError("it did not forget what it had cached with the old weights; does another run use it?")
         self._call("POST", "update_weight_version", json={"new_version": label})
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 by parameter, of a server whose weights are in one piece; otherwise nothing."""
-        found = self._call("POST", "weight_checker", json={"action": "checksum"}).json()["checksums"]
+        found = self._ask("POST", "weight_checker", "checksums", json={"action": "checksum"})
         pieces = {name.rpartition(":")[0] for name in found}
         return {name.rpartition(":")[2]: digest for name, digest in found.items()} if len(pieces) == 1 else {}
+
+    def _ask(self, method: str, path: str, key: str, **kwargs: Any) -> Any:
+        """What an answer has under `key`."""
+        answer = self._call(method, path, **kwargs)
+        try:
+            return answer.json()[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise LostServerError(f"{path}: an answer that is not vLLM's: {answer.text[:300]}") from error
 
     def _call(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         try:
@@ -116,6 +127,8 @@ class VLLMClient:
         except requests.ReadTimeout as error:
             raise LostServerError(f"no answer to {path} within {self._timeout:g} seconds", hung=True) from error
         except requests.RequestException as error:
+            if "timed out" in str(error):  # in the middle of an answer
+                raise LostServerError(f"{path} was not answered to its end", hung=True) from error
             raise LostServerError(f"no connection for {path} ({type(error).__name__})") from error
         if answer.status_code >= 500:
             raise LostServerError(f"{path} failed: {answer.text[:300]}")

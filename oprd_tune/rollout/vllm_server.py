@@ -49,7 +49,7 @@ class VLLMServer:
         transfer: `nccl` or `folder`; None for the first if the run computes on GPUs, else the second.
         shared_folder: what weights pass through, under the same path for servers; None for one in the run's folder.
         requests_in_flight: to each server, from each process.
-        timeout: seconds within which a response, or a sync, must be complete; then the server counts as lost.
+        timeout: seconds that a response, or a sync, may take; then the server counts as lost.
         startup_timeout: seconds to wait for servers at the start.
         checksum_every_n_syncs: how often servers sum up their weights, with SHA-256, to compare; 0 for never.
         gpu_memory_utilization: of a server started here.
@@ -114,6 +114,8 @@ class VLLMServer:
                 self._process = ServerProcess(start, arguments, environment, folder / "server.log")
                 self._process.wait_until_ready(startup_timeout)
             addresses = self._ranks.collect([self._process.address] if self._process else [])[0]
+        if wrong := [address for address in addresses if not str(address).startswith(("http://", "https://"))]:
+            raise ConfigError(f"rollout.addresses has {', '.join(map(str, wrong))}; each is to begin with http://")
         self._servers = [VLLMClient(address, timeout) for address in addresses]
         self._wait_for_servers(startup_timeout, serve_command(start, arguments))
         self._check_servers()

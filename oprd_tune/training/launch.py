@@ -48,9 +48,7 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
         print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
     except RolloutError as error:
-        recipe.save()
-        print(f"error: {error}\nWhat was learned until then is saved; resume=true goes on from there", file=sys.stderr)
-        return 1
+        return _save_and_tell(recipe, error)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,6 +63,18 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
             time.sleep(_LATER_SECONDS)
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return _USER_ERROR
+
+
+def _save_and_tell(recipe: Recipe, reason: RolloutError) -> int:
+    """Save what was learned before a rollout failed, on all ranks, and say both once."""
+    try:
+        recipe.save()
+        saved = "What was learned until then is saved; resume=true goes on from there"
+    except CheckpointError as error:
+        saved = f"And then {error}"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {reason}\n{saved}", file=sys.stderr)
+    return 1
 
 
 def run_distributed(make_recipe: type[Recipe], cfg: DictConfig) -> int:

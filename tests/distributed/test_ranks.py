@@ -1,10 +1,13 @@
 """What only several ranks can get wrong."""
 
+import sys
+
 import pytest
 import torch
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.auto import best_engine
 from oprd_tune.training.checkpoint import RunFolder
 from oprd_tune.training.student import TiedHeadDrift
 from tests.conftest import SMALL, load_config, make_model, recipe_class
@@ -49,6 +52,43 @@ def check_numbers(rank):
     assert ranks.gather(torch.tensor([float(rank)])).tolist() == [[0.0], [1.0]]
 
 
+def check_agreement(rank):
+    """What fails on one rank, or on both, fails on both for one reason; then they go on together."""
+    ranks = Ranks(rank, 2)
+
+    def act(*failing):
+        def action():
+            if rank in failing:
+                raise RolloutError(f"rank {rank} lost its engine")
+            return f"rank {rank}"
+
+        return action
+
+    assert ranks.agree(act()) == f"rank {rank}"
+    for failing in ((0,), (1,), (0, 1)):
+        with pytest.raises(RolloutError, match=f"^rank {failing[0]} lost its engine$"):
+            ranks.agree(act(*failing))
+    assert ranks.agree(lambda: None) is None
+    assert ranks.collect(rank) == [0, 1]
+    with pytest.raises(RolloutError, match="alone"):
+        Ranks().agree(lambda: (_ for _ in ()).throw(RolloutError("alone")))
+
+
+def check_engine(rank):
+    """vLLM has to work on all ranks to be the best."""
+    for without in ((), (0,), (1,)):
+
+        def import_vllm(device, without=without):
+            if rank in without:
+                raise ConfigError(f"no vLLM on rank {rank}")
+
+        sys.modules["oprd_tune.rollout.auto"].import_vllm = import_vllm
+        wanted = ("oprd_tune.rollout.VLLMColocated", "vLLM works here")
+        if without:
+            wanted = ("oprd_tune.rollout.NativeEngine", f"no vLLM on rank {without[0]}")
+        assert best_engine(torch.device("cpu"), Ranks(rank, 2)) == wanted
+
+
 def check_drift(rank):
     """23 rows over two ranks: the shards are uneven."""
     from oprd_tune.modeling.sharding import Sharding
@@ -69,6 +109,8 @@ def check_drift(rank):
 
 def check_everything(rank, folder):
     check_numbers(rank)
+    check_agreement(rank)
+    check_engine(rank)
     check_drift(rank)
     run(rank, folder)
 

@@ -7,8 +7,8 @@ import torch
 from torchtune.models.qwen2 import qwen2
 
 from oprd_tune.errors import RolloutError
-from oprd_tune.rollout.proof import measure_gap, prove_on_policy
 from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.proof import measure_gap, prove_on_policy
 from tests.conftest import VOCAB, make_model
 from tests.rollout.test_native import engine, make_prompts
 from tests.rollout.test_policy_weights import KINDS, make_student, policy_weights
@@ -49,7 +49,9 @@ def test_every_changed_weight_fails(group, tmp_path):
     with torch.no_grad():
         for parameter in changed:
             parameter.mul_(1.5)
-    with pytest.raises(RolloutError, match="policy version 0 is not the student's.* rollout.max_logprob_gap allows 0.001"):
+    with pytest.raises(
+        RolloutError, match="policy version 0 is not the student's.*rollout.max_logprob_gap allows 0.001"
+    ):
         prove_on_policy(rollout, weights, None)
 
 
@@ -94,6 +96,19 @@ def test_the_gap_is_that_of_the_formula(row, place, long_rollout):
     gap = measure_gap(moved(moved(rollout, at_BS, -2.0), other_BS, 0.5), model, Ranks())
     assert gap.mean == pytest.approx((2.0 + 255 * 0.5) / 256, abs=1e-5)
     assert gap.largest == pytest.approx(2.0, abs=1e-5)
+
+
+def test_the_mean_decides_not_the_worst_token(long_rollout, tmp_path):
+    model, rollout = long_rollout
+    at_BS = judged(rollout)
+    at_BS[1:] = False
+    at_BS[0, : int(at_BS[0].nonzero()[1])] = False
+    weights = policy_weights(model, tmp_path)
+    share = at_BS.sum().item() / 256
+    gap = prove_on_policy(moved(rollout, at_BS, 0.9e-3 / share), weights, None).logprob_gap
+    assert gap.mean < 1e-3 < gap.largest
+    with pytest.raises(RolloutError, match="is not the student's"):
+        prove_on_policy(moved(rollout, at_BS, 1.1e-3 / share), weights, None)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

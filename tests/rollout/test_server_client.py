@@ -127,9 +127,9 @@ def test_weights_get_no_label_while_the_old_ones_are_cached():
 @pytest.mark.parametrize(
     ("told", "found"),
     [
-        ({"rank0:model.a": "x", "rank0:model.b": "y"}, {"model.a": "x", "model.b": "y"}),
-        ({"model.a": "x"}, {"model.a": "x"}),
-        ({"rank0:model.a": "x", "rank1:model.a": "y"}, {}),
+        ({"dp0:pp0:pcp0:tp0:a.b": "x", "dp0:pp0:pcp0:tp0:c": "y"}, {"a.b": "x", "c": "y"}),
+        ({"dp0:pp0:pcp0:tp0:a.b": "x", "dp0:pp0:pcp0:tp1:a.b": "y"}, {}),
+        ({"dp0:pp0:pcp0:tp0:a.b": "x", "dp0:pp1:pcp0:tp0:c": "y"}, {}),
         ({}, {}),
     ],
 )
@@ -212,3 +212,13 @@ def test_addresses_may_end_with_a_slash():
         assert slashed.is_ready()
         assert str(slashed) == slashed.address == client.address
     assert asked == [("GET", "/health", None)]
+
+
+@pytest.mark.parametrize(
+    "said", ["<html>", [], {"detail": "x"}, {"choices": []}, {"choices": [{**CHOICE, "weight_versions": None}]}]
+)
+def test_an_answer_that_is_not_vllms_is_a_lost_server(said):
+    with always(200, said) as client, pytest.raises(LostServerError, match="an answer that is not vLLM's"):
+        client.generate([1, 2], {})
+    with always(200, said) as client, pytest.raises(LostServerError, match="version: an answer that is not vLLM's"):
+        client.version()

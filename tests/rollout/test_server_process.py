@@ -21,7 +21,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 print("\\n".join(f"line {i}" for i in range(20)), flush=True)
 if "--die" in sys.argv:
     sys.exit("out of memory")
-child = subprocess.Popen(["sleep", "60"])
+child = subprocess.Popen(["sleep", "0" if "--alone" in sys.argv else "60"])
+print(f"child {child.pid}", flush=True)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         said = json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "child": child.pid}).encode()
@@ -29,17 +30,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
         self.wfile.write(said)
-HTTPServer((sys.argv[sys.argv.index("--host") + 1], int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("--host", "--port"))
+HTTPServer((host, int(port)), Handler).serve_forever()
 """
 START = """
 import sys, time
 from pathlib import Path
 from oprd_tune.rollout.server_process import ServerProcess
 folder = Path(sys.argv[1])
-server = ServerProcess(folder, [], {"PYTHONPATH": str(folder)}, folder / "server.log")
+server = ServerProcess(folder, sys.argv[2:], {"PYTHONPATH": str(folder)}, folder / "server.log")
 server.wait_until_ready(30)
 print(server.pid, flush=True)
-time.sleep(60 if "--stay" in sys.argv else 0)
+time.sleep(60 if "--alone" in sys.argv else 0)
 """
 
 
@@ -116,7 +118,7 @@ def test_a_server_that_is_never_ready_is_stopped(package):
 @pytest.mark.parametrize("ending", ["--killed", "--by itself"])
 def test_it_ends_with_the_process_that_started_it(package, ending):
     killed = ending == "--killed"
-    command = [sys.executable, "-c", START, str(package), "--stay" if killed else ""]
+    command = [sys.executable, "-c", START, str(package), *(["--alone"] if killed else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as parent:
         pid = next(int(line) for line in parent.stdout if line.strip().isdigit())
@@ -124,6 +126,7 @@ def test_it_ends_with_the_process_that_started_it(package, ending):
             os.kill(parent.pid, signal.SIGKILL)
         assert parent.wait(30) == (-signal.SIGKILL if killed else 0)
     assert is_gone(pid)
+    assert is_gone((package / "server.log").read_text().rpartition("child ")[2].split()[0])
 
 
 def test_the_command_can_be_pasted_into_a_shell():

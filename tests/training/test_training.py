@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import sys
 from concurrent.futures import Future
 
 import pytest
@@ -10,21 +11,27 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from oprd_tune.components import Components
 from oprd_tune.data import PromptDataset
 from oprd_tune.data.prompts import in_memory
-from oprd_tune.errors import CheckpointError, ConfigError
+from oprd_tune.errors import CheckpointError, ConfigError, RolloutError
 from oprd_tune.metrics.history import History
+from oprd_tune.ranks import Ranks
+from oprd_tune.rollout import NativeEngine
+from oprd_tune.rollout.auto import AUTO
 from oprd_tune.tiny import tokenizer
 from oprd_tune.training import ReferencePerplexity, TaskAccuracy, constant_with_warmup, cosine_with_warmup
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
+from oprd_tune.training.engine import settle_engine
 from oprd_tune.training.export import export_checkpoint
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.launch import StopSignals, run_recipe
 from oprd_tune.training.optim import restore_schedule
 from oprd_tune.training.student import TiedHeadDrift, freeze
 from oprd_tune.training.summary import as_table, summarise, write_summary
-from tests.conftest import make_model
+from tests.conftest import SMALL, assert_same_student, load_config, make_model, recipe_class
 
+CPU = torch.device("cpu")
 CFG = OmegaConf.create({"seed": 0, "max_steps": 3, "output_dir": "there"})
 
 
@@ -297,6 +304,125 @@ def test_user_errors_become_one_message_and_a_status(capsys):
 
     assert run_recipe(make, CFG) == 2
     assert capsys.readouterr().err == "error: positions is 'tail'\n"
+
+
+class Losing:
+    """A recipe whose engine is lost in its third step."""
+
+    def __init__(self, cfg):
+        self.saved = []
+
+    def setup(self):
+        return True
+
+    def train(self):
+        raise RolloutError("no vLLM server is left")
+
+    def save(self):
+        self.saved.append("last finished step")
+
+
+def test_a_run_without_an_engine_saves_and_ends_with_a_message(capsys):
+    made = []
+    assert run_recipe(lambda cfg: made.append(Losing(cfg)) or made[0], CFG) == 1
+    assert made[0].saved == ["last finished step"]
+    said = capsys.readouterr().err
+    assert said.startswith("error: no vLLM server is left\n")
+    assert "saved; resume=true goes on" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_that_cannot_be_saved_either_says_both(capsys):
+    class Full(Losing):
+        def save(self):
+            raise CheckpointError("step_00000003 could not be written: no space left")
+
+    assert run_recipe(Full, CFG) == 1
+    assert capsys.readouterr().err == (
+        "error: no vLLM server is left\nAnd then step_00000003 could not be written: no space left\n"
+    )
+
+
+@pytest.mark.parametrize("when", ["in the first step", "later"])
+def test_what_was_learned_until_an_engine_is_lost_is_saved(when, out, monkeypatch):
+    """And it is bit by bit what a run that ends there saves: the step that failed changed nothing."""
+    steps = {"in the first step": 0, "later": 2}[when]
+    generate = NativeEngine.generate
+
+    def lose(self, prompts, *, stream=0):
+        if self._policy_version == steps and self._samples_per_prompt == 2:
+            raise RolloutError("the rollout of this step is not the student's")
+        return generate(self, prompts, stream=stream)
+
+    overrides = {**SMALL, "samples_per_prompt": 2, "checkpoint_every_n_steps": 2, "task_accuracy": "null"}
+    overrides["rollout._component_"] = "oprd_tune.rollout.NativeEngine"
+    cfg = load_config("tiny/oprd", output_dir=out, **overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeEngine, "generate", lose)
+        assert run_recipe(recipe_class("oprd_single_device"), cfg) == 1
+    saved = [folder.name for folder in sorted((out / "checkpoints").glob("step_*"))]
+    assert saved == ([f"step_{steps:08d}"] if steps else [])
+    assert run_recipe(recipe_class("oprd_single_device"), OmegaConf.merge(cfg, {"resume": True})) == 0
+    run_recipe(recipe_class("oprd_single_device"), OmegaConf.merge(cfg, {"output_dir": str(out / "whole")}))
+    assert_same_student(out, out / "whole")
+
+
+def auto_config(**rollout):
+    return OmegaConf.create({"rollout": {"_component_": AUTO, "temperature": 0.7, **rollout}})
+
+
+@pytest.fixture
+def vllm_works(monkeypatch):
+    """Says whether vLLM can be imported."""
+
+    def say(works):
+        def import_vllm(device):
+            if not works:
+                raise ConfigError("rollout: vLLM cannot be imported")
+
+        for module in ("auto", "vllm_colocated"):
+            monkeypatch.setattr(sys.modules[f"oprd_tune.rollout.{module}"], "import_vllm", import_vllm)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("works", "engine", "why"),
+    [(True, "VLLMColocated", "vLLM works here"), (False, "NativeEngine", "rollout: vLLM cannot be imported")],
+)
+def test_auto_gives_way_to_the_best_engine_that_works(works, engine, why, vllm_works, capsys):
+    vllm_works(works)
+    cfg = auto_config()
+    settle_engine(cfg, None, CPU, Ranks())
+    assert cfg.rollout == {"_component_": f"oprd_tune.rollout.{engine}", "temperature": 0.7}
+    assert capsys.readouterr().out == f"rollout: {engine} ({why})\n"
+    assert Components(cfg).type_of("rollout").__name__ == engine
+
+
+@pytest.mark.parametrize("engine", ["NativeEngine", "VLLMColocated"])
+def test_a_resumed_run_keeps_its_engine_whatever_works_now(engine, vllm_works, tmp_path, capsys):
+    vllm_works(engine == "NativeEngine")
+    OmegaConf.save({"rollout": {"_component_": f"oprd_tune.rollout.{engine}"}}, tmp_path / "config.yaml")
+    cfg = auto_config()
+    if engine == "NativeEngine":
+        settle_engine(cfg, tmp_path, CPU, Ranks())
+    else:
+        with pytest.raises(ConfigError, match="vLLM cannot be imported"):
+            settle_engine(cfg, tmp_path, CPU, Ranks())
+    assert cfg.rollout._component_ == f"oprd_tune.rollout.{engine}"
+    assert capsys.readouterr().out == f"rollout: {engine} (as before)\n"
+
+
+def test_an_engine_that_is_named_stays_and_has_to_work(vllm_works, capsys):
+    vllm_works(False)
+    cfg = auto_config(_component_="oprd_tune.rollout.NativeEngine")
+    settle_engine(cfg, None, CPU, Ranks())
+    assert cfg.rollout._component_ == "oprd_tune.rollout.NativeEngine"
+    with pytest.raises(ConfigError, match="vLLM cannot be imported"):
+        settle_engine(auto_config(_component_="oprd_tune.rollout.VLLMColocated"), None, CPU, Ranks())
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match="oprd_tune.rollout.auto is no engine itself"):
+        Components(auto_config())("rollout")
 
 
 def test_summary_has_every_key_and_null_where_nothing_was_measured(tmp_path):
