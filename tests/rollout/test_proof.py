@@ -17,6 +17,7 @@ GROUPS = (
     *("tok_embeddings", "q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"),
     *("output_proj", "sa_norm", "mlp_norm", "w1", "w2", "w3", "norm.scale", "output.weight"),
 )
+CHOSEN = (6, 7, 2, 3)  # two samples each of the shortest prompts of `make_prompts`
 each_tying = pytest.mark.parametrize("tied", [True, False])
 
 
@@ -33,7 +34,7 @@ def test_the_students_own_rollout_passes(kind, tied, tmp_path):
     proven = prove_on_policy(rollout, policy_weights(model, tmp_path), None)
     gap = proven.logprob_gap
     assert 0 <= gap.mean <= gap.largest < 1e-5
-    assert gap.tokens == sum(rollout.response_mask_BS[row].sum() for row in (0, 2, 5, 7))
+    assert gap.tokens == sum(rollout.response_mask_BS[row].sum() for row in CHOSEN)
     assert all(getattr(proven, name) is getattr(rollout, name) for name in ("tokens_BS", "sampler_logprobs_BS"))
     assert model.training
     assert model(rollout.tokens_BS).shape == (*rollout.tokens_BS.shape, VOCAB)
@@ -64,12 +65,12 @@ def long_rollout():
 
 
 def judged(rollout):
-    """The first 64 tokens of four evenly spaced rows."""
+    """The first 32 tokens of the four rows with the shortest prompts."""
     at_BS = rollout.response_mask_BS.clone()
     for row in range(len(rollout)):
         first = int(at_BS[row].nonzero()[0])
-        at_BS[row, first + 64 :] = False
-        at_BS[row] &= row in (0, 2, 5, 7)
+        at_BS[row, first + 32 :] = False
+        at_BS[row] &= row in CHOSEN
     return at_BS
 
 
@@ -80,12 +81,12 @@ def test_only_the_first_tokens_of_a_few_rows_are_looked_at(long_rollout):
     gap = measure_gap(moved(rollout, ~judged(rollout), 5.0), model, Ranks())
     handle.remove()
     assert gap.largest < 1e-5
-    assert gap.tokens == 4 * 64
-    assert widths == [(4, max(int(rollout.lengths_B[row]) - 80 for row in (0, 2, 5, 7)) + 64)]
+    assert gap.tokens == 4 * 32
+    assert widths == [(4, max(int(rollout.lengths_B[row]) - 80 for row in CHOSEN) + 32)]
 
 
-@pytest.mark.parametrize("row", [0, 2, 5, 7])
-@pytest.mark.parametrize("place", [0, 63])
+@pytest.mark.parametrize("row", CHOSEN)
+@pytest.mark.parametrize("place", [0, 31])
 def test_the_gap_is_that_of_the_formula(row, place, long_rollout):
     """Of either sign: |Δ| is what counts."""
     model, rollout = long_rollout
@@ -94,21 +95,29 @@ def test_the_gap_is_that_of_the_formula(row, place, long_rollout):
     at_BS[row, column] = True
     other_BS = judged(rollout) & ~at_BS
     gap = measure_gap(moved(moved(rollout, at_BS, -2.0), other_BS, 0.5), model, Ranks())
-    assert gap.mean == pytest.approx((2.0 + 255 * 0.5) / 256, abs=1e-5)
+    assert gap.mean == pytest.approx((2.0 + 127 * 0.5) / 128, abs=1e-5)
     assert gap.largest == pytest.approx(2.0, abs=1e-5)
 
 
 def test_the_mean_decides_not_the_worst_token(long_rollout, tmp_path):
     model, rollout = long_rollout
     at_BS = judged(rollout)
-    at_BS[1:] = False
-    at_BS[0, : int(at_BS[0].nonzero()[1])] = False
+    at_BS[:6] = at_BS[7:] = False
+    at_BS[6, : int(at_BS[6].nonzero()[1])] = False
     weights = policy_weights(model, tmp_path)
-    share = at_BS.sum().item() / 256
+    share = at_BS.sum().item() / 128
     gap = prove_on_policy(moved(rollout, at_BS, 0.9e-3 / share), weights, None).logprob_gap
     assert gap.mean < 1e-3 < gap.largest
     with pytest.raises(RolloutError, match="is not the student's"):
         prove_on_policy(moved(rollout, at_BS, 1.1e-3 / share), weights, None)
+
+
+def test_long_prompts_leave_room_for_fewer_rows():
+    """192 columns in all, but always one row."""
+    model = make_model(build=lambda **shape: qwen2(**{**shape, "max_seq_len": 512}))
+    for lengths, rows in (((100, 90, 80), 1), ((300,), 1), ((60, 62, 64), 2), ((10, 11, 80, 90), 2)):
+        rollout = engine(model, stop_tokens=[999], max_new_tokens=40).generate(make_prompts(lengths))
+        assert measure_gap(rollout, model, Ranks()).tokens == rows * 32
 
 
 @pytest.mark.parametrize("samples", [1, 3])
