@@ -236,6 +236,7 @@ class VLLMColocated:
 
     def _wake(self, what: str) -> None:
         if self._on_cuda:
+            torch.cuda.empty_cache()  # what training has freed but PyTorch keeps is not vLLM's to take
             self._llm.wake_up(tags=[what])
 
 

@@ -34,7 +34,7 @@ def test_its_error_is_measured_and_recorded(tmp_path):
 
 @pytest.mark.slow
 def test_it_still_closes_90_percent_of_the_gap(tmp_path):
-    run_ranks(run, 2, tmp_path / "ranks", tmp_path, {})
+    run_ranks(run, 2, tmp_path / "ranks", tmp_path, {"evaluate_every_n_steps": 200, "eval_dataset.count": 1000})
     for summary in summaries(tmp_path):
         assert summary["gap_closed"] >= 0.9
         assert summary["world_size"] == 2

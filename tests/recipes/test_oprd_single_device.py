@@ -112,6 +112,16 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
     assert_same_student(tmp_path / "0", tmp_path / "2")
 
 
+def test_truncated_responses_are_masked_or_dropped_alike(tmp_path):
+    runs = {}
+    for policy in ("keep", "mask", "drop"):
+        extra = {"max_new_tokens": 2, "max_steps": 2, "prompts_per_step": 16, "truncated_responses": policy}
+        runs[policy] = run_recipe(NAME, CONFIG, tmp_path / policy, **extra)._journal.logged
+    assert 0 < runs["keep"]["rollout/truncated_share"] < 1
+    assert runs["mask"]["loss/total"] == pytest.approx(runs["drop"]["loss/total"], rel=1e-5)
+    assert runs["mask"]["loss/total"] != pytest.approx(runs["keep"]["loss/total"], rel=1e-3)
+
+
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(out):
     recipe = run_recipe(NAME, CONFIG, out, max_steps=1, **{"checkpointer.name": "teacher"})
     assert recipe._journal.logged["loss/total"] == 0
@@ -270,7 +280,8 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_student(tmp_pat
 def test_closes_95_percent_of_the_gap_over_three_seeds(tmp_path):
     closed = []
     for seed in range(3):
-        recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=tmp_path / str(seed), seed=seed))
+        cfg = load_config(CONFIG, output_dir=tmp_path / str(seed), seed=seed, evaluate_every_n_steps=200)
+        recipe = recipe_class(NAME)(cfg)
         recipe.setup()
         assert recipe.train() == 0
         summary = json.loads((tmp_path / str(seed) / "summary.json").read_text())

@@ -17,13 +17,10 @@ from oprd_tune.registry import config_files
 from tests.conftest import load_config
 from tests.rehearsal import prepare, shallow_overrides
 
-REHEARSALS = {
-    "qwen2_5_0_5b_to_0_5b": {},
-    "qwen2_5_1_5b_to_1_5b_opd_topk": {},
-    "justrl_1_5b_to_r1_distill_1_5b": {},
-    "qwen2_5_7b_to_7b_lora": {},
-    "qwen2_5_7b_to_7b": {"master_dtype": "null"},  # in fp32 two blocks and the embedding alone would take 16 GB
-}
+REHEARSALS = (
+    *("qwen2_5_0_5b_to_0_5b", "qwen2_5_1_5b_to_1_5b_opd_topk"),
+    *("justrl_1_5b_to_r1_distill_1_5b", "qwen2_5_7b_to_7b_lora"),
+)
 
 
 @pytest.mark.parametrize("name", config_files())
@@ -52,9 +49,8 @@ def test_every_component_can_be_constructed(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REHEARSALS)
 def test_a_shape_true_rehearsal_runs_within_the_predicted_memory(name):
-    overrides = [f"{key}={value}" for key, value in REHEARSALS[name].items()]
     with tempfile.TemporaryDirectory() as folder:  # gigabytes, which pytest's own folders would keep for three runs
-        command = [sys.executable, "-m", "tests.rehearsal", name, folder, *overrides]
+        command = [sys.executable, "-m", "tests.rehearsal", name, folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

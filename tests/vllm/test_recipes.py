@@ -18,6 +18,7 @@ from tests.vllm.students import make_student
 from tests.vllm.test_server import ENVIRONMENT
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
 NAME, CONFIG = "oprd_single_device", "tiny/oprd"
 STEADY = {**SMALL, "lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
 
@@ -29,7 +30,6 @@ def run(out, recipe=NAME, config=CONFIG, **overrides):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["VLLMColocated", "VLLMServer"])
 def test_closes_95_percent_of_the_gap(out, engine):
     extra = {"rollout.kv_cache_gib": 0.25, "evaluate_every_n_steps": 200}

@@ -16,6 +16,7 @@ from tests.distributed.spawn import run_ranks
 from tests.vllm.students import GROUPS, PROMPTS, SAMPLING, make_student, move, native
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 ENGINE = {"max_prompt_tokens": 16, "temperature": 0.0, "timeout": 60.0, **SAMPLING}
 
