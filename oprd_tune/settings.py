@@ -134,7 +134,8 @@ FREE_ON_RESUME = frozenset(
         *("rollout.batch_size", "rollout.max_num_seqs", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib"),
         *("rollout.addresses", "rollout.transfer", "rollout.shared_folder", "rollout.requests_in_flight"),
         *("rollout.timeout", "rollout.startup_timeout", "rollout.server_environment", "rollout.server_arguments"),
-        *("rollout.checksum_every_n_syncs", "rollout.max_logprob_gap"),
+        *("rollout.checksum_every_n_syncs", "rollout.logprob_gap_limit"),
+        *("rollout.tensor_parallel_size", "rollout.enforce_eager"),
     }
 )
 

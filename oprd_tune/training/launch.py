@@ -69,7 +69,7 @@ def _save_and_tell(recipe: Recipe, reason: RolloutError) -> int:
     """Save what was learned before a rollout failed, on all ranks, and say both once."""
     try:
         recipe.save()
-        saved = "What was learned until then is saved; resume=true goes on from there"
+        saved = "What was learned until then, if anything, is saved; resume=true goes on from there"
     except CheckpointError as error:
         saved = f"And then {error}"
     if os.environ.get("RANK", "0") == "0":

@@ -51,7 +51,7 @@ def test_every_changed_weight_fails(group, tmp_path):
         for parameter in changed:
             parameter.mul_(1.5)
     with pytest.raises(
-        RolloutError, match="policy version 0 is not the student's.*rollout.max_logprob_gap allows 0.001"
+        RolloutError, match="policy version 0 is not the student's.*rollout.logprob_gap_limit allows 0.001"
     ):
         prove_on_policy(rollout, weights, None)
 

@@ -7,7 +7,7 @@ import torch
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.rollout.sampling import Sampling, check_versions
 from oprd_tune.types import Prompts
-from tests.conftest import make_model
+from tests.conftest import VOCAB, make_model
 from tests.rollout.test_native import PAD, STOP, engine, make_prompts
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def sampling(**kwargs):
     defaults = {"stop_tokens": [STOP], "pad_id": PAD, "max_new_tokens": 12, "samples_per_prompt": 1}
-    return Sampling(**{**defaults, "temperature": 1.0, "seed": 0, "top_k_ids": None, **kwargs})
+    return Sampling(**{**defaults, "temperature": 1.0, "seed": 0, "vocabulary": VOCAB, "top_k_ids": None, **kwargs})
 
 
 def seeds(prompts, stream=0, **kwargs):

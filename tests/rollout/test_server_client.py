@@ -13,6 +13,7 @@ import pytest
 from oprd_tune.rollout.server_client import LostServerError, RefusedRequestError, VLLMClient
 
 CHOICE = {
+    "finish_reason": "stop",
     "token_ids": [7, 1],
     "logprobs": {
         "content": [
@@ -222,3 +223,13 @@ def test_an_answer_that_is_not_vllms_is_a_lost_server(said):
         client.generate([1, 2], {})
     with always(200, said) as client, pytest.raises(LostServerError, match="version: an answer that is not vLLM's"):
         client.version()
+
+
+@pytest.mark.parametrize("reason", ["abort", "repetition", None])
+def test_a_response_that_was_given_up_is_a_lost_server(reason):
+    choice = {**CHOICE, "finish_reason": reason}
+    with (
+        always(200, {"choices": [choice]}) as client,
+        pytest.raises(LostServerError, match=f"gave a response up: {reason}"),
+    ):
+        client.generate([1, 2], {})

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.rollout.server_process import ServerProcess, serve_command
+from oprd_tune.rollout.server_client import VLLMClient
+from oprd_tune.rollout.server_fit import wait_for_servers
+from oprd_tune.rollout.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 # Answers 200 to everything, with its arguments and environment; has a child, as vLLM's engine is one.
@@ -21,6 +23,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 print("\\n".join(f"line {i}" for i in range(20)), flush=True)
 if "--die" in sys.argv:
     sys.exit("out of memory")
+if "--fail" in sys.argv:
+    print("ValueError: too long\\nand so on\\nRuntimeError: see above\\nresources leaked")
+    sys.exit(1)
 child = subprocess.Popen(["sleep", "0" if "--alone" in sys.argv else "60"])
 print(f"child {child.pid}", flush=True)
 class Handler(BaseHTTPRequestHandler):
@@ -36,6 +41,8 @@ HTTPServer((host, int(port)), Handler).serve_forever()
 START = """
 import sys, time
 from pathlib import Path
+from oprd_tune.rollout.server_client import VLLMClient
+from oprd_tune.rollout.server_fit import wait_for_servers
 from oprd_tune.rollout.server_process import ServerProcess
 folder = Path(sys.argv[1])
 server = ServerProcess(folder, sys.argv[2:], {"PYTHONPATH": str(folder)}, folder / "server.log")
@@ -102,14 +109,21 @@ def test_it_is_started_as_asked_and_leaves_nobody_behind(package, capfd):
 
 def test_a_server_that_ends_is_told_with_the_end_of_its_log(package):
     server = start(package, "--die")
-    with pytest.raises(ConfigError, match="rollout: vLLM's server ended; the end of .*server.log:\n") as error:
+    with pytest.raises(ConfigError, match="rollout: vLLM's server ended; from .*server.log:\n") as error:
         server.wait_until_ready(30)
     assert str(error.value).splitlines()[1:] == [*(f"line {i}" for i in range(6, 20)), "out of memory"]
 
 
+def test_errors_in_the_log_are_picked_out(package):
+    server = start(package, "--fail")
+    with pytest.raises(ConfigError) as error:
+        server.wait_until_ready(30)
+    assert str(error.value).splitlines()[1:] == ["ValueError: too long", "RuntimeError: see above"]
+
+
 def test_a_server_that_is_never_ready_is_stopped(package):
     server = start(package, "--never")
-    with pytest.raises(ConfigError, match="was not ready within 0.5 seconds; the end of"):
+    with pytest.raises(ConfigError, match="was not ready within 0.5 seconds; from"):
         server.wait_until_ready(0.5)
     assert is_gone(server.pid)
 
@@ -129,8 +143,14 @@ def test_it_ends_with_the_process_that_started_it(package, ending):
     assert is_gone((package / "server.log").read_text().rpartition("child ")[2].split()[0])
 
 
-def test_the_command_can_be_pasted_into_a_shell():
-    command = serve_command(Path("/a model"), ["--weight-transfer-config", '{"backend": "nccl"}'])
-    assert command == "VLLM_SERVER_DEV_MODE=1 vllm serve '/a model' --weight-transfer-config '{\"backend\": \"nccl\"}'"
+def test_the_command_can_be_pasted_into_a_shell(capsys):
+    server = VLLMClient("http://10.0.0.7:8123", timeout=1.0)
+    server.is_ready = lambda: False
+    arguments = ["--weight-transfer-config", '{"backend": "nccl"}']
+    with pytest.raises(ConfigError, match="nothing answers at http://10.0.0.7:8123 after 0 seconds"):
+        wait_for_servers([server], 0.0, Path("/a model"), arguments, tell=True)
+    command = capsys.readouterr().out.splitlines()[1].strip()
     shell = subprocess.run(["sh", "-c", f"set -- {command}; echo $#"], capture_output=True, text=True, check=True)
-    assert shell.stdout.strip() == "6"
+    assert shell.stdout.strip() == "12"
+    assert command.startswith("VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model '/a model'")
+    assert command.endswith("--host 10.0.0.7 --port 8123")

@@ -442,3 +442,36 @@ def test_summary_has_every_key_and_null_where_nothing_was_measured(tmp_path):
     assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert "50.0%" in as_table(summary)
     assert "perplexity" not in as_table(summary)
+
+
+BAD_ENGINE_ARGUMENTS = [
+    ("VLLMColocated", "tensor_parallel_size", 0, "rollout.tensor_parallel_size is 0; it must be at least 1"),
+    ("VLLMColocated", "tensor_parallel_size", 2, "it must divide the number of processes, 1"),
+    ("VLLMColocated", "kv_cache_gib", "abc", "rollout.kv_cache_gib is 'abc'; it must be a positive number"),
+    ("VLLMColocated", "max_num_seqs", -4, "rollout.max_num_seqs is -4"),
+    ("VLLMColocated", "gpu_memory_utilization", 1.5, "it must be at most 1"),
+    ("VLLMColocated", "temperature", -1, "rollout.temperature is -1"),
+    ("VLLMServer", "requests_in_flight", 0, "rollout.requests_in_flight is 0; it must be at least 1"),
+    ("VLLMServer", "timeout", -1, "rollout.timeout is -1; it must be a positive number"),
+    ("VLLMServer", "checksum_every_n_syncs", -1, "it must be at least 0"),
+    ("VLLMServer", "addresses", "http://127.0.0.1:9", r"give a list such as \[http://host:8000\], or null"),
+    ("VLLMServer", "addresses", [], r"rollout.addresses is \[\]"),
+    ("VLLMServer", "addresses", ["host:8000"], r"rollout.addresses is \['host:8000'\]"),
+    ("VLLMServer", "transfer", "nccl", "rollout.transfer is 'nccl'; allowed here: folder"),
+]
+
+
+@pytest.mark.parametrize(("engine", "name", "value", "message"), BAD_ENGINE_ARGUMENTS)
+def test_an_engines_wrong_arguments_are_found_before_anything_is_loaded(engine, name, value, message, vllm_works):
+    vllm_works(True)
+    rest = {} if name == "addresses" or engine != "VLLMServer" else {"addresses": ["http://127.0.0.1:9"]}
+    cfg = auto_config(_component_=f"oprd_tune.rollout.{engine}", **{**rest, name: value})
+    with pytest.raises(ConfigError, match=message):
+        settle_engine(cfg, None, CPU, Ranks())
+
+
+def test_a_server_of_ones_own_needs_vllm(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg = auto_config(_component_="oprd_tune.rollout.VLLMServer")
+    with pytest.raises(ConfigError, match="vLLM is not installed; `pip install 'oprd-tune"):
+        settle_engine(cfg, None, CPU, Ranks())

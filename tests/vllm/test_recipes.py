@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -117,33 +115,3 @@ def test_killed_servers(servers, tmp_path, capsys, monkeypatch):
     for out in ("batch", "sync"):
         for name, weight in weights(tmp_path / out / "final").items():
             torch.testing.assert_close(weight, reference[name], rtol=0, atol=2e-3)
-
-
-def test_no_server_outlives_its_run(tmp_path):
-    code = """
-import sys
-from pathlib import Path
-from oprd_tune.rollout.server_process import ServerProcess
-
-folder = Path(sys.argv[1])
-print(ServerProcess(folder, [], {}, folder / "log").pid, flush=True)
-sys.stdin.read()
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    pid = int(parent.stdout.readline())
-    assert runs(pid)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while runs(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not runs(pid)
-
-
-def runs(pid):
-    """Whether a process is there, and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -5,10 +5,12 @@ import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import VLLMServer
+from oprd_tune.rollout.server_client import LostServerError
 from oprd_tune.rollout.server_process import ServerProcess
 from oprd_tune.rollout.weight_transfer import FolderTransfer
 from oprd_tune.types import Prompts
@@ -138,12 +140,44 @@ def test_weights_of_another_run_are_refused(make_engine):
         mine.generate(PROMPTS)
 
 
+def test_weights_that_another_run_began_to_send_are_refused(make_engine, monkeypatch):
+    """Whoever fails in the middle has said before that the weights are no longer the others'."""
+    _, mine = make_engine()
+    _, other = make_engine()
+    mine.sync_weights(0)
+
+    def fail(server, folder):
+        raise LostServerError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("oprd_tune.rollout.server_client.VLLMClient.load_weights", fail)
+        with pytest.raises(RolloutError, match="no vLLM server is left; .* was lost: gone"):
+            other.sync_weights(7)
+    with pytest.raises(
+        RolloutError, match=f"sampled with weights {other._run}/7, on their way instead of {mine._run}/0"
+    ):
+        mine.generate(PROMPTS)
+
+
+def test_a_full_disk_ends_a_sync_and_leaves_room(make_engine, monkeypatch, tmp_path):
+    _, engine = make_engine(shared_folder=str(tmp_path / "shared"))
+    files = iter(range(3))
+
+    def save(tensors, path, metadata):
+        if next(files, None) is None:
+            raise SafetensorError("No space left on device")
+        path.touch()
+
+    monkeypatch.setattr("oprd_tune.rollout.weight_transfer.save_file", save)
+    with pytest.raises(RolloutError, match="cannot be written to .*shared.*: No space left on device"):
+        engine.sync_weights(0)
+    assert not list((tmp_path / "shared").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"max_new_tokens": 100}, "max_model_len is 24, below 116"),
-        ({"top_k_ids": 30}, "max_logprobs is 20, below 31"),
-        ({"transfer": "nccl"}, "rollout.transfer is 'nccl'; allowed are folder and, where the run has GPUs, nccl"),
         ({"addresses": ["http://127.0.0.1:9"], "startup_timeout": 0.5}, "nothing answers at http://127.0.0.1:9"),
     ],
 )
@@ -154,7 +188,7 @@ def test_a_server_that_does_not_fit_is_refused(make_engine, change, message):
 
 def test_another_version_and_another_model_are_refused_by_name(make_engine, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("oprd_tune.rollout.vllm_server.VLLM_VERSION", "0.31.0")
+        patch.setattr("oprd_tune.rollout.server_fit.VLLM_VERSION", "0.31.0")
         with pytest.raises(ConfigError, match="http://127.0.0.1:.* runs vLLM 0.32.0; this needs 0.31.0"):
             make_engine()
     monkeypatch.setattr(
@@ -178,5 +212,7 @@ def test_a_server_that_hangs_is_lost_in_time(make_engine, server):
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path):
     process = ServerProcess(tmp_path, ["--no-such-argument"], ENVIRONMENT, tmp_path / "log")
-    with pytest.raises(ConfigError, match=r"(?s)vLLM's server ended; the end of .*log:\n.*no-such-argument"):
+    with pytest.raises(
+        ConfigError, match="(?s)vLLM's server ended; from .*log:\napi_server.py: error: .*no-such-argument"
+    ):
         process.wait_until_ready(60)
