@@ -134,7 +134,8 @@ def _engine_bytes(
     """
     held, sampling = 0, 0
     if account := getattr(make.type_of("rollout"), "memory_bytes", None):
-        arguments = {key: make.argument("rollout", key) for key in account.__kwdefaults__ or ()}
+        defaults = account.__kwdefaults__ or {}
+        arguments = {key: make.argument("rollout", key, otherwise) for key, otherwise in defaults.items()}
         columns = s.max_prompt_tokens + s.max_new_tokens
         held, sampling = account(student, rows=rows, columns=columns, dtype=dtype, **arguments)
     if data.task_accuracy is not None:

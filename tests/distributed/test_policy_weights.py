@@ -76,16 +76,16 @@ def check_proof(rank, folder):
             assert gap.mean <= gap.largest < 1e-5
             own = engine(model, samples_per_prompt=2 + rank).generate(make_prompts(first_position=5 * rank))
             torch.testing.assert_close(prove_on_policy(own, weights, None).sampler_logprobs_BS, own.sampler_logprobs_BS)
-            tokens = [0, 0]
-            for other in range(2):
-                rows = ranks.collect(rollout.response_mask_BS.sum(1).tolist())[other]
-                tokens[other] = sum(rows[i * len(rows) // 4] for i in range(4))
+            counts = rollout.response_mask_BS.sum(1)
+            chosen = (rollout.lengths_B - counts).sort(stable=True).indices[:4]  # the shortest prompts
+            tokens = ranks.collect(int(counts[chosen].sum()))
             assert gap.tokens == sum(tokens)
             for guilty in range(2):
                 for change in (4.0, torch.nan, torch.inf):
                     at = rollout.sampler_logprobs_BS.clone()
                     if rank == guilty:
-                        at[0, int(rollout.response_mask_BS[0].nonzero()[0])] += change
+                        row = int(chosen[0])
+                        at[row, int(rollout.response_mask_BS[row].nonzero()[0])] += change
                     with pytest.raises(RolloutError, match=f"probabilities of {gap.tokens} sampled tokens") as error:
                         prove_on_policy(replace(rollout, sampler_logprobs_BS=at), weights, None)
                     assert len(set(ranks.collect(str(error.value)))) == 1
