@@ -80,7 +80,7 @@ METRICS = [
         "nats/token",
         "mean over up to 128 sampled tokens of each rank",
         "Absolute difference of the sampler's and the trainer's log p, at each rollout of an engine with weights of "
-        "its own: the proof that it has this step's. About 1e-5 or less in fp32, about 1e-2 in bf16.",
+        "its own: the proof that it has this step's. About 1e-5 or less in fp32, below 1e-2 in bf16.",
     ),
     Metric("rollout/logprob_gap_max", "nats", "maximum over those tokens, over ranks", "The same at the worst token."),
     Metric("rollout/proof_seconds", "seconds", "of the step", "What that comparison took, a part of `time/rollout`."),

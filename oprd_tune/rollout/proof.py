@@ -18,7 +18,7 @@ from oprd_tune.types import LogprobGap, Rollout
 _ROWS = 4
 _TOKENS = 32  # of each response; its first ones, so that later ones need no forward pass
 _COLUMNS = 192  # of all rows together, prompts included, unless a single one has more
-# Mean gaps that rounding does not reach: two implementations agree to about 1e-5 in fp32, and to about 1e-2 in bf16.
+# Mean gaps that rounding does not reach: two implementations agree to about 1e-5 in fp32, and to 1e-2 in bf16.
 _DEFAULT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
