@@ -1,5 +1,33 @@
-"""Working on torchtune decoders: loading, taps, heads, layer pairs, sharding, adapters."""
+"""Working on torchtune decoders: building, loading, taps, heads, layer pairs, sharding, adapters."""
 
 from oprd_tune.modeling.load import hugging_face_checkpointer
+from oprd_tune.modeling.qwen3 import (
+    lora_qwen3_0_6b,
+    lora_qwen3_1_7b,
+    lora_qwen3_4b,
+    lora_qwen3_8b,
+    lora_qwen3_14b,
+    lora_qwen3_32b,
+    qwen3_0_6b,
+    qwen3_1_7b,
+    qwen3_4b,
+    qwen3_8b,
+    qwen3_14b,
+    qwen3_32b,
+)
 
-__all__ = ["hugging_face_checkpointer"]
+__all__ = [
+    "hugging_face_checkpointer",
+    "lora_qwen3_0_6b",
+    "lora_qwen3_1_7b",
+    "lora_qwen3_4b",
+    "lora_qwen3_8b",
+    "lora_qwen3_14b",
+    "lora_qwen3_32b",
+    "qwen3_0_6b",
+    "qwen3_1_7b",
+    "qwen3_4b",
+    "qwen3_8b",
+    "qwen3_14b",
+    "qwen3_32b",
+]

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, get_merged_lora_ckpt
+from torchtune.modules.peft import (
+    DoRALinear,
+    LoRALinear,
+    get_adapter_params,
+    get_adapter_state_dict,
+    get_merged_lora_ckpt,
+)
 
 from oprd_tune.errors import ConfigError
 
 _ADAPTED = (LoRALinear, DoRALinear)
 _WRAPPER = "_checkpoint_wrapped_module."
+_INNER = ".linear"  # a linear inside the projection that Hugging Face knows
 
 
 class _BiasedDoRA(DoRALinear):
@@ -107,6 +114,11 @@ def merge_adapters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return get_merged_lora_ckpt(weights | copies, *_rank_and_alpha(linears[0]))
 
 
+def adapter_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters of a state dict, each under the name of the projection that it adapts."""
+    return {name.replace(f"{_INNER}.", "."): value for name, value in get_adapter_state_dict(weights).items()}
+
+
 def adapter_config(model: nn.Module) -> dict[str, Any]:
     """What torchtune's checkpointers, and through them PEFT, want to know about a model's adapters."""
     named = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
@@ -114,7 +126,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in named}),
+        "target_modules": sorted({name.removesuffix(_INNER).rpartition(".")[2] for name, _ in named}),
         "peft_type": "LORA",
         "use_dora": isinstance(named[0][1], DoRALinear),
     }

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.modules import TransformerDecoder
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
+from oprd_tune.modeling.architectures import ARCHITECTURES, Architecture, Qwen3HFCheckpointer, model_type_of
 
 Builder = Callable[[], TransformerDecoder]
 _SHOWN = 4
@@ -43,11 +43,15 @@ def hugging_face_checkpointer(
         checkpoint_dir: the folder.
         output_dir: where exports go; recipes set it.
         hub_name: the model's name on the hub, such as `Qwen/Qwen2.5-1.5B`, for the message where the folder is missing.
-        model_type: torchtune's name of the architecture.
+        model_type: torchtune's name of the architecture, or QWEN3.
 
     Raises:
-        ConfigError: if the folder or one of its files is missing, with the line that fetches them.
+        ConfigError: if the architecture is unknown; or if the folder or one of its files is missing, with the line that
+            fetches them.
     """
+    known = [*(kind.name for kind in ModelType), Qwen3HFCheckpointer.architecture]
+    if model_type not in known:
+        raise ConfigError(f"model_type is {model_type}; allowed are {', '.join(sorted(known))}")
     folder = Path(checkpoint_dir).expanduser()
     fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
     if not (folder / "config.json").is_file():
@@ -58,6 +62,8 @@ def hugging_face_checkpointer(
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ConfigError(f"{folder} lacks {', '.join(missing[:_SHOWN])}; {fetch}")
+    if model_type == Qwen3HFCheckpointer.architecture:
+        return Qwen3HFCheckpointer(str(folder), files, output_dir)
     return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
 
 
@@ -76,6 +82,11 @@ def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) ->
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if isinstance(error, KeyError) and error.args[0] in ARCHITECTURES:
+            raise ConfigError(
+                f"{name}: {error} is not known to torchtune's checkpointer; use "
+                "oprd_tune.modeling.hugging_face_checkpointer"
+            ) from error
         raise ConfigError(
             f"{name}: the checkpoint folder is missing or incomplete: {error}. It needs config.json and every file of "
             "checkpoint_files; `tune download <hub name> --output-dir <folder>` fetches them"
@@ -91,8 +102,13 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
         model: the model on the meta device.
 
     Raises:
-        ConfigError: if a file is damaged, or parameters are missing, unknown or of another shape.
+        ConfigError: if a file is damaged, parameters are missing, unknown or of another shape, or `config.json` says
+            another architecture or other rotations than the checkpointer and the model.
     """
+    given, says = model_type_of(checkpointer), checkpointer._config.get("model_type")
+    right = next((kind for kind, known in ARCHITECTURES.items() if known.config_name == says), given)
+    if given != right:
+        raise ConfigError(f"{name}.model_type is {given}, but config.json says {says}: {right}")
     found: dict[str, Any] = {}
     for path in map(Path, checkpointer._checkpoint_paths):
         if path.suffix != ".safetensors":
@@ -102,17 +118,33 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
                 found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
-    if checkpointer._config.get("model_type") == "qwen2" and checkpointer._model_type is not ModelType.QWEN2:
-        raise ConfigError(f"{name}.model_type is {checkpointer._model_type.name}, but config.json says qwen2: QWEN2")
-    if checkpointer._model_type is ModelType.QWEN2:
-        if "tie_word_embeddings" not in checkpointer._config:
-            raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")
-        try:
-            converted = qwen2_hf_to_tune(found, tie_word_embeddings=checkpointer._config["tie_word_embeddings"])
-        except Exception as error:  # torchtune raises the base class for a name that it does not know
-            raise ConfigError(f"{name}: the checkpoint is not of the architecture Qwen2: {error}") from error
+    if given in ARCHITECTURES:
+        converted = _converted(name, found, checkpointer._config, ARCHITECTURES[given])
         adapters = adapter_names(model)
         _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
+        _check_rotations(name, checkpointer._config, model)
+
+
+def _converted(name: str, found: dict[str, Any], config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    if "tie_word_embeddings" not in config:
+        raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")
+    try:
+        return architecture.to_tune(found, tie_word_embeddings=config["tie_word_embeddings"])
+    except Exception as error:  # torchtune raises the base class for a name that it does not know
+        raise ConfigError(f"{name}: the checkpoint is not of the architecture {architecture.title}: {error}") from error
+
+
+def _check_rotations(name: str, config: dict[str, Any], model: TransformerDecoder) -> None:
+    """Weights fit models that rotate queries and keys otherwise, and then mean nothing."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base, own = rope.get("rope_theta", config.get("rope_theta")), model.layers[0].attn.pos_embeddings.base
+    if kind != "default":
+        raise ConfigError(f"{name}: config.json scales rotary positions by {kind!r}, which no builder here does")
+    if base not in (None, own):
+        raise ConfigError(
+            f"{name}: config.json says rope_theta {base:g}, but the model's builder has {own:g}: give it that rope_base"
+        )
 
 
 def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
-from torchtune.training.checkpointing import ModelType
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, merge_adapters
+from oprd_tune.modeling.architectures import ARCHITECTURES, model_type_of
 from oprd_tune.modeling.head import device_of
 from oprd_tune.ranks import Ranks
 
 _WRAPPER = "_checkpoint_wrapped_module."
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _BY_TOKEN = (_EMBEDDING, _HEAD)  # a row for each token
-# torchtune's own conversions. Qwen2 only renames, so that of a part needs none of the sizes.
-_CONVERSIONS: dict[ModelType, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
-    ModelType.QWEN2: partial(qwen2_tune_to_hf, num_heads=1, num_kv_heads=1, dim=1, tie_word_embeddings=False)
-}
 
 
 class PolicyWeights:
@@ -57,23 +51,23 @@ class PolicyWeights:
         vocabulary: int,
         ranks: Ranks,
     ) -> None:
-        if files._model_type not in _CONVERSIONS:
-            known = ", ".join(sorted(kind.name for kind in _CONVERSIONS))
-            raise ConfigError(f"vLLM rollouts know the weights of {known} only, not of {files._model_type.name}")
+        kind = model_type_of(files)
+        if kind not in ARCHITECTURES:
+            known = " and ".join(sorted(ARCHITECTURES))
+            raise ConfigError(f"vLLM rollouts know the weights of {known} only, not of {kind}")
         self.model, self.dtype, self.vocabulary, self.ranks = model, dtype, vocabulary, ranks
         self.device = device_of(model)
         self.folder = Path(files._checkpoint_dir)
         self._config: Mapping[str, Any] = files._config
-        self._convert = _CONVERSIONS[files._model_type]
+        self._convert = ARCHITECTURES[kind].to_hf
 
     @property
     def config_overrides(self) -> dict[str, Any]:
         """Where the engine's model differs from `config.json`."""
-        return {
-            "tie_word_embeddings": False,
-            "vocab_size": self.vocabulary,
-            "num_hidden_layers": len(self.model.layers),
-        }
+        blocks = len(self.model.layers)
+        changed = {"tie_word_embeddings": False, "vocab_size": self.vocabulary, "num_hidden_layers": blocks}
+        kinds = self._config.get("layer_types")  # one for each block, where transformers has written them
+        return changed if kinds is None else {**changed, "layer_types": kinds[:blocks]}
 
     @property
     def config(self) -> dict[str, Any]:

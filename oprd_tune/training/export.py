@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torchtune import config
 from torchtune.models.convert_weights import tune_to_peft_adapter_weights
-from torchtune.modules.peft import get_adapter_state_dict, set_trainable_params
+from torchtune.modules.peft import set_trainable_params
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.adapters import adapter_config, adapter_names, merge_adapters
+from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
 from oprd_tune.modeling.load import build_on_meta, load_weights
 
 STAGED = ".staged-"
@@ -59,7 +59,7 @@ def export_model(
         checkpointer.load_checkpoint()  # it writes the files and names that it has read
         state: dict[str, Any] = {}
         if adapter_names(model):
-            state[ADAPTER_KEY] = get_adapter_state_dict(weights)
+            state[ADAPTER_KEY] = adapter_state(weights)
             state[ADAPTER_CONFIG] = adapter_config(model)
         adapters = dict(state.get(ADAPTER_KEY, {}))
         merged = merge_adapters(weights, model)

@@ -153,5 +153,5 @@ def test_no_part_outlives_the_one_after_it(kind, tmp_path):
 
 
 def test_an_architecture_without_a_conversion_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="vLLM rollouts know the weights of QWEN2 only, not of LLAMA3_2"):
+    with pytest.raises(ConfigError, match="vLLM rollouts know the weights of QWEN2 and QWEN3 only, not of LLAMA3_2"):
         policy_weights(make_model(), tmp_path, model_type="LLAMA3_2")
