@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from oprd_tune.errors import ConfigError
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class HuggingFaceTokenizer:
@@ -24,6 +28,7 @@ class HuggingFaceTokenizer:
     Args:
         path: a model folder.
         max_seq_len: not used for truncation; prompts that are too long are dropped by the data set instead.
+        chat_template_kwargs: values of the chat template's own variables, such as `enable_thinking` of Qwen3's.
 
     Attributes:
         eos_id: ends a response.
@@ -31,10 +36,12 @@ class HuggingFaceTokenizer:
         stop_tokens: every id that ends a response, those of `generation_config.json` included.
 
     Raises:
-        ConfigError: if a file is missing or names no EOS token.
+        ConfigError: if a file is missing or names no EOS token, or the chat template does not have such variables.
     """
 
-    def __init__(self, path: str, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self, path: str, max_seq_len: int | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         folder = Path(path)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (folder / name).is_file():
@@ -54,6 +61,7 @@ class HuggingFaceTokenizer:
         self.special_tokens = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items()}
         self.stop_tokens = sorted({eos_id, *_generation_stops(folder)})
         self.chat_template: str | None = self._read_chat_template(folder)
+        self._template_variables = {} if chat_template_kwargs is None else self._variables(chat_template_kwargs)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised."""
@@ -85,17 +93,33 @@ class HuggingFaceTokenizer:
         return ids, [True] * len(ids)
 
     def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _raise_template_error
-        special = {k: self._special_text(k) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {k: self._special_text(k) or "" for k in _SPECIAL_TOKENS}
+        variables = {**special, **self._template_variables, "messages": turns}
         try:
-            template = environment.from_string(self.chat_template or "")
-            return template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
+            template = _environment().from_string(self.chat_template or "")
+            return template.render(variables, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:
             raise ConfigError(f"the chat template rejects this conversation: {error}") from error
+
+    def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The chat template's own variables, all of which it has to read."""
+        where = "tokenizer.chat_template_kwargs"
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{where} is {given!r}; give variables and values, such as {{enable_thinking: false}}")
+        if self.chat_template is None:
+            raise ConfigError(f"{where} is given, but the folder has no chat template; leave it out")
+        environment = _environment()
+        try:
+            read = find_undeclared_variables(environment.parse(self.chat_template))
+        except TemplateError as error:
+            raise ConfigError(f"the chat template cannot be read: {error}") from error
+        own = read - {"messages", "add_generation_prompt", *_SPECIAL_TOKENS, *environment.globals}
+        if unknown := sorted(set(given) - own):
+            known = ", ".join(sorted(own)) or "none"
+            raise ConfigError(f"{where}: the chat template has no variable {', '.join(unknown)}; it has {known}")
+        plain = OmegaConf.to_container(OmegaConf.create(dict(given)), resolve=True)
+        assert isinstance(plain, dict)
+        return {str(key): value for key, value in plain.items()}
 
     def _read_chat_template(self, folder: Path) -> str | None:
         own_file = folder / "chat_template.jinja"
@@ -142,6 +166,16 @@ def _generation_stops(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
     stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
     return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What chat templates are rendered in, as in transformers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise_template_error
+    return environment
 
 
 def _raise_template_error(message: str) -> NoReturn:

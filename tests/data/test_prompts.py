@@ -3,6 +3,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from omegaconf import OmegaConf
 from torchtune.data import Message
 
 from oprd_tune.data import HuggingFaceTokenizer, PromptDataset, PromptStream, prompt_dataset
@@ -120,6 +121,47 @@ def test_chat_template_renders_as_in_transformers(chat_folder):
     wanted = reference.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert ids == wanted
     assert ours.stop_tokens == [1, 14]
+
+
+SWITCH = TEMPLATE + "{% if add_generation_prompt and think is defined and not think %}{{ '=' * count }}{% endif %}"
+
+
+def test_variables_of_a_chat_template_reach_it_as_in_transformers(chat_folder):
+    from transformers import AutoTokenizer
+
+    (chat_folder / "chat_template.jinja").write_text(SWITCH)
+    reference = AutoTokenizer.from_pretrained(chat_folder)
+    turns = [Message(role="user", content="3+4="), Message(role="assistant", content="")]
+    for variables in ({"think": False, "count": 2}, {"think": True}, {}, None):
+        ours = HuggingFaceTokenizer(str(chat_folder), chat_template_kwargs=OmegaConf.create(variables))
+        conversation = [{"role": "user", "content": "3+4="}]
+        wanted = reference.apply_chat_template(
+            conversation, add_generation_prompt=True, return_dict=False, **(variables or {})
+        )
+        assert ours.tokenize_messages(turns)[0] == wanted
+        silent = variables == {"think": False, "count": 2}
+        assert (wanted[-2:] == reference.encode("==", add_special_tokens=False)) == silent
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "message"),
+    [
+        (SWITCH, {"thinking": True}, "the chat template has no variable thinking; it has count, think"),
+        (SWITCH, {"messages": []}, "no variable messages"),
+        (TEMPLATE, {"think": True}, "no variable think; it has none"),
+        ("{% if %}", {"think": True}, "the chat template cannot be read"),
+        (SWITCH, "think", "give variables and values"),
+        (None, {"think": True}, "has no chat template; leave it out"),
+    ],
+)
+def test_variables_that_a_chat_template_does_not_read_are_an_error(chat_folder, template, variables, message):
+    if template is None:
+        path = chat_folder / "tokenizer_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+    else:
+        (chat_folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=message):
+        HuggingFaceTokenizer(str(chat_folder), chat_template_kwargs=variables)
 
 
 def test_data_uses_the_chat_template_and_the_system_prompt(chat_folder):
