@@ -130,7 +130,7 @@ def ours(case: Case, objective: str) -> Callable[[], float]:
     }[objective]
     heads = Heads(LMHead(case.student), LMHead(case.teacher), VOCABULARY)
     layers = list(range(1, case.depth + 1)) if objective == "oprd" else []
-    teacher = FrozenTeacher(case.teacher, layers, final=objective != "oprd")
+    teacher = FrozenTeacher(case.teacher, [LayerPair(layer, layer) for layer in layers], final=objective != "oprd")
 
     def update() -> float:
         selection = select_states(case.mask_BS)

@@ -72,9 +72,17 @@ class Components:
         except (TypeError, ValueError, OSError, ImportError) as error:
             raise ConfigError(f"{name}: {node['_component_']} cannot be constructed: {error}") from error
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the config has a component at a key."""
+        return self._cfg.get(name) is not None
+
     def type_of(self, name: str) -> Any:
         """The class or function that a component names."""
         return _get_component_from_path(self._cfg[name]["_component_"])
+
+    def plainly(self, name: str, **kwargs: Any) -> Any:
+        """Construct a component whose errors somebody else explains."""
+        return config.instantiate(self._cfg[name], **kwargs)
 
     def argument(self, name: str, key: str, otherwise: Any = inspect.Parameter.empty) -> Any:
         """What a component will get for an argument: the config's value, or its own default, or `otherwise`.

@@ -51,6 +51,16 @@ class Ranks:
         """Each value summed over ranks, in fp64; the same on all of them."""
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
+    def add_up(self, value: Tensor) -> None:
+        """Sum a tensor over ranks, in its place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+
+    def share(self, value: Tensor, owner: int) -> None:
+        """Overwrite a tensor by the one of rank `owner`."""
+        if self.world_size > 1:
+            dist.broadcast(value, owner)
+
     def largest(self, value: float) -> float:
         """The largest of everybody's values."""
         return self.gather(torch.tensor([value], dtype=torch.float64)).max().item()

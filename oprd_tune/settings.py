@@ -45,6 +45,7 @@ class OPRDSettings:
     teacher_placement: str = "replicated"
     teacher_quantization: str | None = None
     evaluate_teacher: bool = True
+    min_matched_share: float = 0.5
     preflight: bool | str = True
     evaluate_every_n_steps: int = 50
     checkpoint_every_n_steps: int = 50
@@ -75,6 +76,8 @@ class OPRDSettings:
                 f"activation_checkpointing is {self.activation_checkpointing}; allowed are true, false, and n for "
                 "every n-th block"
             )
+        if not 0 <= self.min_matched_share <= 1:
+            raise ConfigError(f"min_matched_share is {self.min_matched_share}; it must lie within 0 and 1")
         if isinstance(self.preflight, str) and self.preflight != "only":
             raise ConfigError(f"preflight is {self.preflight!r}; allowed are true, false and only")
 
@@ -136,6 +139,7 @@ FREE_ON_RESUME = frozenset(
         *("rollout.timeout", "rollout.startup_timeout", "rollout.server_environment", "rollout.server_arguments"),
         *("rollout.checksum_every_n_syncs", "rollout.logprob_gap_limit"),
         *("rollout.tensor_parallel_size", "rollout.enforce_eager"),
+        *("bridge.fit_only", "bridge.held_out_prompts", "bridge.moments_device", "min_matched_share"),
     }
 )
 

@@ -5,6 +5,7 @@ Dimension letters, used as suffixes of tensor names everywhere in this package:
     B  sequences           T  selected response tokens, packed over the batch    V  vocabulary
     P  prompt tokens       L  tapped layer pairs                                 H  attention heads
     S  tokens of a row     D  student width        C  teacher width              K  top-k
+    U  tokens of a row as a teacher with another tokenizer reads it              R  rank of a bridge
 """
 
 from __future__ import annotations
@@ -25,14 +26,21 @@ class Prompts:
         positions: each prompt's place in the run's endless stream of prompts. The same on any number of ranks, so
             sampling noise that depends on it is too.
         answers: reference answers, or None where the data has none.
+        teacher_tokens: the same prompts as a teacher with another tokenizer reads them; None where it has the same.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     positions: tuple[int, ...]
     answers: tuple[str | None, ...]
+    teacher_tokens: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def as_teacher_reads(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each prompt as the teacher reads them."""
+        return self.tokens if self.teacher_tokens is None else self.teacher_tokens
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,38 @@ class LogprobGap:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a teacher with another tokenizer reads a rollout's rows: the same text in tokens of its own.
+
+    Attributes:
+        tokens_BU: the teacher's ids, prompt then response then right padding.
+        lengths_B: its prompt and response tokens of each row.
+        column_BS: for each column of the rollout, the teacher's column whose state has read exactly as much of the
+            response; -1 where there is none, so in padding and in the prompt, except for the prompt's last column.
+    """
+
+    tokens_BU: Tensor
+    lengths_B: Tensor
+    column_BS: Tensor
+
+    def rows(self, index_B: Tensor, width: int) -> Reading:
+        """The given rows: the teacher's tokens trimmed to the longest of them, its columns to the student's `width`."""
+        lengths_B = self.lengths_B[index_B]
+        tokens_BU = self.tokens_BU[index_B, : int(lengths_B.max())]
+        return Reading(tokens_BU=tokens_BU, lengths_B=lengths_B, column_BS=self.column_BS[index_B, :width])
+
+    def within(self, context: int) -> Reading:
+        """Without the tokens that are beyond a context; what meets there is not met."""
+        column_BS = self.column_BS.where(self.column_BS < context, -1)
+        return Reading(self.tokens_BU[:, :context], self.lengths_B.clamp(max=context), column_BS)
+
+    def idle(self) -> Reading:
+        """One token of one row, met by nothing."""
+        one_B = torch.ones_like(self.lengths_B[:1])
+        return Reading(self.tokens_BU[:1, :1], one_B, torch.full_like(self.column_BS[:1, :1], -1))
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Prompts with sampled responses. Rows are right-padded: a token's column is its rotary position.
 
@@ -67,6 +107,7 @@ class Rollout:
         sampler_top_ids_BSK: the sampler's K most probable tokens at each response token, if it was asked for them.
         sampler_top_mass_BS: their probability together.
         logprob_gap: what was found when an engine with weights of its own was compared with the trainer.
+        reading: the rows as a teacher with another tokenizer reads them; None where it reads the same tokens.
     """
 
     tokens_BS: Tensor
@@ -79,14 +120,27 @@ class Rollout:
     sampler_top_ids_BSK: Tensor | None = None
     sampler_top_mass_BS: Tensor | None = None
     logprob_gap: LogprobGap | None = None
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
 
     @property
+    def teacher_tokens(self) -> Tensor:
+        """Right-padded token ids as the teacher reads them."""
+        return self.tokens_BS if self.reading is None else self.reading.tokens_BU
+
+    @property
     def response_tokens(self) -> int:
         """Number of response tokens in all rows."""
         return int(self.response_mask_BS.sum())
+
+    @property
+    def matched_tokens(self) -> int:
+        """Number of response tokens that end where one of the teacher's ends too."""
+        if self.reading is None:
+            return self.response_tokens
+        return int(((self.reading.column_BS >= 0) & self.response_mask_BS).sum())
 
     def rows(self, index_B: Tensor) -> Rollout:
         """The given rows, trimmed to the longest of them."""
@@ -94,7 +148,8 @@ class Rollout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         picked: dict[str, Any] = {k: v[index_B] for k, v in values.items() if isinstance(v, Tensor)}
         trimmed: dict[str, Any] = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
-        return replace(self, **trimmed)
+        reading = None if self.reading is None else self.reading.rows(index_B, width)
+        return replace(self, **trimmed, reading=reading)
 
     def split(self, tokens_per_micro_batch: int) -> list[Rollout]:
         """Cut into microbatches of at most that many tokens, padding included, longest rows first.
@@ -132,7 +187,9 @@ class Rollout:
         tensors = {f.name: getattr(row, f.name) for f in fields(self) if "_BS" in f.name}
         cut = {name: value[:, :1] for name, value in tensors.items() if value is not None}
         nothing = torch.zeros_like(cut["response_mask_BS"])
-        return replace(row, **cut | {"response_mask_BS": nothing, "lengths_B": torch.ones_like(row.lengths_B)})
+        reading = None if row.reading is None else row.reading.idle()
+        rest: dict[str, Any] = {"response_mask_BS": nothing, "lengths_B": torch.ones_like(row.lengths_B)}
+        return replace(row, **cut | rest, reading=reading)
 
 
 @dataclass(frozen=True)
@@ -150,10 +207,13 @@ class Selection:
     Attributes:
         index_T: positions in the flattened [B * S] grid, ascending and unique.
         quarter_T: the quarter (0 to 3) of its response that each selected token lies in; metrics only.
+        teacher_index_T: where the teacher has read as much: the same positions, or for one with another tokenizer those
+            in its own [B * U] grid.
     """
 
     index_T: Tensor
     quarter_T: Tensor
+    teacher_index_T: Tensor
 
     def __len__(self) -> int:
         return self.index_T.numel()
@@ -191,7 +251,8 @@ class TeacherTargets:
     """What the teacher says about a microbatch.
 
     Attributes:
-        states: by teacher layer, the states [T, C] at the selection of the hidden-state loss.
+        states: by student layer, what it imitates at the selection of the hidden-state loss: the paired teacher
+            layer's states [T, C], or their projections [T, R] on a bridge.
         final_TC: states after the final norm that predict the response tokens; None without a token loss.
     """
 

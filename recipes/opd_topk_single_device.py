@@ -27,12 +27,14 @@ from oprd_tune.components import Components
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
-from oprd_tune.losses.masking import check_selection, response_tokens, select_states
+from oprd_tune.losses.masking import check_selection, response_tokens, select_from
 from oprd_tune.modeling.lm_head import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import Ranks
 from oprd_tune.settings import OPDSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
+from oprd_tune.training.bridge import BridgeBuilder, check_bridge
+from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
 from oprd_tune.training.data import load_data
 from oprd_tune.training.device import pick_device
@@ -40,7 +42,7 @@ from oprd_tune.training.engine import load_engine, settle_engine
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_recipe
-from oprd_tune.training.pair import ModelPair, check_pair
+from oprd_tune.training.pair import ModelPair, load_pair
 from oprd_tune.training.preflight import preflight
 from oprd_tune.training.student import TiedHeadDrift, load_student
 from oprd_tune.types import Prompts, ResponseTokens, Rollout, Selection, TeacherTargets
@@ -50,7 +52,10 @@ COMPONENTS = (
     *("model", "checkpointer", "teacher_model", "teacher_checkpointer", "tokenizer", "dataset"),
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
-OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
+OPTIONAL_COMPONENTS = (
+    *("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity"),
+    *("bridge",),
+)
 QUANTISATION_PROMPTS = 8
 
 
@@ -79,7 +84,7 @@ class OPDRecipe:
     # ---- set-up: everything that can be wrong is found before weights are read ----
 
     def setup(self) -> bool:
-        """Check, load, prepare, and go back to the checkpoint if the run resumes; False after `preflight: only`."""
+        """Check, load, prepare, and go back to the checkpoint if the run resumes; False if that was all."""
         s, cfg = self._settings, self._cfg
         if s.num_threads is not None:
             torch.set_num_threads(s.num_threads)
@@ -92,7 +97,7 @@ class OPDRecipe:
         pair = self._check_models()
         self._data = load_data(make, s, pair, self._ranks)
 
-        preflight(s, make, pair, self._data, self._loss, self._ranks)
+        preflight(s, make, pair, self._data, self._loss, self._ranks, bridge=self._bridge_plan)
         if s.preflight == "only":
             return False
 
@@ -105,6 +110,9 @@ class OPDRecipe:
         )
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
+        build = BridgeBuilder(s, pair, self._data, self._engine, self._model, self._teacher, self._select, self._ranks)
+        if not build.lead(self._bridge_plan, self._loss.hidden, self._folder.path):
+            return False
         if checkpoint is not None:
             self._step = load_checkpoint(checkpoint, self._model, self._optimizer, self._parts, seed=s.seed)
         self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
@@ -130,7 +138,7 @@ class OPDRecipe:
 
     def _load_teacher(self, pair: ModelPair, *, evaluate: bool) -> None:
         s = self._settings
-        measure_accuracy = self._data.task_accuracy if evaluate else None
+        measure_accuracy = self._data.teacher_accuracy if evaluate else None
         teacher, errors = load_teacher(
             partial(self._make, "teacher_model"),
             pair.teacher_files,
@@ -138,29 +146,23 @@ class OPDRecipe:
             device=self._device,
             offloaded=s.teacher_placement == "offloaded",
             quantization=s.teacher_quantization,
-            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).tokens,
+            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).as_teacher_reads,
         )
         self._journal.add_teacher_errors(errors)
         if measure_accuracy is not None:
             self._journal.history.teacher_accuracy = measure_accuracy(teacher)
         self._heads = Heads(LMHead(self._model), LMHead(teacher), pair.vocabulary)
-        self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}), final=True)
+        self._teacher = FrozenTeacher(teacher, self._pairs, final=True)
 
     def _check_models(self) -> ModelPair:
         """Find out whether student, teacher and loss go together."""
-        s, cfg = self._settings, self._cfg
+        s = self._settings
         self._loss = as_composite(self._make("loss"))
         if not self._loss.token_losses:
             raise ConfigError("loss has no token part; losses on hidden states alone are for oprd_single_device")
-        pair = check_pair(
-            partial(self._make, "model"),
-            partial(self._make, "teacher_model"),
-            self._make_checkpointer,
-            partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir),
-            layers=s.layers if self._loss.hidden is not None else None,
-            layer_pairs=s.layer_pairs,
-            token_loss=True,
-        )
+        pair = load_pair(self._make, s, hidden_loss=self._loss.hidden is not None, token_loss=True)
+        self._bridge_plan = self._make("bridge")
+        check_bridge(self._bridge_plan, self._loss.hidden, pair)
         self._pairs, self._top = pair.layers, pair.depth
         self._loss.check(
             vocabulary=pair.vocabulary,
@@ -189,8 +191,8 @@ class OPDRecipe:
             return None
         counts_P = torch.tensor(counts, device=self._device)
         micro_batches = rollout.split(s.tokens_per_micro_batch)
-        if self._loss.needs_calibration:
-            self._calibrate(micro_batches)
+        if self._loss.hidden is not None:
+            calibrate(self._loss.hidden, self._teacher, micro_batches, self._select, self._ranks)
 
         loss_P = torch.zeros(len(counts), device=self._device)
         for micro in micro_batches:
@@ -226,7 +228,7 @@ class OPDRecipe:
 
     def _select(self, rollout: Rollout) -> Selection:
         s = self._settings
-        return select_states(rollout.response_mask_BS, positions=s.positions, k=s.positions_k, anchor=s.anchor)
+        return select_from(rollout, positions=s.positions, k=s.positions_k, anchor=s.anchor)
 
     def _probe(self, targets: TeacherTargets, tokens: ResponseTokens, rollout: Rollout) -> Probe | None:
         """Every so many steps, a look at both whole distributions at some of the microbatch's tokens."""
@@ -236,18 +238,6 @@ class OPDRecipe:
         assert targets.final_TC is not None
         share = math.ceil(s.diagnostics_tokens * len(tokens) / rollout.response_tokens)
         return Probe(self._heads, targets.final_TC, tokens, count=share, k=s.diagnostics_k)
-
-    def _calibrate(self, micro_batches: list[Rollout]) -> None:
-        """Fix the `rms` scales of a hidden-state part from the first step's targets, with one extra teacher pass."""
-        totals = dict.fromkeys((pair.teacher for pair in self._pairs), 0.0)
-        count = 0
-        for micro in micro_batches:
-            selection = self._select(micro)
-            count += len(selection)
-            for layer, total in self._teacher.square_sums(micro.tokens_BS, selection.index_T).items():
-                totals[layer] += total
-        assert self._loss.hidden is not None
-        self._loss.hidden.calibrate({pair.student: totals[pair.teacher] for pair in self._pairs}, count)
 
     # ---- the loop and its bookkeeping ----
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from oprd_tune.components import Components
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import Composite
-from oprd_tune.losses.masking import check_selection, count_selected, select_states
+from oprd_tune.losses.masking import check_selection, select_from
 from oprd_tune.losses.token_loss import TokenLoss
 from oprd_tune.metrics.silent import SilentLogger
 from oprd_tune.modeling.sharding import Sharding, sync_gradients
@@ -33,6 +33,8 @@ from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import join_ranks
 from oprd_tune.settings import OPRDDistributedSettings, parse_settings
 from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
+from oprd_tune.training.bridge import BridgeBuilder, check_bridge
+from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
 from oprd_tune.training.data import load_data
 from oprd_tune.training.device import pick_device
@@ -40,7 +42,7 @@ from oprd_tune.training.engine import load_engine, settle_engine
 from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients, split_alike
 from oprd_tune.training.journal import Journal
 from oprd_tune.training.launch import StopSignals, run_distributed
-from oprd_tune.training.pair import ModelPair, check_pair
+from oprd_tune.training.pair import ModelPair, load_pair
 from oprd_tune.training.preflight import preflight
 from oprd_tune.training.student import TiedHeadDrift, load_student
 from oprd_tune.types import Prompts, Rollout, Selection
@@ -50,7 +52,10 @@ COMPONENTS = (
     *("model", "checkpointer", "teacher_model", "teacher_checkpointer", "tokenizer", "dataset"),
     *("loss", "optimizer", "rollout", "metric_logger"),
 )
-OPTIONAL_COMPONENTS = ("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity")
+OPTIONAL_COMPONENTS = (
+    *("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity"),
+    *("teacher_tokenizer", "bridge"),
+)
 QUANTISATION_PROMPTS = 8
 
 
@@ -86,7 +91,7 @@ class OPRDDistributedRecipe:
     # ---- set-up: everything that can be wrong is found before weights are read ----
 
     def setup(self) -> bool:
-        """Check, load, prepare, and go back to the checkpoint if the run resumes; False after `preflight: only`."""
+        """Check, load, prepare, and go back to the checkpoint if the run resumes; False if that was all."""
         s, cfg = self._settings, self._cfg
         if s.num_threads is not None:
             torch.set_num_threads(s.num_threads)
@@ -96,21 +101,15 @@ class OPRDDistributedRecipe:
         settle_engine(cfg, self._folder.latest() if s.resume else None, self._device, self._ranks)
         checkpoint = self._folder.check(cfg, resume=s.resume)
         make = self._make
-        pair = check_pair(
-            partial(make, "model"),
-            partial(make, "teacher_model"),
-            self._make_checkpointer,
-            partial(config.instantiate, cfg.teacher_checkpointer, output_dir=s.output_dir),
-            layers=s.layers,
-            layer_pairs=s.layer_pairs,
-        )
+        pair = load_pair(make, s)
         self._pairs = pair.layers
         self._data = load_data(make, s, pair, self._ranks)
-        self._loss = make("loss")
+        self._loss, self._bridge_plan = make("loss"), make("bridge")
         if isinstance(self._loss, (TokenLoss, Composite)):
             raise ConfigError(f"{type(self._loss).__name__} compares tokens; that is for opd_topk_distributed")
 
-        preflight(s, make, pair, self._data, self._loss, self._ranks, sharded=True)
+        check_bridge(self._bridge_plan, self._loss, pair)
+        preflight(s, make, pair, self._data, self._loss, self._ranks, bridge=self._bridge_plan, sharded=True)
         if s.preflight == "only":
             return False
 
@@ -121,6 +120,9 @@ class OPRDDistributedRecipe:
         self._engine = load_engine(make, self._model, s, pair, self._data, self._ranks, dtype=self._dtype)
         self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
         self._folder.open(cfg)
+        build = BridgeBuilder(s, pair, self._data, self._engine, self._model, self._teacher, self._select, self._ranks)
+        if not build.lead(self._bridge_plan, self._loss, self._folder.path):
+            return False
         if checkpoint is not None:
             self._step = load_checkpoint(
                 checkpoint, self._model, self._optimizer, self._parts, seed=s.seed, ranks=self._ranks
@@ -150,22 +152,23 @@ class OPRDDistributedRecipe:
 
     def _load_teacher(self, pair: ModelPair, *, evaluate: bool) -> None:
         s = self._settings
-        measure_accuracy = self._data.task_accuracy if evaluate else None
+        measure_accuracy = self._data.teacher_accuracy if evaluate else None
+        final = self._bridge_plan is not None and self._bridge_plan.needs_final_state
         teacher, errors = load_teacher(
             partial(self._make, "teacher_model"),
             pair.teacher_files,
             dtype=self._dtype,
             device=self._device,
-            top=self._pairs[-1].teacher if measure_accuracy is None else None,
+            top=None if evaluate or final else max(layers.teacher for layers in self._pairs),
             sharding=Sharding(self._ranks) if s.teacher_placement == "sharded" else None,
             offloaded=s.teacher_placement == "offloaded",
             quantization=s.teacher_quantization,
-            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).tokens,
+            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).as_teacher_reads,
         )
         self._journal.add_teacher_errors(errors)
         if measure_accuracy is not None:
             self._journal.history.teacher_accuracy = measure_accuracy(teacher)
-        self._teacher = FrozenTeacher(teacher, sorted({layers.teacher for layers in self._pairs}))
+        self._teacher = FrozenTeacher(teacher, self._pairs, final=final)
 
     def _make_checkpointer(self, output_dir: str | None = None) -> Any:
         return config.instantiate(self._cfg.checkpointer, output_dir=output_dir or self._settings.output_dir)
@@ -179,22 +182,21 @@ class OPRDDistributedRecipe:
             self._engine.sync_weights(self._step)
         with self._phase("rollout"):
             rollout = self._engine.generate(prompts, stream=self._step)  # or an error, which leaves the step undone
+        rollout = self._data.read(rollout, prompts)  # by a teacher that has a tokenizer of its own
         self._journal.add_rollout(rollout)
         rollout = rollout.without_truncated(s.truncated_responses)
         # One denominator for the whole step, over all ranks, known before the first backward.
-        own_count = count_selected(rollout.response_mask_BS, positions=s.positions, k=s.positions_k)
-        (count,) = map(int, self._ranks.total([own_count]))
+        (count,) = map(int, self._ranks.total([len(self._select(rollout))]))
         if count == 0:
             return None
         micro_batches = split_alike(rollout, s.tokens_per_micro_batch, self._ranks)
-        if self._loss.needs_calibration:
-            self._calibrate(micro_batches, count)
+        calibrate(self._loss, self._teacher, micro_batches, self._select, self._ranks)
 
         loss = torch.zeros((), device=self._device)
         for left, micro in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
             selection = self._select(micro)
             with self._phase("teacher"):
-                targets = self._teacher.targets(micro.tokens_BS, selection.index_T)
+                targets = self._teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
             with self._phase("student"):
                 stream = self._loss.stream(self._pairs, targets.states, selection)
                 with layer_taps(self._model, [pair.student for pair in self._pairs], stream):
@@ -217,16 +219,7 @@ class OPRDDistributedRecipe:
 
     def _select(self, rollout: Rollout) -> Selection:
         s = self._settings
-        return select_states(rollout.response_mask_BS, positions=s.positions, k=s.positions_k, anchor=s.anchor)
-
-    def _calibrate(self, micro_batches: list[Rollout], count: int) -> None:
-        """Fix the `rms` scales from the first step's targets, with one extra teacher pass."""
-        totals = dict.fromkeys((pair.teacher for pair in self._pairs), 0.0)
-        for micro in micro_batches:
-            for layer, total in self._teacher.square_sums(micro.tokens_BS, self._select(micro).index_T).items():
-                totals[layer] += total
-        totals = dict(zip(totals, self._ranks.total(list(totals.values())), strict=True))
-        self._loss.calibrate({pair.student: totals[pair.teacher] for pair in self._pairs}, count)
+        return select_from(rollout, positions=s.positions, k=s.positions_k, anchor=s.anchor)
 
     # ---- the loop and its bookkeeping ----
 

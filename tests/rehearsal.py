@@ -21,6 +21,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.modeling.adapters import adapter_names
+from oprd_tune.modeling.architectures import qwen3_tune_to_hf
 from oprd_tune.modeling.load import build_on_meta
 from oprd_tune.tiny.model import write_tokenizer
 from tests.conftest import load_config, recipe_class
@@ -64,7 +65,9 @@ def write_model(folder, build, *, seed, files=2):
         if name not in adapters:
             value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
             weights[name] = value + 1 if name.endswith("scale") else value
-    converted = {key: value.contiguous() for key, value in qwen2_tune_to_hf(weights).items()}
+    is_qwen3 = hasattr(model.layers[0].attn.q_proj, "norm")
+    to_hf = qwen3_tune_to_hf if is_qwen3 else qwen2_tune_to_hf
+    converted = {key: value.contiguous() for key, value in to_hf(weights).items()}
     names = sorted(converted)
     weight_map = {}
     for i in range(files):
@@ -77,8 +80,9 @@ def write_model(folder, build, *, seed, files=2):
     (folder / "config.json").write_text(
         json.dumps(
             {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
+                "architectures": ["Qwen3ForCausalLM" if is_qwen3 else "Qwen2ForCausalLM"],
+                "model_type": "qwen3" if is_qwen3 else "qwen2",
+                "head_dim": attention.head_dim,
                 "vocab_size": embedding.num_embeddings,
                 "hidden_size": embedding.embedding_dim,
                 "intermediate_size": model.layers[0].mlp.w1.weight.shape[0],
@@ -106,6 +110,8 @@ def prepare(name, folder, overrides):
         "dataset.prompt_template": "'{prompt}'",
         "dataset.prompt_column": "question",
     }
+    if "bridge" in cfg:
+        words |= {"bridge.prompts": 4, "bridge.held_out_prompts": 2}
     cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in words.items()] + overrides))
     for seed, model in enumerate(("model", "teacher_model")):
         if not (folder / model).exists():

@@ -25,7 +25,7 @@ def make_rollout(stop_tokens=(STOP, 5, 6)):
 def learn(rollout, positions, k, tokens_per_micro_batch=60):
     """A step's loss and gradients."""
     student, teacher, loss = make_model(), make_model(seed=1), HiddenStateMSE()
-    frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS])
+    frozen = FrozenTeacher(teacher, PAIRS)
     count = count_selected(rollout.response_mask_BS, positions=positions, k=k)
     total = torch.zeros(())
     for micro in rollout.split(tokens_per_micro_batch):

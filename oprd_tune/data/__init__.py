@@ -1,7 +1,8 @@
 """Prompts and reference answers: where they come from, how they become tokens, in which order they are used."""
 
+from oprd_tune.data.alignment import Reader
 from oprd_tune.data.prompts import PromptDataset, prompt_dataset
 from oprd_tune.data.stream import PromptStream
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 
-__all__ = ["HuggingFaceTokenizer", "PromptDataset", "PromptStream", "prompt_dataset"]
+__all__ = ["HuggingFaceTokenizer", "PromptDataset", "PromptStream", "Reader", "prompt_dataset"]

@@ -14,6 +14,7 @@ from oprd_tune.errors import ConfigError
 _LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEXTS = Features({"prompt": Value("string"), "answer": Value("string")})
 PLACEHOLDER = "{prompt}"
+CHAT = "chat"
 
 
 class PromptTokenizer(Protocol):
@@ -35,10 +36,15 @@ class PromptDataset:
         max_prompt_tokens: longer prompts, and empty ones, are dropped and counted; None keeps all.
         prompt_template: a plain text around `{prompt}`, or None for the tokenizer's chat template.
         system_prompt: a system message for the chat template.
+        teacher_tokenizer: of a teacher that reads the same prompts in other tokens; None if it reads these.
+        teacher_prompt_template: like `prompt_template`, for the teacher; `chat` asks for its chat template. None leaves
+            it with the plain text that the student reads, or else with its own chat template.
 
     Attributes:
-        dropped: how many prompts were empty or too long.
+        dropped: how many prompts were empty or too long. What is too long is the student's tokens.
         largest_token: the largest token id in any prompt.
+        largest_teacher_token: likewise in the teacher's tokens; None without `teacher_tokenizer`.
+        longest_teacher_prompt: tokens in the longest prompt that the teacher reads; None likewise.
 
     Raises:
         ConfigError: for a template without placeholder, a system prompt without chat, or no prompt left.
@@ -52,13 +58,22 @@ class PromptDataset:
         max_prompt_tokens: int | None = None,
         prompt_template: str | None = None,
         system_prompt: str | None = None,
+        teacher_tokenizer: PromptTokenizer | None = None,
+        teacher_prompt_template: str | None = None,
     ) -> None:
-        if prompt_template is not None and PLACEHOLDER not in prompt_template:
-            raise ConfigError(f"dataset.prompt_template is {prompt_template!r}; it must contain {PLACEHOLDER}")
-        if prompt_template is not None and system_prompt is not None:
+        if teacher_prompt_template is not None and teacher_tokenizer is None:
+            raise ConfigError("dataset.teacher_prompt_template is for a teacher with another tokenizer; leave it out")
+        _check_template("prompt_template", prompt_template)
+        teacher_template = prompt_template if teacher_prompt_template is None else teacher_prompt_template
+        teacher_template = None if teacher_template == CHAT else teacher_template
+        _check_template("teacher_prompt_template", teacher_template, f", or be `{CHAT}`")
+        chats = prompt_template is None or (teacher_tokenizer is not None and teacher_template is None)
+        if system_prompt is not None and not chats:
             raise ConfigError("dataset.system_prompt belongs to a chat template; write it into prompt_template instead")
         self._tokenizer = tokenizer
-        self._prompt_template = prompt_template
+        self._readers = {"tokens": (tokenizer, prompt_template)}
+        if teacher_tokenizer is not None:
+            self._readers["teacher_tokens"] = (teacher_tokenizer, teacher_template)
         self._system_prompt = system_prompt
         found = len(rows)
         longest = max_prompt_tokens or 2**31
@@ -73,6 +88,10 @@ class PromptDataset:
         self._tokens: list[list[int]] = kept["tokens"][:]
         self._answers: list[str | None] = kept["answer"][:]
         self.largest_token = max(map(max, self._tokens))
+        has_reader = teacher_tokenizer is not None
+        self._teacher_tokens: list[list[int]] | None = kept["teacher_tokens"][:] if has_reader else None
+        self.largest_teacher_token = max(map(max, self._teacher_tokens)) if self._teacher_tokens else None
+        self.longest_teacher_prompt = max(map(len, self._teacher_tokens)) if self._teacher_tokens else None
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -80,6 +99,10 @@ class PromptDataset:
     def __getitem__(self, index: int) -> tuple[tuple[int, ...], str | None]:
         """Prompt tokens and reference answer."""
         return tuple(self._tokens[index]), self._answers[index]
+
+    def teacher_prompt(self, index: int) -> tuple[int, ...] | None:
+        """The prompt in the teacher's tokens; None if it reads the student's."""
+        return None if self._teacher_tokens is None else tuple(self._teacher_tokens[index])
 
     @property
     def has_answers(self) -> bool:
@@ -95,19 +118,24 @@ class PromptDataset:
 
     def _tokenize(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         prompt = row["prompt"]
-        if not prompt:
-            return {"tokens": []}
-        if self._prompt_template is not None:
-            text = self._prompt_template.replace(PLACEHOLDER, prompt)
-            return {"tokens": self._tokenizer.encode(text, add_bos=False, add_eos=False)}
+        return {name: self._read(prompt, *reader) if prompt else [] for name, reader in self._readers.items()}
+
+    def _read(self, prompt: str, tokenizer: PromptTokenizer, template: str | None) -> list[int]:
+        if template is not None:
+            return tokenizer.encode(template.replace(PLACEHOLDER, prompt), add_bos=False, add_eos=False)
         messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
         if self._system_prompt is not None:
             messages.insert(0, Message(role="system", content=self._system_prompt))
-        return {"tokens": self._tokenizer.tokenize_messages(messages, add_eos=False)[0]}
+        return tokenizer.tokenize_messages(messages, add_eos=False)[0]
+
+
+def _check_template(name: str, template: str | None, otherwise: str = "") -> None:
+    if template is not None and PLACEHOLDER not in template:
+        raise ConfigError(f"dataset.{name} is {template!r}; it must contain {PLACEHOLDER}{otherwise}")
 
 
 def _fits(row: Mapping[str, Any], longest: int) -> bool:
-    return 0 < len(row["tokens"]) <= longest
+    return 0 < len(row["tokens"]) <= longest and row.get("teacher_tokens") != []
 
 
 def prompt_dataset(
@@ -122,6 +150,8 @@ def prompt_dataset(
     max_prompt_tokens: int | None = None,
     prompt_template: str | None = None,
     system_prompt: str | None = None,
+    teacher_tokenizer: PromptTokenizer | None = None,
+    teacher_prompt_template: str | None = None,
 ) -> PromptDataset:
     """Load prompts from the hub or from a local file.
 
@@ -136,6 +166,8 @@ def prompt_dataset(
         max_prompt_tokens: see `PromptDataset`.
         prompt_template: see `PromptDataset`.
         system_prompt: see `PromptDataset`.
+        teacher_tokenizer: see `PromptDataset`.
+        teacher_prompt_template: see `PromptDataset`.
 
     Raises:
         ConfigError: if the source cannot be read, lacks a named column, or no prompt is left.
@@ -153,6 +185,8 @@ def prompt_dataset(
         max_prompt_tokens=max_prompt_tokens,
         prompt_template=prompt_template,
         system_prompt=system_prompt,
+        teacher_tokenizer=teacher_tokenizer,
+        teacher_prompt_template=teacher_prompt_template,
     )
 
 

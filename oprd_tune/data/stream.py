@@ -62,9 +62,12 @@ class PromptStream:
     def at(self, positions: Sequence[int]) -> Prompts:
         """The prompts at given positions of the stream."""
         size = len(self._dataset)
-        rows = [self._dataset[self._permutation(p // size)[p % size]] for p in positions]
+        indices = [self._permutation(p // size)[p % size] for p in positions]
+        rows = [self._dataset[index] for index in indices]
+        read = [prompt for index in indices if (prompt := self._dataset.teacher_prompt(index)) is not None]
         return Prompts(
             tokens=tuple(tokens for tokens, _ in rows),
             positions=tuple(positions),
             answers=tuple(answer for _, answer in rows),
+            teacher_tokens=tuple(read) or None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
+from oprd_tune.data.token_bytes import TokenBytes, token_bytes
 from oprd_tune.errors import ConfigError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -68,6 +70,39 @@ class HuggingFaceTokenizer:
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         eos = [self.eos_id] if add_eos else []
         return [*bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, *eos]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, each as `encode` gives them, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What each token says, in bytes.
+
+        Raises:
+            ConfigError: if the folder's definition does not tell.
+        """
+        return token_bytes(self._tokenizer)
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The stop token that the chat template puts behind an answer; EOS where there is no template or no such token.
+
+        A folder's `eos_token` may be another one: that which ends a document.
+        """
+        if self.chat_template is None:
+            return self.eos_id
+        question, answers = Message(role="user", content="1"), ("", "2")
+        try:
+            asked, answered = (
+                self.tokenize_messages([question, Message(role="assistant", content=answer)])[0] for answer in answers
+            )
+        except ConfigError:
+            return self.eos_id
+        same = [one == other for one, other in zip(asked, answered, strict=False)]
+        behind = answered[[*same, False].index(False) :]
+        return next((token for token in behind if token in self.stop_tokens), self.eos_id)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""

@@ -1,5 +1,6 @@
 """Losses as sums: what a recipe divides once by the count of the whole optimizer step."""
 
+from oprd_tune.losses.bridged_mse import BridgedMSE
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.control_variate import ControlVariateReverseKL
 from oprd_tune.losses.hidden_mse import HiddenStateMSE
@@ -7,6 +8,7 @@ from oprd_tune.losses.reverse_kl import FullReverseKL, SampledReverseKL
 from oprd_tune.losses.topk_kl import DetachedTopKReverseKL, TopKReverseKL
 
 __all__ = [
+    "BridgedMSE",
     "Composite",
     "ControlVariateReverseKL",
     "DetachedTopKReverseKL",

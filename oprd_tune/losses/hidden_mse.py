@@ -82,8 +82,16 @@ class HiddenStateMSE:
     def stream(
         self, pairs: Sequence[LayerPair], targets: dict[int, Tensor], selection: Selection, *, metrics: bool = True
     ) -> LayerStream:
-        """Open one microbatch. `targets` maps teacher layers to [T, C] states, and is emptied as layers are used."""
+        """Open one microbatch. `targets` maps student layers to what they imitate, and is emptied as they are used."""
         return LayerStream(self, pairs, targets, selection, metrics=metrics)
+
+    def compared(self, layer: int, student_TD: Tensor) -> Tensor:
+        """What of a student layer's states is compared with its target: all of it."""
+        return student_TD
+
+    def scale(self, layer: int) -> float | Tensor:
+        """What a layer's squared errors are divided by."""
+        return self.scales.get(layer, 1.0)
 
     def state_dict(self) -> dict[str, object]:
         """The frozen scales; empty unless the normalisation is `rms`."""
@@ -117,9 +125,7 @@ class LayerStream:
         metrics: bool,
     ) -> None:
         self._loss = loss
-        self._teacher_layer = {pair.student: pair.teacher for pair in pairs}
-        self.layers = frozenset(self._teacher_layer)
-        self._uses_left = [pair.teacher for pair in pairs]
+        self.layers = frozenset(pair.student for pair in pairs)
         self._targets = targets
         self._selection = selection
         self._metrics = metrics
@@ -130,25 +136,20 @@ class LayerStream:
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
         """Add one student layer's errors; returns the running total."""
-        teacher_TD = self._take_target(self._teacher_layer[layer])
+        teacher_TD = self._targets.pop(layer)
 
-        def sum_of_errors(student_TD: Tensor) -> Tensor:
+        def sum_of_errors(state_TD: Tensor) -> Tensor:
+            student_TD = self._loss.compared(layer, state_TD)
             target_TD = teacher_TD.to(student_TD.dtype)
             if self._metrics:
                 self._measure(layer, student_TD.detach(), target_TD)
-            scale = student_TD.new_tensor(self._loss.scales.get(layer, 1.0))
+            scale = torch.as_tensor(self._loss.scale(layer), dtype=student_TD.dtype, device=student_TD.device)
             return self._loss.token_errors(student_TD, target_TD, scale).sum()
 
         layer_sum = streamed_sum(state_BSD, self._selection.index_T, sum_of_errors)
-        term = layer_sum * (self._loss.coefficient / len(self._teacher_layer))
+        term = layer_sum * (self._loss.coefficient / len(self.layers))
         self.total = term if self.total is None else self.total + term
         return self.total
-
-    def _take_target(self, teacher_layer: int) -> Tensor:
-        """Fetch a target and forget it unless a later student layer is paired with it too."""
-        self._uses_left.remove(teacher_layer)
-        fetch = self._targets.__getitem__ if teacher_layer in self._uses_left else self._targets.pop
-        return fetch(teacher_layer)
 
     @torch.no_grad()
     def _measure(self, layer: int, student_TD: Tensor, teacher_TD: Tensor) -> None:

@@ -59,7 +59,23 @@ def select_states(
     chosen_BS = response_mask_BS & POSITIONS[positions](rank_BS, length_B1, k)
     quarter_BS = (rank_BS - 1) * 4 // length_B1.clamp(min=1)
     token_index_T = chosen_BS.flatten().nonzero(as_tuple=True)[0]
-    return Selection(index_T=token_index_T - ANCHORS[anchor], quarter_T=quarter_BS.flatten()[token_index_T])
+    index_T = token_index_T - ANCHORS[anchor]
+    return Selection(index_T, quarter_T=quarter_BS.flatten()[token_index_T], teacher_index_T=index_T)
+
+
+def select_from(rollout: Rollout, *, positions: str, k: int, anchor: str) -> Selection:
+    """As `select_states`; without the states that a teacher with another tokenizer has no equal of."""
+    selection = select_states(rollout.response_mask_BS, positions=positions, k=k, anchor=anchor)
+    if (reading := rollout.reading) is None:
+        return selection
+    row_T = selection.index_T // rollout.tokens_BS.shape[1]
+    column_T = reading.column_BS.flatten()[selection.index_T]
+    met_T = column_T >= 0
+    return Selection(
+        index_T=selection.index_T[met_T],
+        quarter_T=selection.quarter_T[met_T],
+        teacher_index_T=(row_T * reading.tokens_BU.shape[1] + column_T)[met_T],
+    )
 
 
 def count_selected(response_mask_BS: Tensor, *, positions: str, k: int) -> int:
@@ -82,4 +98,12 @@ def response_tokens(rollout: Rollout) -> ResponseTokens:
     )
 
 
-__all__ = ["ANCHORS", "POSITIONS", "check_selection", "count_selected", "response_tokens", "select_states"]
+__all__ = [
+    "ANCHORS",
+    "POSITIONS",
+    "check_selection",
+    "count_selected",
+    "response_tokens",
+    "select_from",
+    "select_states",
+]

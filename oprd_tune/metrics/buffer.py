@@ -37,6 +37,8 @@ class MetricBuffer:
         self.add("rollout/response_tokens", rollout.response_mask_BS.sum(), rows)
         self.add("rollout/truncated_share", rollout.truncated_B.sum(), rows)
         self.add("rollout/entropy", -rollout.sampler_logprobs_BS.sum(), tokens)
+        if rollout.reading is not None:
+            self.add("rollout/matched_share", torch.tensor(rollout.matched_tokens), tokens)
         if (gap := rollout.logprob_gap) is not None:
             self.set("rollout/logprob_gap", gap.mean)
             self.set("rollout/logprob_gap_max", gap.largest)

@@ -59,8 +59,18 @@ METRICS = [
         "Variance, over the next token, of that gradient's estimate by the sampled token (`sampled`) and with vOPD's "
         "control variate (`vopd`), exact, whichever loss trains: the noise. Full and top-k KL and OPRD have none.",
     ),
-    Metric("layers/mse_<layer>", "1", _TOKEN_MEAN, "‖h − g‖²/D at a student layer, whatever the normalisation."),
-    Metric("layers/cosine_<layer>", "1", _TOKEN_MEAN, "Cosine of student and teacher state at a student layer."),
+    Metric(
+        "layers/mse_<layer>",
+        "1",
+        _TOKEN_MEAN,
+        "‖h − g‖²/D at a student layer, whatever the normalisation; over a bridge of rank R ‖z_S − z_T‖²/R.",
+    ),
+    Metric(
+        "layers/cosine_<layer>",
+        "1",
+        _TOKEN_MEAN,
+        "Cosine of student and teacher state, or of z_S and z_T, at a student layer.",
+    ),
     Metric(
         "positions/cosine_quarter_<n>",
         "1",
@@ -74,6 +84,12 @@ METRICS = [
         "nats/token",
         "mean over response tokens",
         "Entropy of the student, estimated as the mean of −log p of what it sampled; no head runs for it.",
+    ),
+    Metric(
+        "rollout/matched_share",
+        "1",
+        _RESPONSE_MEAN,
+        "Share of tokens that end where one of the teacher's ends too, for a teacher with a tokenizer of its own.",
     ),
     Metric(
         "rollout/logprob_gap",

@@ -1,5 +1,6 @@
-"""Working on torchtune decoders: building, loading, taps, heads, layer pairs, sharding, adapters."""
+"""Working on torchtune decoders: building, loading, taps, heads, layer pairs, sharding, adapters, bridges."""
 
+from oprd_tune.modeling.bridge import BridgePlan
 from oprd_tune.modeling.load import hugging_face_checkpointer
 from oprd_tune.modeling.qwen3 import (
     lora_qwen3_0_6b,
@@ -17,6 +18,7 @@ from oprd_tune.modeling.qwen3 import (
 )
 
 __all__ = [
+    "BridgePlan",
     "hugging_face_checkpointer",
     "lora_qwen3_0_6b",
     "lora_qwen3_1_7b",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.types import LayerPair
 
-_BRIDGE = "OPRD-Bridge, which this version does not have yet"
+_BRIDGE = "the section `bridge` and the loss BridgedMSE; see docs/bridge.md"
 _NAMED = {
     "all": lambda depth: range(1, depth + 1),
     "last": lambda depth: [depth],
@@ -43,23 +44,27 @@ def pair_layers(
     *,
     student_depth: int,
     teacher_depth: int,
+    bridged: bool = False,
 ) -> list[LayerPair]:
     """The layer pairs of the loss, ascending by student layer.
 
-    Without `layer_pairs`, layer ℓ is paired with layer ℓ, which takes models of the same depth. With it, the given
-    pairs apply, and `layers` selects among them.
+    Without `layer_pairs`, layer ℓ is paired with layer ℓ, which takes models of the same depth, or over a bridge with
+    `proportional_layer(ℓ)`. With it, the given pairs apply, and `layers` selects among them.
 
     Args:
         layers: `all`, `last`, `even`, `odd` or a list of student layers.
         layer_pairs: `[[student, teacher], …]` or None.
         student_depth: blocks of the student.
         teacher_depth: blocks of the teacher.
+        bridged: whether a bridge makes the states comparable.
 
     Raises:
-        ConfigError: if the depths differ and no pairs are given, or a pair is malformed, repeated, out of range, or
-            joins a last layer, which is taken after the final norm, with one that is not.
+        ConfigError: if the depths differ without a bridge and no pairs are given, or a pair is malformed, repeated, out
+            of range, or joins a last layer, which is taken after the final norm, with one that is not.
     """
     chosen = resolve_layers(layers, student_depth)
+    if layer_pairs is None and bridged:
+        return [LayerPair(layer, proportional_layer(layer, student_depth, teacher_depth)) for layer in chosen]
     if layer_pairs is None:
         if student_depth != teacher_depth:
             raise ConfigError(
@@ -75,6 +80,13 @@ def pair_layers(
         missing = unpaired if chosen else f"{layers!r}"
         raise ConfigError(f"layers {missing} have no partner in layer_pairs, which pairs {sorted(teacher_layer)}")
     return [LayerPair(layer, teacher_layer[layer]) for layer in chosen]
+
+
+def proportional_layer(layer: int, student_depth: int, teacher_depth: int) -> int:
+    """φ(ℓ) = round((ℓ−1)/(n_S−1)·(n_T−1)) + 1, half to even (Eq. 11 of arXiv 2606.06021): ends meet ends."""
+    if student_depth == 1:
+        return teacher_depth
+    return round(Fraction((layer - 1) * (teacher_depth - 1), student_depth - 1)) + 1
 
 
 def _checked_pairs(layer_pairs: Sequence[Sequence[int]], student_depth: int, teacher_depth: int) -> dict[int, int]:

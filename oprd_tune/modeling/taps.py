@@ -92,26 +92,34 @@ def cut_after(model: TransformerDecoder, top: int) -> None:
 
 
 @torch.no_grad()
-def collect_states(model: TransformerDecoder, tokens_BS: Tensor, wanted: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+def collect_states(
+    model: TransformerDecoder,
+    tokens_BS: Tensor,
+    wanted: Sequence[tuple[int, Tensor, Callable[[Tensor], Tensor] | None]],
+) -> list[Tensor]:
     """States of a frozen model at chosen layers and positions, from one forward pass.
 
     Args:
         model: a decoder, possibly cut after the highest layer in `wanted`.
         tokens_BS: right-padded token ids.
-        wanted: pairs of a layer, as for `layer_taps`, and positions [T] in the flattened [B * S] grid. A layer may
-            stand there more than once.
+        wanted: a layer, as for `layer_taps`, positions [T] in the flattened [B * S] grid, and what to make of
+            the states there, if not to keep them. A layer may stand there more than once; states are then shared.
 
     Returns:
-        For each pair, the states [T, C] in the model's own dtype.
+        For each of them, the states [T, C] in the model's own dtype, or what was made of them.
     """
     found: dict[int, Tensor] = {}
 
     def keep(layer: int, state_BSD: Tensor) -> Tensor:
-        for place, (wanted_layer, index_T) in enumerate(wanted):
+        sliced: dict[int, Tensor] = {}
+        for place, (wanted_layer, index_T, make) in enumerate(wanted):
             if wanted_layer == layer:
-                found[place] = state_BSD.flatten(0, 1)[index_T]
+                if id(index_T) not in sliced:
+                    sliced[id(index_T)] = state_BSD.flatten(0, 1)[index_T]
+                state_TC = sliced[id(index_T)]
+                found[place] = state_TC if make is None else make(state_TC)
         return state_BSD.new_zeros(())
 
-    with layer_taps(model, sorted({layer for layer, _ in wanted}), keep):
+    with layer_taps(model, sorted({layer for layer, _, _ in wanted}), keep):
         model(tokens_BS)
     return [found[place] for place in range(len(wanted))]

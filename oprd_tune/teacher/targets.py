@@ -1,15 +1,17 @@
-"""A frozen teacher, and the hidden states that it gives as targets."""
+"""A frozen teacher, and what it gives the student's hidden states to imitate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
+from oprd_tune.modeling.bridge import Bridge
 from oprd_tune.modeling.taps import collect_states, cut_after
-from oprd_tune.types import TeacherTargets
+from oprd_tune.types import LayerPair, TeacherTargets
 
 
 class FrozenTeacher:
@@ -18,35 +20,42 @@ class FrozenTeacher:
     Args:
         model: a loaded decoder. It is frozen, and cut after the highest layer that is needed; its head leaves too (hold
             it as an `LMHead` before, if a token loss needs it).
-        layers: the layers of a hidden-state loss, from 1, ascending and unique; empty without one.
-        final: whether a token loss needs the states after the final norm.
+        pairs: the layers of a hidden-state loss; empty without one.
+        final: whether anything needs the states after the final norm.
+
+    Attributes:
+        bridge: projects states where they are produced, so that no whole one is kept; None keeps them whole.
     """
 
-    def __init__(self, model: TransformerDecoder, layers: Sequence[int], *, final: bool = False) -> None:
+    def __init__(self, model: TransformerDecoder, pairs: Sequence[LayerPair], *, final: bool = False) -> None:
         self._model = model.eval().requires_grad_(False)
-        self._layers, self._depth = list(layers), len(model.layers)
-        cut_after(model, self._depth if final else self._layers[-1])
+        self._pairs, self._depth = list(pairs), len(model.layers)
+        self.bridge: Bridge | None = None
+        cut_after(model, self._depth if final else max(pair.teacher for pair in pairs))
 
     def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
         """What the losses compare the student with; one forward pass.
 
         Args:
-            tokens_BS: right-padded token ids.
+            tokens_BS: right-padded token ids, as the teacher reads them.
             index_T: positions in the flattened [B * S] grid, for the layers of a hidden-state loss.
-            final_index_T: positions of the final states, for a token loss.
+            final_index_T: positions of the final states.
 
         Returns:
-            Tensors [T, C] in the teacher's dtype.
+            Tensors [T, C] in the teacher's dtype, or [T, R] through a bridge.
         """
-        wanted = [(layer, index_T) for layer in self._layers]
+        wanted = [(pair.teacher, index_T, self._projection(pair)) for pair in self._pairs]
         if final_index_T is not None:
-            wanted.append((self._depth, final_index_T))
+            wanted.append((self._depth, final_index_T, None))
         states = collect_states(self._model, tokens_BS, wanted)
         final_TC = states.pop() if final_index_T is not None else None
-        return TeacherTargets(dict(zip(self._layers, states, strict=True)), final_TC)
+        return TeacherTargets({pair.student: state for pair, state in zip(self._pairs, states, strict=True)}, final_TC)
+
+    def _projection(self, pair: LayerPair) -> Callable[[Tensor], Tensor] | None:
+        return None if self.bridge is None else partial(self.bridge.teacher, pair.student)
 
     @torch.no_grad()
     def square_sums(self, tokens_BS: Tensor, index_T: Tensor) -> dict[int, float]:
-        """Σ_t 1/C · ‖g_t‖² by teacher layer: what the `rms` normalisation is calibrated with."""
+        """Σ_t 1/C · ‖g_t‖² by student layer: what the `rms` normalisation is calibrated with."""
         states = self.targets(tokens_BS, index_T).states
         return {layer: state_TC.float().square().mean(-1).sum().item() for layer, state_TC in states.items()}

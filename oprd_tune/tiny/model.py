@@ -1,4 +1,4 @@
-"""The tiny pair's architecture (Qwen2, 0.8M parameters), its checkpoints and its character tokenizer."""
+"""The tiny models' architectures (Qwen2, 0.8M and 2.7M parameters), their checkpoints and their tokenizers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+=", " ", "\n"]
+TEENS_SYMBOLS = [*SYMBOLS, *map(str, range(10, 20))]
 MAX_SEQ_LEN = 128
 _FOLDER = Path(__file__).parent
 _SHAPE = {
@@ -25,11 +26,21 @@ _SHAPE = {
     "rope_base": 10_000.0,
     "tie_word_embeddings": True,
 }
+_WIDE_SHAPE = _SHAPE | {"num_layers": 6, "num_heads": 6, "embed_dim": 192, "intermediate_dim": 576}
 
 
 def tiny_qwen2() -> TransformerDecoder:
     """Build the tiny model: 4 blocks, width 128, 4 heads over 2 key-value heads, 16 characters, tied embeddings."""
     return qwen2(max_seq_len=MAX_SEQ_LEN, **_SHAPE)
+
+
+def wide_tiny_qwen2(vocab_size: int = len(SYMBOLS)) -> TransformerDecoder:
+    """Build the wide teachers' model: 6 blocks, width 192, 6 heads over 2 key-value heads, tied embeddings.
+
+    Args:
+        vocab_size: 16 for the one that reads characters, 26 for the one that also has 10 to 19 as tokens.
+    """
+    return qwen2(max_seq_len=MAX_SEQ_LEN, **_WIDE_SHAPE | {"vocab_size": vocab_size})
 
 
 def lora_tiny_qwen2(
@@ -49,10 +60,11 @@ def lora_tiny_qwen2(
 
 
 def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
-    """Open one of the shipped checkpoints, `teacher` or `student`, with torchtune's Hugging Face checkpointer.
+    """Open one of the shipped checkpoints with torchtune's Hugging Face checkpointer.
 
     Args:
-        name: which checkpoint.
+        name: `student`; `teacher`, the end of the student's own training; `wide_teacher`, larger and from another
+            seed; or `teens_teacher`, the same again with a tokenizer of its own.
         output_dir: where the checkpointer may write exports.
 
     Raises:
@@ -69,27 +81,28 @@ def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
     )
 
 
-def tokenizer() -> HuggingFaceTokenizer:
-    """The pair's character tokenizer."""
-    return HuggingFaceTokenizer(str(_FOLDER / "teacher"))
+def tokenizer(name: str = "student") -> HuggingFaceTokenizer:
+    """The tokenizer of a shipped checkpoint: characters; for `teens_teacher`, 10 to 19 are one token each."""
+    return HuggingFaceTokenizer(str(_FOLDER / name))
 
 
-def hugging_face_config() -> dict[str, object]:
-    """The tiny architecture as the `config.json` that transformers and vLLM read."""
+def hugging_face_config(model: TransformerDecoder) -> dict[str, object]:
+    """A tiny model's architecture as the `config.json` that transformers and vLLM read."""
+    shape = _SHAPE if len(model.layers) == _SHAPE["num_layers"] else _WIDE_SHAPE
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "vocab_size": _SHAPE["vocab_size"],
-        "hidden_size": _SHAPE["embed_dim"],
-        "intermediate_size": _SHAPE["intermediate_dim"],
-        "num_hidden_layers": _SHAPE["num_layers"],
-        "num_attention_heads": _SHAPE["num_heads"],
-        "num_key_value_heads": _SHAPE["num_kv_heads"],
+        "vocab_size": model.tok_embeddings.num_embeddings,
+        "hidden_size": shape["embed_dim"],
+        "intermediate_size": shape["intermediate_dim"],
+        "num_hidden_layers": shape["num_layers"],
+        "num_attention_heads": shape["num_heads"],
+        "num_key_value_heads": shape["num_kv_heads"],
         "max_position_embeddings": MAX_SEQ_LEN,
-        "rms_norm_eps": _SHAPE["norm_eps"],
-        "rope_theta": _SHAPE["rope_base"],
+        "rms_norm_eps": shape["norm_eps"],
+        "rope_theta": shape["rope_base"],
         "hidden_act": "silu",
-        "tie_word_embeddings": _SHAPE["tie_word_embeddings"],
+        "tie_word_embeddings": shape["tie_word_embeddings"],
         "use_sliding_window": False,
         "torch_dtype": "float32",
         "bos_token_id": None,
@@ -98,12 +111,13 @@ def hugging_face_config() -> dict[str, object]:
     }
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write the character tokenizer as `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+def write_tokenizer(folder: Path, symbols: list[str] = SYMBOLS) -> None:
+    """Write a tokenizer of `symbols`, the longest first, as `tokenizer.json` and `tokenizer_config.json`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
+    pattern = r"[\s\S]" if symbols == SYMBOLS else r"1\d|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<pad>", "<eos>")])
     tokenizer.save(str(folder / "tokenizer.json"))

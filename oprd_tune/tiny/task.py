@@ -51,7 +51,13 @@ def _operand(rng: random.Random) -> int:
 
 
 def addition(
-    tokenizer: PromptTokenizer, *, split: str, count: int, seed: int = 0, max_prompt_tokens: int | None = None
+    tokenizer: PromptTokenizer,
+    *,
+    split: str,
+    count: int,
+    seed: int = 0,
+    max_prompt_tokens: int | None = None,
+    teacher_tokenizer: PromptTokenizer | None = None,
 ) -> PromptDataset:
     """Addition problems as a data set of prompts and answers.
 
@@ -61,7 +67,14 @@ def addition(
         count: number of problems.
         seed: of the draw.
         max_prompt_tokens: longer prompts are dropped.
+        teacher_tokenizer: of a teacher that reads the same problems in other tokens.
     """
     problems = sample_problems(count, split=split, seed=seed)
     rows = in_memory([f"{a}+{b}=" for a, b in problems], [str(a + b) for a, b in problems])
-    return PromptDataset(rows, tokenizer, max_prompt_tokens=max_prompt_tokens, prompt_template="{prompt}")
+    return PromptDataset(
+        rows,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        prompt_template="{prompt}",
+        teacher_tokenizer=teacher_tokenizer,
+    )

@@ -42,6 +42,9 @@ class Plan:
         cpu_offload: shards, gradients and optimizer state are in CPU memory.
         evaluates_teacher: it samples once, for which it is gathered if it is sharded.
         engine_bytes: that an engine with weights of its own holds all the time.
+        target_width: of what the teacher gives a hidden-state loss; None for the teacher's own.
+        bridge_bytes: of a bridge's projectors.
+        moment_bytes: on the device, while a bridge is fitted, before the optimizer has a state.
     """
 
     dtype: torch.dtype
@@ -68,6 +71,9 @@ class Plan:
     cpu_offload: bool = False
     evaluates_teacher: bool = False
     engine_bytes: int = 0
+    target_width: int | None = None
+    bridge_bytes: int = 0
+    moment_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ class Memory:
         optimizer: its state.
         teacher: its parameters.
         engine: what a sampling engine holds all the time.
+        bridge: its projectors.
         sampling: what sampling adds: gathered weights and the cache.
+        fitting: what fitting a bridge adds, sampling included, when there is no optimizer's state yet.
         training: what the backward pass adds: gradients, gathered weights, activations, targets, logits.
         gradients: the part of `training` that is left for the optimizer.
         cpu: of CPU memory: a checkpoint's copy while it is written, and what is offloaded.
@@ -90,7 +98,9 @@ class Memory:
     optimizer: int
     teacher: int
     engine: int
+    bridge: int
     sampling: int
+    fitting: int
     training: int
     gradients: int
     cpu: int
@@ -99,8 +109,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is needed at once on the device."""
-        always = self.student + self.optimizer + self.teacher + self.engine
-        return always + max(self.sampling, self.training, self.gradients)
+        always = self.student + self.teacher + self.engine + self.bridge
+        return always + max(self.fitting, self.optimizer + max(self.sampling, self.training, self.gradients))
 
 
 def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, build: Builder, plan: Plan) -> Memory:
@@ -124,7 +134,7 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
         plan.tapped
         * plan.selected
         * compute
-        * (student.tok_embeddings.embedding_dim + teacher.tok_embeddings.embedding_dim)
+        * (student.tok_embeddings.embedding_dim + (plan.target_width or teacher.tok_embeddings.embedding_dim))
     )
     working = activations + targets + plan.logit_bytes
     if not plan.sharded:
@@ -136,7 +146,9 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
             optimizer=optimizer,
             teacher=_teacher_bytes(teacher, plan),
             engine=plan.engine_bytes,
+            bridge=plan.bridge_bytes,
             sampling=plan.rollout_bytes,
+            fitting=_fitting(plan, plan.rollout_bytes, teacher),
             # An embedding's gradient is made dense before it is added to what is there.
             training=gradients + max(working, embedding if again else 0),
             gradients=gradients,
@@ -157,12 +169,22 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
         optimizer=on_device * optimizer // ranks,
         teacher=_teacher_bytes(teacher, plan),
         engine=plan.engine_bytes,
+        bridge=plan.bridge_bytes,
         sampling=sampling,
+        fitting=_fitting(plan, sampling, teacher),
         training=max(passing + working, held + _reduction(student, plan)),
         gradients=on_device * trained * master // ranks,
         cpu=checkpoint + (shards if plan.cpu_offload else 0),
         checkpoint=checkpoint,
     )
+
+
+def _fitting(plan: Plan, sampling: int, teacher: TransformerDecoder) -> int:
+    """Moments, and the largest of what samples, or holds a microbatch's whole states of the teacher."""
+    if not plan.moment_bytes:
+        return 0
+    states = plan.tapped * plan.selected * plan.dtype.itemsize * teacher.tok_embeddings.embedding_dim
+    return plan.moment_bytes + max(sampling, states)
 
 
 def optimizer_bytes(

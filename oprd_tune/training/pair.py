@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.components import Components
 from oprd_tune.data.prompts import PromptDataset
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer, tokens_by_id
 from oprd_tune.errors import ConfigError
@@ -15,6 +17,7 @@ from oprd_tune.modeling.adapters import adapter_names, check_adapters
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.lm_head import LMHead
 from oprd_tune.modeling.load import Builder, build_on_meta, check_weights, open_checkpointer, width_of
+from oprd_tune.settings import OPRDSettings
 from oprd_tune.types import LayerPair
 
 _SHOWN = 3
@@ -30,8 +33,12 @@ class ModelPair:
         teacher_depth: blocks of the teacher.
         student_files: the student's opened checkpointer.
         teacher_files: the teacher's.
-        context: tokens that both models can read.
-        vocabulary: token ids that both models know: the smaller of two padded sizes.
+        width: of the student's states.
+        teacher_width: of the teacher's.
+        context: tokens that both models can read, or that the student can if the teacher has tokens of its own.
+        teacher_context: tokens that the teacher can read.
+        vocabulary: token ids that both models know, the smaller of two padded sizes; or the student's, likewise.
+        teacher_vocabulary: token ids that the teacher knows.
     """
 
     layers: list[LayerPair]
@@ -39,8 +46,12 @@ class ModelPair:
     teacher_depth: int
     student_files: FullModelHFCheckpointer
     teacher_files: FullModelHFCheckpointer
+    width: int
+    teacher_width: int
     context: int
+    teacher_context: int
     vocabulary: int
+    teacher_vocabulary: int
 
     def check_lengths(self, lengths: Mapping[str, int]) -> None:
         """Raise ConfigError for a length, given by what it consists of, that exceeds the context."""
@@ -57,6 +68,44 @@ class ModelPair:
                 "the models' own tokenizer"
             )
 
+    def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptDataset) -> None:
+        """Raise ConfigError if the teacher's own tokenizer makes ids or prompts that are beyond the teacher."""
+        largest = max(tokenizer.eos_id, dataset.largest_teacher_token or 0)
+        if largest >= self.teacher_vocabulary:
+            raise ConfigError(
+                f"teacher_tokenizer uses id {largest}, but the teacher's vocabulary ends at "
+                f"{self.teacher_vocabulary - 1}; give the teacher's own tokenizer"
+            )
+        if (longest := dataset.longest_teacher_prompt or 0) >= self.teacher_context:
+            raise ConfigError(
+                f"the longest prompt has {longest} of the teacher's tokens, its context {self.teacher_context}; lower "
+                "max_prompt_tokens"
+            )
+
+
+def load_pair(
+    make: Components, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False
+) -> ModelPair:
+    """Check the models of a config; see `check_pair`.
+
+    Args:
+        make: constructs components.
+        settings: of the run.
+        hidden_loss: whether a loss reads hidden states.
+        token_loss: whether one reads both LM heads.
+    """
+    return check_pair(
+        partial(make, "model"),
+        partial(make, "teacher_model"),
+        partial(make.plainly, "checkpointer", output_dir=settings.output_dir),
+        partial(make.plainly, "teacher_checkpointer", output_dir=settings.output_dir),
+        layers=settings.layers if hidden_loss else None,
+        layer_pairs=settings.layer_pairs,
+        token_loss=token_loss,
+        bridged="bridge" in make,
+        own_tokens="teacher_tokenizer" in make,
+    )
+
 
 def check_pair(
     build: Builder,
@@ -67,6 +116,8 @@ def check_pair(
     layers: str | Sequence[int] | None,
     layer_pairs: Sequence[Sequence[int]] | None,
     token_loss: bool = False,
+    bridged: bool = False,
+    own_tokens: bool = False,
 ) -> ModelPair:
     """Check that two models fit each other, the losses, and their checkpoint files.
 
@@ -78,6 +129,8 @@ def check_pair(
         layers: see `pair_layers`; None without a hidden-state loss, which then asks nothing of widths and depths.
         layer_pairs: see `pair_layers`.
         token_loss: whether a loss reads both LM heads.
+        bridged: whether a bridge joins the layers.
+        own_tokens: whether the teacher has a tokenizer of its own.
 
     Raises:
         ConfigError: if they do not.
@@ -90,22 +143,30 @@ def check_pair(
         raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
     pairs: list[LayerPair] = []
     if layers is not None:
-        check_widths(width_of(student), width_of(teacher))
-        pairs = pair_layers(layers, layer_pairs, student_depth=len(student.layers), teacher_depth=len(teacher.layers))
+        if not bridged:
+            check_widths(width_of(student), width_of(teacher))
+        depths = {"student_depth": len(student.layers), "teacher_depth": len(teacher.layers)}
+        pairs = pair_layers(layers, layer_pairs, **depths, bridged=bridged)
     if token_loss:
         LMHead(student, "model")
         LMHead(teacher, "teacher_model")
-    check_same_tokens(Path(student_files._checkpoint_dir), Path(teacher_files._checkpoint_dir))
+    if not own_tokens:
+        check_same_tokens(Path(student_files._checkpoint_dir), Path(teacher_files._checkpoint_dir))
     check_weights("checkpointer", student_files, student)
     check_weights("teacher_checkpointer", teacher_files, teacher)
+    read_same = [student] if own_tokens else [student, teacher]
     return ModelPair(
         layers=pairs,
         depth=len(student.layers),
         teacher_depth=len(teacher.layers),
         student_files=student_files,
         teacher_files=teacher_files,
-        context=min(student.max_seq_len, teacher.max_seq_len),
-        vocabulary=min(model.tok_embeddings.num_embeddings for model in (student, teacher)),
+        width=width_of(student),
+        teacher_width=width_of(teacher),
+        context=min(model.max_seq_len for model in read_same),
+        teacher_context=teacher.max_seq_len,
+        vocabulary=min(model.tok_embeddings.num_embeddings for model in read_same),
+        teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
     )
 
 

@@ -14,7 +14,9 @@ from oprd_tune.components import Components
 from oprd_tune.data.tokenizer import conventions
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.hidden_mse import HiddenStateMSE
+from oprd_tune.modeling.bridge import BridgePlan
 from oprd_tune.modeling.load import Builder, build_on_meta, width_of
+from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native import NativeEngine
 from oprd_tune.settings import OPRDSettings
@@ -35,6 +37,7 @@ def preflight(
     loss: HiddenStateMSE | Composite,
     ranks: Ranks,
     *,
+    bridge: BridgePlan | None = None,
     sharded: bool = False,
 ) -> Memory:
     """Print models, conventions, batch, memory and disk as a short table.
@@ -45,6 +48,7 @@ def preflight(
         pair: the models' files and layers.
         data: what the run reads.
         loss: decides which head and which states exist.
+        bridge: makes them comparable; None without.
         ranks: the processes of the run.
         sharded: whether the student is spread over them.
 
@@ -58,7 +62,7 @@ def preflight(
     top = pair.depth if token_losses else pair.layers[-1].student
     teacher.requires_grad_(False)
     freeze(student, top=top, trains_head=bool(token_losses), freeze_embedding=s.freeze_embedding)
-    plan = _plan(s, make, pair, data, loss, ranks, student, sharded=sharded)
+    plan = _plan(s, make, pair, data, loss, ranks, student, bridge, sharded=sharded)
     memory = predict_memory(student, teacher, build, plan)
     if s.preflight:
         rows = [
@@ -66,6 +70,7 @@ def preflight(
             ("teacher", _describe(teacher)),
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
+            *_describe_bridge(bridge, pair, ranks),
             *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
             ("disk", _describe_disk(s, student, memory, ranks, plan.dtype)),
         ]
@@ -82,6 +87,7 @@ def _plan(
     loss: HiddenStateMSE | Composite,
     ranks: Ranks,
     student: TransformerDecoder,
+    bridge: BridgePlan | None,
     *,
     sharded: bool,
 ) -> Plan:
@@ -122,6 +128,9 @@ def _plan(
         optimizer_bytes=optimizer_bytes(lambda parameters: make("optimizer", parameters), master, ranks.device),
         cpu_offload=getattr(s, "fsdp_cpu_offload", False),
         evaluates_teacher=s.evaluate_teacher and data.task_accuracy is not None,
+        target_width=pair.teacher_width if bridge is None else bridge.rank,
+        bridge_bytes=_projector_bytes(bridge, pair),
+        moment_bytes=0 if _moments_elsewhere(bridge, ranks) else _moment_bytes(bridge, pair),
     )
 
 
@@ -204,6 +213,38 @@ def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> 
     if free is not None and memory.peak > free:
         rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
     return rows
+
+
+def _projector_bytes(bridge: BridgePlan | None, pair: ModelPair) -> int:
+    if bridge is None:
+        return 0
+    return len(pair.layers) * (bridge.rank + 1) * (pair.width + pair.teacher_width) * 4
+
+
+def _moment_bytes(bridge: BridgePlan | None, pair: ModelPair) -> int:
+    """What a fit takes at most: all moments, or all projectors at full rank beside the matrices of one solution."""
+    if bridge is None or bridge.file is not None:
+        return 0
+    outcome = pair.teacher_width if bridge.needs_final_state else None
+    return len(pair.layers) * PairMoments.bytes_of(pair.width, pair.teacher_width, outcome, bridge.dtype.itemsize)
+
+
+def _moments_elsewhere(bridge: BridgePlan | None, ranks: Ranks) -> bool:
+    where = bridge.moments_device if bridge is not None else None
+    return where is not None and torch.device(where).type != ranks.device.type
+
+
+def _describe_bridge(bridge: BridgePlan | None, pair: ModelPair, ranks: Ranks) -> list[tuple[str, str]]:
+    if bridge is None:
+        return []
+    pairs = f"{len(pair.layers)} layer pairs, {pair.width} against {pair.teacher_width} wide"
+    if bridge.file is not None:
+        return [("bridge", f"{pairs}, from {bridge.file}")]
+    where = bridge.moments_device or ranks.device.type
+    return [
+        ("bridge", f"{pairs}, rank {bridge.rank}, basis {bridge.basis}, fitted on {bridge.prompts:,} prompts"),
+        ("", f"moments {_size(_moment_bytes(bridge, pair))} in {bridge.moments_dtype} on {where}, while it is fitted"),
+    ]
 
 
 def _free_bytes(ranks: Ranks) -> int | None:

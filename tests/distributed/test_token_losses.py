@@ -29,7 +29,7 @@ def accumulate(model, loss, micro_batches, *, tied, ranks):
     """Backpropagate a rank's microbatches of a step in which every row comes twice."""
     teacher = make_model(tied=tied, seed=1)
     heads = Heads(LMHead(model), LMHead(teacher), VOCAB)
-    frozen = FrozenTeacher(teacher, [pair.teacher for pair in PAIRS], final=True)
+    frozen = FrozenTeacher(teacher, PAIRS, final=True)
     counts_P = 2 * torch.tensor(loss.counts(rollout(), positions="all", positions_k=1))
     for micro in micro_batches:
         tokens, selection = response_tokens(micro), select_states(micro.response_mask_BS)

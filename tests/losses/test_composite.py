@@ -40,7 +40,7 @@ def gradients(loss, *, tied=True, positions="all", pairs=PAIRS):
     """The student's parameter gradients and the parts' sums."""
     student, teacher = make_model(tied=tied), make_model(tied=tied, seed=1)
     heads = Heads(LMHead(student), LMHead(teacher), VOCAB)
-    frozen = FrozenTeacher(teacher, [pair.teacher for pair in pairs], final=True)
+    frozen = FrozenTeacher(teacher, pairs, final=True)
     batch = rollout()
     tokens, selection = response_tokens(batch), select_states(batch.response_mask_BS, positions=positions)
     targets = frozen.targets(batch.tokens_BS, selection.index_T, tokens.index_T)

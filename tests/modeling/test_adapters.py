@@ -228,7 +228,7 @@ def test_a_gathered_model_runs_with_its_adapters_merged(files, kind, process_gro
         assert not any(linear.disabled for linear in linears)
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter.to_local(), shards[name]), name
-        (got,), (want,) = (collect_states(m, TOKENS, [(DEPTH, torch.arange(18))]) for m in (model, whole))
+        (got,), (want,) = (collect_states(m, TOKENS, [(DEPTH, torch.arange(18), None)]) for m in (model, whole))
         assert torch.equal(got, want)
 
     assert len(linears) == DEPTH * 7

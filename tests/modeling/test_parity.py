@@ -79,7 +79,7 @@ def test_states_and_loss_are_those_of_hugging_face(tmp_path, tied):
     real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     index_T = real.flatten().nonzero(as_tuple=True)[0]
     for ours, theirs in ((student, students_hf), (teacher, teacher_hf)):
-        states = collect_states(ours, right, [(layer, index_T) for layer in (1, 2, 3)])
+        states = collect_states(ours, right, [(layer, index_T, None) for layer in (1, 2, 3)])
         for state, wanted in zip(states, hugging_face_states(theirs, left, left_mask), strict=True):
             torch.testing.assert_close(state, wanted, rtol=1e-4, atol=2e-5)
 
@@ -94,7 +94,7 @@ def test_states_and_loss_are_those_of_hugging_face(tmp_path, tied):
 
     selection = select_states(response)
     pairs = [LayerPair(layer, layer) for layer in (1, 2, 3)]
-    targets = FrozenTeacher(teacher, [1, 2, 3]).targets(right, selection.index_T)
+    targets = FrozenTeacher(teacher, pairs).targets(right, selection.index_T)
     stream = HiddenStateMSE().stream(pairs, targets.states, selection)
     with layer_taps(student, [1, 2, 3], stream):
         total = student(right)

@@ -40,7 +40,7 @@ def plain(files, *, device=CPU):
 def states(model, tokens=TOKENS):
     """Every layer's states, the top one's after the final norm."""
     everywhere = torch.arange(tokens.numel(), device=tokens.device)
-    return collect_states(model, tokens, [(layer, everywhere) for layer in range(1, len(model.layers) + 1)])
+    return collect_states(model, tokens, [(layer, everywhere, None) for layer in range(1, len(model.layers) + 1)])
 
 
 def assert_same_states(got, want):
@@ -123,7 +123,7 @@ def test_a_sharded_int8_teacher_gives_the_unsharded_states(files, process_group)
     assert errors == pytest.approx(errors_by_hand(whole, plain(files)), rel=1e-3)
 
     everywhere = torch.arange(TOKENS.numel())
-    targets = FrozenTeacher(teacher, LAYERS).targets(TOKENS, everywhere)
+    targets = FrozenTeacher(teacher, [LayerPair(layer, layer) for layer in LAYERS]).targets(TOKENS, everywhere)
     assert_same_states([targets.states[layer] for layer in LAYERS], states(whole))
     assert not torch.equal(targets.states[1], states(plain(files))[0])
 

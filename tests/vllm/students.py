@@ -6,7 +6,9 @@ import torch
 from torchtune.models.qwen2 import qwen2
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.modeling import hugging_face_checkpointer
 from oprd_tune.modeling.load import load_decoder
+from oprd_tune.modeling.qwen3 import qwen3
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import NativeEngine
@@ -27,17 +29,35 @@ def untied_qwen2():
     return qwen2(max_seq_len=MAX_SEQ_LEN, **{**_SHAPE, "tie_word_embeddings": False})
 
 
+def make_qwen3(folder, dtype):
+    """Heads that are not a part of the width, and norms of queries and keys that matter."""
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
+    config |= {"vocab_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"head_dim": 64, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": MAX_SEQ_LEN}
+    config |= {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+    torch.manual_seed(5)
+    shape = {"vocab_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "embed_dim": 128}
+    shape |= {"intermediate_dim": 256, "max_seq_len": MAX_SEQ_LEN, "rope_base": 10_000.0, "tie_word_embeddings": True}
+    model = qwen3(**shape).to(dtype)
+    move(model, "norm.scale", by=0.5)
+    return model, hugging_face_checkpointer(str(folder), str(folder.parent / "out"), model_type="QWEN3")
+
+
 def make_student(kind, folder, ranks=None, dtype=torch.float32):
-    """A student, `tied`, `untied`, `lora` or `dora`, and its weights for engines; on all ranks if there are several."""
+    """A student, `tied`, `untied`, `lora`, `dora` or `qwen3`, and its weights for engines; on all ranks if several."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = ranks or Ranks()
     files = checkpointer("student", str(folder))
     if kind == "untied":
-        (folder / "config.json").write_text(json.dumps(hugging_face_config() | {"tie_word_embeddings": False}))
+        (folder / "config.json").write_text(json.dumps(hugging_face_config(tiny_qwen2()) | {"tie_word_embeddings": False}))
         torch.manual_seed(5)
         (folder / "model.safetensors").touch()
         files = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "QWEN2", str(folder.parent / "out"))
         model = untied_qwen2().to(dtype)
+    elif kind == "qwen3":
+        model, files = make_qwen3(folder, dtype)
     elif kind == "tied" and ranks.world_size == 1:
         model = load_decoder(tiny_qwen2, files, dtype=dtype, device=torch.device("cpu"))
     else:

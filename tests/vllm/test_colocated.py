@@ -15,8 +15,9 @@ from tests.vllm.students import GROUPS, PROMPTS, SAMPLING, make_student, move, n
 
 pytest.importorskip("vllm")
 ENGINE = {"max_prompt_tokens": 16, "kv_cache_gib": 0.125, **SAMPLING}
-KINDS = ("tied", "untied", "lora", "dora")
+KINDS = ("tied", "untied", "lora", "dora", "qwen3")
 SINGLE = [(kind, group) for kind in KINDS[:2] for group in (*GROUPS, *(["output.weight"] if kind == "untied" else []))]
+SINGLE += [("qwen3", group) for group in ("q_proj.linear", "q_proj.norm", "k_proj.norm")]
 
 
 def compare(engine, model, prompts, version):

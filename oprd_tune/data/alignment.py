@@ -1,0 +1,158 @@
+"""A teacher with another tokenizer reads the student's responses: which tokens it reads, and where states meet.
+
+A state has read so many UTF-8 bytes of the response; two states meet where both models have read the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oprd_tune.data.token_bytes import TokenBytes
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+from oprd_tune.errors import ConfigError
+from oprd_tune.types import Reading, Rollout
+
+Integers = NDArray[np.int64]
+
+
+class Reader:
+    """Tokenizes sampled responses for the teacher and aligns both tokenizations.
+
+    Args:
+        student: tokenizer that the responses were sampled with.
+        teacher: the teacher's. What it puts behind an answer is its `end_of_turn`.
+
+    Raises:
+        ConfigError: for a tokenizer of another class, or one whose tokens do not stand for bytes.
+    """
+
+    def __init__(self, student: HuggingFaceTokenizer, teacher: HuggingFaceTokenizer) -> None:
+        for side, tokenizer in (("student", student), ("teacher", teacher)):
+            if not isinstance(tokenizer, HuggingFaceTokenizer):
+                raise ConfigError(
+                    f"the {side}'s tokenizer is a {type(tokenizer).__name__}; a teacher with another tokenizer needs "
+                    "oprd_tune.data.HuggingFaceTokenizer on both sides: give it as _component_, with a model folder"
+                )
+        self._student, self._teacher = student.token_bytes, teacher.token_bytes
+        self._student_stops = frozenset(student.stop_tokens)
+        self._teacher_tokenizer = teacher
+        self._teacher_stop = teacher.end_of_turn
+
+    def read(self, rollout: Rollout, teacher_prompts: Sequence[Sequence[int]]) -> Reading:
+        """The teacher's tokens of each row, and the columns where it has read what the student has.
+
+        The teacher reads the longest prefix of the response that is text: up to the first bytes that are not UTF-8, and
+        up to a special token. Behind a whole response that has ended stands its stop token, and that alone meets the
+        student's. Of several states that have read the same, the last one of each side meets. A tokenizer may change
+        the text: nothing meets behind the first byte that differs.
+
+        Args:
+            rollout: prompts and responses in the student's tokens.
+            teacher_prompts: the prompt of each row in the teacher's.
+
+        Returns:
+            The reading, where the rollout is.
+
+        Raises:
+            ValueError: if a prompt is missing or empty.
+        """
+        if len(teacher_prompts) != len(rollout) or not all(map(len, teacher_prompts)):
+            raise ValueError(f"{len(rollout)} rows need as many prompts of the teacher's, none of them empty")
+        tokens_BS = rollout.tokens_BS.cpu().numpy()
+        lengths, sizes = rollout.lengths_B.tolist(), rollout.response_mask_BS.sum(1).tolist()
+        responses = [
+            _understand(tokens_BS[row, length - size : length], self._student, self._student_stops)
+            for row, (length, size) in enumerate(zip(lengths, sizes, strict=True))
+        ]
+        encoded = self._teacher_tokenizer.encode_batch([response.text for response in responses])
+        column_BS = np.full(tokens_BS.shape, -1)
+        rows = []
+        for row, (prompt, response, ids) in enumerate(zip(teacher_prompts, responses, encoded, strict=True)):
+            column_N, agrees = _meet(response, np.array(ids, dtype=np.int64), self._teacher)
+            first = lengths[row] - sizes[row] - 1
+            if first < 0:
+                raise ValueError(f"row {row} has no prompt")
+            column_BS[row, first : first + len(column_N)] = np.where(column_N < 0, -1, column_N + len(prompt) - 1)
+            rows.append([*prompt, *ids, *([self._teacher_stop] if response.ends else [])])
+            if response.ends and agrees:
+                column_BS[row, lengths[row] - 1] = len(rows[-1]) - 1
+        return self._reading(rows, column_BS, rollout.tokens_BS.device)
+
+    def _reading(self, rows: Sequence[Sequence[int]], column_BS: Integers, device: torch.device) -> Reading:
+        tokens_BU = np.full((len(rows), max(map(len, rows))), self._teacher_tokenizer.pad_id)
+        for row, tokens in enumerate(rows):
+            tokens_BU[row, : len(tokens)] = tokens
+        return Reading(
+            tokens_BU=torch.from_numpy(tokens_BU).to(device),
+            lengths_B=torch.tensor([len(tokens) for tokens in rows], device=device),
+            column_BS=torch.from_numpy(column_BS).to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Response:
+    """A response as its reader sees it.
+
+    Attributes:
+        text: what is text of it, from its start.
+        data: the same in UTF-8.
+        offset_N: bytes that were read at the prompt's last column and at each token up to the first that is not text.
+        ends: whether all of it is text, but for the stop token at its end.
+    """
+
+    text: str
+    data: bytes
+    offset_N: Integers
+    ends: bool
+
+
+def _understand(tokens_T: Integers, own: TokenBytes, stops: frozenset[int]) -> _Response:
+    ended = len(tokens_T) > 0 and int(tokens_T[-1]) in stops
+    body_T = tokens_T[:-1] if ended else tokens_T
+    data, sizes_T = own.read(body_T)
+    dropped = int(own.decoding_drops_space and data.startswith(b" "))
+    data = data[dropped:]
+    text = _text_prefix(data)
+    read = text.encode()
+    return _Response(text, read, _offsets(sizes_T, dropped), ended and len(sizes_T) == len(body_T) and read == data)
+
+
+def _meet(response: _Response, ids: Integers, own: TokenBytes) -> tuple[Integers, bool]:
+    """Which teacher token meets each of the response's states, and whether both read the same text to the end.
+
+    Counted from 0, the prompt's last column; -1 for none.
+    """
+    data, sizes_T = own.read(ids)
+    added = own.space_added(data, response.data)
+    data, end_M, offset_N = data[added:], _offsets(sizes_T, added), response.offset_N
+    common = _common_prefix(data, response.data)
+    last_N = np.append(offset_N[1:] != offset_N[:-1], True)
+    token_N = np.searchsorted(end_M, offset_N, side="right") - 1
+    meets_N = last_N & (offset_N <= common) & (end_M[token_N] == offset_N)
+    return np.where(meets_N, token_N, -1), len(sizes_T) == len(ids) and data == response.data
+
+
+def _offsets(sizes_T: Integers, without: int) -> Integers:
+    """Bytes read before the first token and after each one, if the first bytes do not count."""
+    return np.maximum(np.concatenate([[0], np.cumsum(sizes_T)]) - without, 0)
+
+
+def _text_prefix(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
+
+
+def _common_prefix(one: bytes, other: bytes) -> int:
+    """How many bytes two texts share from their start."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    differs = np.frombuffer(one, np.uint8, shorter) != np.frombuffer(other, np.uint8, shorter)
+    return int(differs.argmax())

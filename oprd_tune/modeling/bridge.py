@@ -1,0 +1,266 @@
+"""OPRD-Bridge (§3.3 of arXiv 2606.06021): frozen linear projections that make states of unlike models comparable.
+
+At each layer pair, z_S = P_S (h − μ_S) of the student meets z_T = P_T (g − μ_T) of the teacher, both in R dimensions.
+A `Bridge` is an artefact: fitted once, saved with what it belongs to, never trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.projectors import BASES, LayerFit, Projectors
+from oprd_tune.types import LayerPair
+
+_FORMAT = "oprd-tune bridge 1"
+
+
+@dataclass(frozen=True)
+class BridgePlan:
+    """What bridge a run uses: how to fit one, or where a fitted one is. Section `bridge` of a config.
+
+    Attributes:
+        rank: R, how many directions of the teacher are compared; at most the teacher's width.
+        basis: which: `pca`, `reduced_rank` or `predictive`; see `oprd_tune.modeling.projectors`.
+        intercept: centre the student's states as well as the teacher's; false is Eq. 13 itself.
+        ridge: of the student's regression, relative to `ridge_scale`.
+        ridge_scale: `trace`, the mean variance of a coordinate, or `diagonal`, each coordinate's own.
+        prompts: how many of the run's first prompts the fit samples responses to.
+        held_out_prompts: how many more its similarities are measured on.
+        moments_dtype: that moments are accumulated in, `fp32` or `fp64`.
+        moments_device: where; null for the run's device. `cpu` spares a GPU's memory.
+        file: a saved bridge to use instead of fitting one.
+        same_weights: refuse a file that was fitted for other weights of these architectures.
+        fit_only: end the run once the bridge is there.
+
+    Raises:
+        ConfigError: for a value that is none of these.
+    """
+
+    rank: int = 8
+    basis: str = "pca"
+    intercept: bool = True
+    ridge: float = 1e-4
+    ridge_scale: str = "trace"
+    prompts: int = 2000
+    held_out_prompts: int = 64
+    moments_dtype: str = "fp32"
+    moments_device: str | None = None
+    file: str | None = None
+    same_weights: bool = True
+    fit_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "prompts", "held_out_prompts"):
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"bridge.{name} is {value!r}; it must be a whole number, at least 1")
+        for name, allowed in (
+            ("basis", tuple(BASES)),
+            ("ridge_scale", ("trace", "diagonal")),
+            ("moments_dtype", ("fp32", "fp64")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"bridge.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        for name in ("intercept", "same_weights", "fit_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"bridge.{name} is {getattr(self, name)!r}; allowed are true and false")
+        if not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < float("inf"):
+            raise ConfigError(f"bridge.ridge is {self.ridge!r}; it must be a number that is not negative")
+        if self.file is not None and self.fit_only:
+            raise ConfigError("bridge.fit_only fits a bridge and bridge.file loads one; give one of them")
+        if self.file is not None and not Path(self.file).expanduser().is_file():
+            raise ConfigError(f"bridge.file: there is no file {self.file}; leave it out to fit a bridge")
+
+    @property
+    def needs_final_state(self) -> bool:
+        """Whether the fit looks at the teacher's last state, whatever layers are compared."""
+        return self.basis == "predictive" and self.file is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the moments."""
+        return torch.float32 if self.moments_dtype == "fp32" else torch.float64
+
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """What decides what a fit comes to."""
+        names = ("rank", "basis", "intercept", "ridge", "ridge_scale", "prompts")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Belonging:
+    """What a bridge belongs to.
+
+    Attributes:
+        student: facts of the student: `name`, `depth`, `width`, `fingerprint` of its weights.
+        teacher: facts of the teacher.
+        conventions: of the states: positions, their number, anchor, and whether each model reads its own tokens.
+    """
+
+    student: Mapping[str, Any]
+    teacher: Mapping[str, Any]
+    conventions: Mapping[str, Any]
+
+    def differences(self, other: Belonging, *, same_weights: bool) -> list[str]:
+        """What another one has that this one has not, one line each."""
+        found = []
+        for part in ("student", "teacher", "conventions"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            for key in mine:
+                if key == "name" or (key == "fingerprint" and not same_weights) or mine[key] == theirs.get(key):
+                    continue
+                if key == "fingerprint":
+                    found.append(f"its {part}, {theirs['name']}, has other weights than {mine['name']}")
+                else:
+                    found.append(f"{part} {key} {theirs.get(key)!r} in the file, {mine[key]!r} in this run")
+        return found
+
+
+@dataclass(frozen=True)
+class _LayerProjection:
+    student_RD: Tensor
+    student_mean_D: Tensor
+    teacher_RC: Tensor
+    teacher_mean_C: Tensor
+    variance: Tensor
+
+
+@dataclass
+class Bridge:
+    """Projections of student and teacher states, by student layer.
+
+    Attributes:
+        pairs: the layer pairs.
+        rank: R.
+        plan: `BridgePlan.fitting` of the fit.
+        belongs: to which models and states.
+        report: by student layer, how well it fits.
+    """
+
+    pairs: Sequence[LayerPair]
+    rank: int
+    plan: Mapping[str, Any]
+    belongs: Belonging
+    report: dict[int, LayerFit] = field(default_factory=dict)
+    _layers: dict[int, _LayerProjection] = field(default_factory=dict)
+
+    def set(self, layer: int, fit: Projectors, *, device: torch.device) -> None:
+        """Take the first R directions of a layer's fit, in fp32."""
+        rank = self.rank
+
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=torch.float32).contiguous()
+
+        self._layers[layer] = _LayerProjection(
+            keep(fit.student_RD[:rank]),
+            keep(fit.student_mean_D),
+            keep(fit.teacher_RC[:rank]),
+            keep(fit.teacher_mean_C),
+            keep(fit.variance_R[:rank].sum()),
+        )
+
+    def student(self, layer: int, state_TD: Tensor) -> Tensor:
+        """z_S of a student layer's states, [T, R], in at least fp32."""
+        own = self._layers[layer]
+        return _project(state_TD, own.student_mean_D, own.student_RD)
+
+    def teacher(self, layer: int, state_TC: Tensor) -> Tensor:
+        """z_T of the states of the teacher layer that student layer `layer` is paired with, [T, R]."""
+        own = self._layers[layer]
+        return _project(state_TC, own.teacher_mean_C, own.teacher_RC)
+
+    def variance(self, layer: int) -> Tensor:
+        """E‖z_T‖² over the fit's rows, a scalar."""
+        return self._layers[layer].variance
+
+    def save(self, path: Path) -> None:
+        """Write everything into one safetensors file, whose metadata is readable without this package."""
+        tensors = {
+            f"layers.{layer}.{name}": getattr(own, name).cpu()
+            for layer, own in self._layers.items()
+            for name in _LayerProjection.__dataclass_fields__
+        }
+        facts = {
+            "pairs": [[pair.student, pair.teacher] for pair in self.pairs],
+            "rank": self.rank,
+            "plan": dict(self.plan),
+            "student": dict(self.belongs.student),
+            "teacher": dict(self.belongs.teacher),
+            "conventions": dict(self.belongs.conventions),
+            "report": {layer: vars(fit) for layer, fit in self.report.items()},
+        }
+        staged = path.with_name(f".{path.name}.staged")
+        save_file(tensors, staged, metadata={"format": _FORMAT, "bridge": json.dumps(facts)})
+        staged.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, *, device: torch.device) -> Bridge:
+        """Read a saved bridge.
+
+        Raises:
+            ConfigError: if the file is damaged, or something else.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ConfigError(f"bridge.file: {path} holds no bridge of this version ({_FORMAT})")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"bridge.file: {path} is damaged or incomplete: {error}") from error
+        facts = json.loads(metadata["bridge"])
+        layers = {
+            student: _LayerProjection(
+                **{name: tensors[f"layers.{student}.{name}"] for name in _LayerProjection.__dataclass_fields__}
+            )
+            for student, _ in facts["pairs"]
+        }
+        return cls(
+            pairs=[LayerPair(*pair) for pair in facts["pairs"]],
+            rank=facts["rank"],
+            plan=facts["plan"],
+            belongs=Belonging(facts["student"], facts["teacher"], facts["conventions"]),
+            report={int(layer): _as_fit(fit) for layer, fit in facts["report"].items()},
+            _layers=layers,
+        )
+
+    def check(self, pairs: Sequence[LayerPair], belongs: Belonging, plan: BridgePlan) -> None:
+        """Find out whether this bridge may serve a run.
+
+        Raises:
+            ConfigError: if it was made for other layers, models or states, or has another rank.
+        """
+        problems = belongs.differences(self.belongs, same_weights=plan.same_weights)
+        if unknown := [pair for pair in pairs if pair not in self.pairs]:
+            shown = [[pair.student, pair.teacher] for pair in unknown]
+            problems.append(f"it lacks the layer pairs {shown}; it has {[[p.student, p.teacher] for p in self.pairs]}")
+        if self.rank != plan.rank:
+            problems.append(f"its rank is {self.rank}, bridge.rank is {plan.rank}")
+        if problems:
+            raise ConfigError(
+                f"this bridge does not belong to this run: {'; '.join(problems)}. Leave bridge.file out to fit one"
+                + ("; bridge.same_weights=false accepts other weights" if plan.same_weights else "")
+            )
+
+
+def _project(state_TA: Tensor, mean_A: Tensor, projector_RA: Tensor) -> Tensor:
+    wide_TA = state_TA if state_TA.dtype == torch.float64 else state_TA.float()
+    return (wide_TA - mean_A) @ projector_RA.to(wide_TA.dtype).T
+
+
+def _as_fit(facts: Mapping[str, Any]) -> LayerFit:
+    by_rank = {
+        name: {int(rank): value for rank, value in facts[name].items()}
+        for name in ("cosine_by_rank", "r_squared_by_rank")
+    }
+    return LayerFit(**{**facts, **by_rank})
