@@ -41,7 +41,8 @@ def make_qwen3(folder, dtype):
     shape = {"vocab_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "embed_dim": 128}
     shape |= {"intermediate_dim": 256, "max_seq_len": MAX_SEQ_LEN, "rope_base": 10_000.0, "tie_word_embeddings": True}
     model = qwen3(**shape).to(dtype)
-    move(model, "norm.scale", by=0.5)
+    model.tok_embeddings.weight.data.mul_(0.1)  # or the tied head would be sure of every token
+    move(model, "proj", by=0.3)
     return model, hugging_face_checkpointer(str(folder), str(folder.parent / "out"), model_type="QWEN3")
 
 
@@ -51,7 +52,8 @@ def make_student(kind, folder, ranks=None, dtype=torch.float32):
     ranks = ranks or Ranks()
     files = checkpointer("student", str(folder))
     if kind == "untied":
-        (folder / "config.json").write_text(json.dumps(hugging_face_config(tiny_qwen2()) | {"tie_word_embeddings": False}))
+        config = hugging_face_config(tiny_qwen2()) | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config))
         torch.manual_seed(5)
         (folder / "model.safetensors").touch()
         files = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "QWEN2", str(folder.parent / "out"))
