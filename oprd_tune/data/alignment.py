@@ -134,7 +134,7 @@ def _meet(response: _Response, ids: Integers, own: TokenBytes) -> tuple[Integers
     last_N = np.append(offset_N[1:] != offset_N[:-1], True)
     token_N = np.searchsorted(end_M, offset_N, side="right") - 1
     meets_N = last_N & (offset_N <= common) & (end_M[token_N] == offset_N)
-    return np.where(meets_N, token_N, -1), len(sizes_T) == len(ids) and data == response.data
+    return np.where(meets_N, token_N, -1), data == response.data
 
 
 def _offsets(sizes_T: Integers, without: int) -> Integers:

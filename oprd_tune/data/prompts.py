@@ -67,8 +67,7 @@ class PromptDataset:
         teacher_template = prompt_template if teacher_prompt_template is None else teacher_prompt_template
         teacher_template = None if teacher_template == CHAT else teacher_template
         _check_template("teacher_prompt_template", teacher_template, f", or be `{CHAT}`")
-        chats = prompt_template is None or (teacher_tokenizer is not None and teacher_template is None)
-        if system_prompt is not None and not chats:
+        if system_prompt is not None and None not in (prompt_template, teacher_template):
             raise ConfigError("dataset.system_prompt belongs to a chat template; write it into prompt_template instead")
         self._tokenizer = tokenizer
         self._readers = {"tokens": (tokenizer, prompt_template)}

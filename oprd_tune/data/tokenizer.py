@@ -91,8 +91,6 @@ class HuggingFaceTokenizer:
 
         A folder's `eos_token` may be another one: that which ends a document.
         """
-        if self.chat_template is None:
-            return self.eos_id
         question, answers = Message(role="user", content="1"), ("", "2")
         try:
             asked, answered = (

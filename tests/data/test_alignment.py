@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from oprd_tune.data import HuggingFaceTokenizer, Reader
 from oprd_tune.data.token_bytes import token_bytes
@@ -20,7 +20,7 @@ LINES = [
     "e\u0301le\u0300ve n\u0303 o\u0302\u0323 ki\u0301 한국어 ㄱㅏ \u1112\u1161\u11ab",
     "🎉🎊 👩‍👩‍👧‍👦 🇫🇷 👍🏽 ∑ x² ≤ ∞ 😀😁",
 ]
-CHARACTERS = sorted({c for line in LINES for c in line} | {"<", ">", "|", "_", "▁", "ß", "𝔘", "\u212b", "က"})
+CHARACTERS = sorted({c for line in LINES for c in line} | {"<", ">", "|", "_", "▁", "ß", "𝔘", "\xa0", "\u212b", "က"})
 FRAGMENTS = [*CHARACTERS, *LINES, " ", "  ", "\n", " the", " cat", "<think>", "</think>", "▁", "<0x41>", "<|start|>"]
 SPECIAL = ["<pad>", "<eos>", "<|start|>"]
 ADDED = ["<think>", "</think>"]
@@ -94,6 +94,7 @@ def sentence_piece(size, *, prefix, split):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.post_processor = processors.TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 0)])
     adds = (lambda text: text != "" and not text.startswith((*SPECIAL, *ADDED))) if prefix else lambda text: False
     return Kind(tokenizer, says_piece, drops=prefix, adds=adds)
 
@@ -120,6 +121,7 @@ MAKERS = {
     "bytes": lambda: byte_level(262),
     "byte level": lambda: byte_level(700),
     "byte level, NFC": lambda: byte_level(420, normalizers.NFC()),
+    "byte level, NFKC": lambda: byte_level(300, normalizers.NFKC()),
     "byte level, prefix": lambda: byte_level(330, prefix=True),
     "llama": lambda: sentence_piece(500, prefix=True, split=False),
     "gemma": lambda: sentence_piece(420, prefix=False, split=True),
@@ -356,6 +358,13 @@ def test_a_normaliser_that_changes_the_text_ends_the_agreement(kinds):
     assert found == [0, 1, -1, -1, -1, -1]
 
 
+def test_a_space_that_the_text_has_otherwise_is_none_that_was_added(kinds):
+    response = ids_of(kinds["words"][0], "\xa0".encode(), b"x", "<eos>")
+    found, tokens = places(kinds, "words", "byte level, NFKC", response)
+    assert tokens == ids_of(kinds["byte level, NFKC"][0], b" ", b"x", "<eos>")
+    assert found == [0, -1, -1, -1]
+
+
 def test_the_last_of_several_tokens_that_end_together_meets(kinds):
     word = kinds["words"][0]
     response = ids_of(word, b"", b"a", b"", b"", b"b", b"", "<eos>")
@@ -388,6 +397,18 @@ def test_tokens_say_what_decoding_says(kinds, name):
         says = b"".join(tokenizer.token_bytes[i] for i in ids)
         says = says.removeprefix(b" ") if tokenizer.token_bytes.decoding_drops_space else says
         assert says.decode(errors="replace") == tokenizer.decode(ids)
+
+
+def test_a_token_that_is_spelled_like_another_kinds_says_its_own_text():
+    letter_like = Tokenizer(models.WordLevel({"Ġé": 0, "Ġ —": 1}, unk_token="Ġé"))
+    letter_like.decoder = decoders.ByteLevel()
+    letter_like.add_tokens([AddedToken("é", special=False)])
+    assert token_bytes(letter_like).pieces == (b" \xe9", "Ġ —".encode(), "é".encode())
+    plain = Tokenizer(models.WordLevel({"<0x41>": 0, "▁": 1}, unk_token="▁"))
+    plain.decoder = decoders.Fuse()
+    assert token_bytes(plain).pieces == (b"<0x41>", "▁".encode())
+    plain.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert token_bytes(plain).pieces == (b"A", "▁".encode())
 
 
 def test_rows_of_a_reading_are_trimmed_to_what_is_left():
@@ -431,6 +452,7 @@ def test_mistakes_are_explained(kinds):
         decoders.Sequence([decoders.Replace(Regex("a+"), " "), decoders.Fuse()]),
         decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
         decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip("_", 1, 0)]),
         decoders.Sequence([decoders.Strip(" ", 1, 0), decoders.Fuse()]),
         decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]),
     ],
@@ -444,7 +466,8 @@ def test_a_tokenizer_whose_tokens_are_no_bytes_is_refused(decoder):
 
 
 CHAT = (
-    "{% for m in messages %}<think>{{ m.content }}<|start|>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    "{% for m in messages %}<think>{{ m.content }}{{ eos_token if m.role == 'user' else '<|start|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<think>{% endif %}"
 )
 
 
