@@ -17,7 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,69 +28,93 @@ from tqdm import tqdm
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
 
 RESULTS = Path(__file__).parent / "results"
-DETACHED = ["loss._component_=oprd_tune.losses.DetachedTopKReverseKL", "~loss.support"]
-# Name -> config, overrides, learning rates to try.
-OBJECTIVES: dict[str, tuple[str, list[str], tuple[float, ...]]] = {
-    "OPRD": ("tiny/oprd", [], (3e-3, 6e-3, 1e-2)),
-    "OPRD + 0.1 full KL": ("tiny/oprd_plus_opd", [], (3e-3, 6e-3, 1e-2)),
-    "full KL": ("tiny/opd_full", [], (3e-4, 1e-3, 3e-3)),
-    "top-4": ("tiny/opd_topk", [], (3e-4, 6e-4, 1e-3)),
-    "top-4, detached": ("tiny/opd_topk", DETACHED, (1e-4, 3e-4, 6e-4)),
-    "vOPD": ("tiny/vopd", [], (1e-4, 3e-4, 6e-4)),
-    "vOPD, top-4 baseline": ("tiny/vopd", ["loss.baseline_k=4"], (1e-4, 3e-4, 6e-4)),
-    "sampled token": ("tiny/opd_sampled", [], (6e-5, 1.5e-4, 3e-4)),
+DETACHED = ("loss._component_=oprd_tune.losses.DetachedTopKReverseKL", "~loss.support")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Attributes:
+        config: its config.
+        rates: learning rates to try.
+        overrides: of the config.
+        recipe: a file to run instead of the config's recipe.
+        first: a case that takes the first half of the steps, at its first rate, and leaves its student to this one.
+    """
+
+    config: str
+    rates: tuple[float, ...]
+    overrides: tuple[str, ...] = ()
+    recipe: Path | None = None
+    first: Case | None = None
+
+
+OBJECTIVES = {
+    "OPRD": Case("tiny/oprd", (3e-3, 6e-3, 1e-2)),
+    "OPRD + 0.1 full KL": Case("tiny/oprd_plus_opd", (3e-3, 6e-3, 1e-2)),
+    "full KL": Case("tiny/opd_full", (3e-4, 1e-3, 3e-3)),
+    "top-4": Case("tiny/opd_topk", (3e-4, 6e-4, 1e-3)),
+    "top-4, detached": Case("tiny/opd_topk", (1e-4, 3e-4, 6e-4), DETACHED),
+    "vOPD": Case("tiny/vopd", (1e-4, 3e-4, 6e-4)),
+    "vOPD, top-4 baseline": Case("tiny/vopd", (1e-4, 3e-4, 6e-4), ("loss.baseline_k=4",)),
+    "sampled token": Case("tiny/opd_sampled", (6e-5, 1.5e-4, 3e-4)),
 }
 SEEDS = (1, 2, 3)
 DIVERGED = {"student_after": None}  # instead of a summary, after too many steps that were not finite
 
 
-def run(objective: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+def run(case: Case, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """One training run; returns its summary, or DIVERGED."""
-    name, overrides, _ = OBJECTIVES[objective]
-    config = config_files()[name]
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"output_dir={folder}", f"optimizer.lr={rate}", f"seed={seed}", f"max_steps={steps}", *overrides]
-        words += [f"checkpoint_every_n_steps={steps}", "metric_logger.log_dir=" + folder]
-        recipe = recipe_files()[str(recipe_named_in(config))]
-        command = [sys.executable, str(recipe), "--config", str(config), *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if "not finite" in result.stderr:
-            return DIVERGED
-        if result.returncode:
-            sys.exit(result.stderr)
-        return json.loads((Path(folder) / "summary.json").read_text())
+        student: list[str] = []
+        if case.first is not None:
+            first, steps = Path(folder) / "first", steps // 2
+            if _train(case.first, case.first.rates[0], seed, steps, first, []) == DIVERGED:
+                return DIVERGED
+            student = [f"checkpointer.checkpoint_dir={first / 'final'}"]
+        return _train(case, rate, seed, steps, Path(folder) / "run", student)
 
 
-def rates_of(objective: str, args: argparse.Namespace) -> tuple[float, ...]:
-    """The grid of an objective, unless one was given for all."""
-    return tuple(args.rates) if args.rates else OBJECTIVES[objective][2]
+def _train(case: Case, rate: float, seed: int, steps: int, folder: Path, words: list[str]) -> dict[str, Any]:
+    config = config_files()[case.config]
+    words = [*case.overrides, *words, f"output_dir={folder}", f"optimizer.lr={rate}", f"seed={seed}"]
+    words += [f"max_steps={steps}", f"checkpoint_every_n_steps={steps}", f"metric_logger.log_dir={folder}"]
+    recipe = case.recipe or recipe_files()[str(recipe_named_in(config))]
+    command = [sys.executable, str(recipe), "--config", str(config), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if "not finite" in result.stderr:
+        return DIVERGED
+    if result.returncode:
+        sys.exit(result.stderr)
+    return json.loads((folder / "summary.json").read_text())
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose each objective's rate on seed 0, then run the other seeds at it; `args.jobs` runs at a time."""
+def measure(cases: Mapping[str, Case], args: argparse.Namespace) -> dict[str, Any]:
+    """Choose each case's rate on seed 0, then run the other seeds at it; `args.jobs` runs at a time."""
+    grids = {name: tuple(args.rates) if args.rates else case.rates for name, case in cases.items()}
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(unit="run") as bar:
 
-        def start(cases: list[tuple[str, float, int]]) -> dict[tuple[str, float, int], dict[str, Any]]:
-            bar.reset(total=len(cases))
+        def start(runs: list[tuple[str, float, int]]) -> dict[tuple[str, float, int], dict[str, Any]]:
+            bar.reset(total=len(runs))
 
-            def case(which: tuple[str, float, int]) -> dict[str, Any]:
-                summary = run(*which, args.steps)
-                bar.write(f"{which[0]}, rate {which[1]:g}, seed {which[2]}: {shown(summary['student_after'])}")
+            def one(which: tuple[str, float, int]) -> dict[str, Any]:
+                name, rate, seed = which
+                summary = run(cases[name], rate, seed, args.steps)
+                bar.write(f"{name}, rate {rate:g}, seed {seed}: {shown(summary['student_after'])}")
                 bar.update()
                 return summary
 
-            return dict(zip(cases, pool.map(case, cases), strict=True))
+            return dict(zip(runs, pool.map(one, runs), strict=True))
 
-        tried = start([(name, rate, 0) for name in args.objectives for rate in rates_of(name, args)])
-        grids = {
-            name: {r: tried[name, r, 0]["student_after"] for r in rates_of(name, args)} for name in args.objectives
-        }
-        best = {name: max(grid, key=lambda rate: grid[rate] or 0) for name, grid in grids.items()}
-        reported = start([(name, best[name], seed) for name in args.objectives for seed in args.seeds])
+        tried = start([(name, rate, 0) for name in cases for rate in grids[name]])
+        found = {name: {rate: tried[name, rate, 0]["student_after"] for rate in grids[name]} for name in cases}
+        best = {name: max(grid, key=lambda rate: grid[rate] or 0) for name, grid in found.items()}
+        reported = start([(name, best[name], seed) for name in cases for seed in args.seeds])
     return {
-        name: {"grid": grids[name], "rate": best[name], "runs": [reported[name, best[name], s] for s in args.seeds]}
-        for name in args.objectives
+        name: {"grid": found[name], "rate": best[name], "runs": [reported[name, best[name], s] for s in args.seeds]}
+        for name in cases
     }
 
 
@@ -107,16 +133,16 @@ def shown(value: float | None) -> str:
     return "diverged" if value is None else f"{value:.3f}"
 
 
-def as_table(found: dict[str, Any], args: argparse.Namespace) -> str:
+def as_table(found: dict[str, Any], args: argparse.Namespace, *, title: str) -> str:
     """Sorted by the share of the gap that was closed."""
     order = sorted(found, key=lambda name: -mean(found[name], "gap_closed"))
     first = next(summary for name in order for summary in finished(found[name]))
     lines = [
-        "# Objectives on the embedded pair",
+        title,
         "",
         f"{args.steps} steps of 64 rollouts; student {first['student_before']:.3f}, teacher {first['teacher']:.3f}. "
         f"Means over seeds {', '.join(map(str, args.seeds))} at the learning rate that was best on seed 0; {args.jobs} "
-        f"runs at a time. `{' '.join(['python benchmarks/objectives.py', *sys.argv[1:]])}`",
+        f"runs at a time. `{' '.join(['python benchmarks/' + Path(sys.argv[0]).name, *sys.argv[1:]])}`",
         "",
         "| objective | gap closed | each seed | accuracy | best rate | loop seconds |",
         "|---|---|---|---|---|---|",
@@ -134,7 +160,7 @@ def as_table(found: dict[str, Any], args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(found: dict[str, Any], path: Path, *, bold: str) -> None:
     """Accuracy against steps and against seconds of the training loop, means over the seeds."""
     from matplotlib.figure import Figure
 
@@ -145,7 +171,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         runs = [summary["evaluations"] for summary in finished(found[name])]
         columns = list(zip(*runs, strict=True))
         accuracy = [statistics.fmean(e["accuracy"] for e in column) for column in columns]
-        style = {"label": name, "marker": "o", "markersize": 3, "linewidth": 2.5 if name == "OPRD" else 1.2}
+        style = {"label": name, "marker": "o", "markersize": 3, "linewidth": 2.5 if name == bold else 1.2}
         by_step.plot([column[0]["step"] for column in columns], accuracy, **style)
         by_second.plot([statistics.fmean(e["seconds"] for e in column) for column in columns], accuracy, **style)
     teacher = next(summary["teacher"] for name in order for summary in finished(found[name]))
@@ -158,24 +184,33 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    """Parse the command line, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+def compare(
+    cases: Mapping[str, Case], *, name: str, title: str, description: str | None, bold: str, seeds: tuple[int, ...]
+) -> None:
+    """Parse the command line, measure, and write table, numbers and plot under `name`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objectives", nargs="+", choices=list(cases), default=list(cases))
     parser.add_argument("--rates", type=float, nargs="+", help="one grid for all; each has its own by default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread; they slow each other")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    found = measure(args)
+    found = measure({objective: cases[objective] for objective in args.objectives}, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "objectives.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = as_table(found, args)
-    (args.out / "objectives.md").write_text(table)
-    plot(found, args.out / "objectives.png")
+    (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    table = as_table(found, args, title=title)
+    (args.out / f"{name}.md").write_text(table)
+    plot(found, args.out / f"{name}.png", bold=bold)
     print(table)
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        OBJECTIVES,
+        name="objectives",
+        title="# Objectives on the embedded pair",
+        description=__doc__,
+        bold="OPRD",
+        seeds=SEEDS,
+    )

@@ -110,6 +110,8 @@ def prepare(name, folder, overrides):
         "dataset.prompt_template": "'{prompt}'",
         "dataset.prompt_column": "question",
     }
+    if "chat_template_kwargs" in cfg.tokenizer:
+        words["tokenizer.chat_template_kwargs"] = "null"
     if "bridge" in cfg:
         words |= {"bridge.prompts": 4, "bridge.held_out_prompts": 2}
     cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in words.items()] + overrides))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,6 +103,14 @@ class PromptDataset:
     def teacher_prompt(self, index: int) -> tuple[int, ...] | None:
         """The prompt in the teacher's tokens; None if it reads the student's."""
         return None if self._teacher_tokens is None else tuple(self._teacher_tokens[index])
+
+    def as_teacher_reads(self) -> PromptDataset:
+        """The same prompts and answers in the teacher's tokens; itself if it reads the student's."""
+        if self._teacher_tokens is None:
+            return self
+        view = copy(self)
+        view._tokens, view._tokenizer = self._teacher_tokens, self._readers["teacher_tokens"][0]
+        return view
 
     @property
     def has_answers(self) -> bool:

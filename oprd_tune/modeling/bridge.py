@@ -75,6 +75,10 @@ class BridgePlan:
                 raise ConfigError(f"bridge.{name} is {getattr(self, name)!r}; allowed are true and false")
         if not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < float("inf"):
             raise ConfigError(f"bridge.ridge is {self.ridge!r}; it must be a number that is not negative")
+        try:
+            torch.device(self.moments_device or "cpu")
+        except RuntimeError as error:
+            raise ConfigError(f"bridge.moments_device is {self.moments_device!r}: {error}") from error
         if self.file is not None and self.fit_only:
             raise ConfigError("bridge.fit_only fits a bridge and bridge.file loads one; give one of them")
         if self.file is not None and not Path(self.file).expanduser().is_file():

@@ -16,6 +16,8 @@ from torch import Tensor
 from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.ranks import Ranks
 
+_NOISE = 32  # times the precision and the largest variance: more than sums of many batches came to, measured
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -129,7 +131,7 @@ def fit_projectors(
     variance_R = _quadratic(teacher_RC, gg_CC, teacher_RC)
     explained_R = 2 * _quadratic(student_RD, gh_CD.T, teacher_RC) - _quadratic(student_RD, hh_DD, student_RD)
     fit = (student_RD, mean_D, teacher_RC, moments.gg.mean_A, variance_R, variance_R - explained_R)
-    return Projectors(*(tensor.to(moments.hh.scatter_AB) for tensor in fit))
+    return Projectors(*(tensor.to(moments.hh.scatter_AB).contiguous() for tensor in fit))
 
 
 def share_projectors(fit: Projectors | None, moments: PairMoments, owner: int, ranks: Ranks) -> Projectors:
@@ -158,9 +160,14 @@ def regression(ba_BA: Tensor, aa_AA: Tensor, *, ridge: float, precision: float, 
     diagonal_A = aa_AA.diagonal()
     square_A = diagonal_A if ridge_scale == "diagonal" else diagonal_A.mean().expand_as(diagonal_A)
     scale_A = square_A.sqrt().where(square_A > 0, 1.0)
-    values_A, vectors_AA = torch.linalg.eigh(aa_AA / scale_A.outer(scale_A))
-    kept_A = values_A > len(values_A) * precision * values_A[-1]
-    inverse_A = torch.where(kept_A, 1 / (values_A + ridge).where(kept_A, 1.0), 0.0)
+    scaled_AA = aa_AA / scale_A.outer(scale_A)
+    scaled_AA.diagonal().add_(ridge)
+    factor_AA, failed = torch.linalg.cholesky_ex(scaled_AA)
+    if ridge > 0 and not failed:  # rounding beyond λ makes it fail
+        return torch.cholesky_solve((ba_BA / scale_A).T, factor_AA).T / scale_A
+    values_A, vectors_AA = torch.linalg.eigh(scaled_AA)
+    kept_A = values_A > _NOISE * precision * values_A[-1]
+    inverse_A = torch.where(kept_A, 1 / values_A.where(kept_A, 1.0), 0.0)
     return ((ba_BA / scale_A) @ (vectors_AA * inverse_A)) @ vectors_AA.T / scale_A
 
 

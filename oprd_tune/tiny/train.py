@@ -29,8 +29,8 @@ from tqdm import trange
 
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.tiny.model import (
-    TEENS_SYMBOLS,
     SYMBOLS,
+    TEENS_SYMBOLS,
     hugging_face_config,
     tiny_qwen2,
     wide_tiny_qwen2,

@@ -53,7 +53,8 @@ def check_bridge(plan: BridgePlan | None, loss: HiddenStateMSE | None, pair: Mod
     if plan.rank > pair.teacher_width:
         raise ConfigError(f"bridge.rank is {plan.rank}, but the teacher is {pair.teacher_width} wide: at most that")
     if plan.file is not None:
-        Bridge.load(Path(plan.file).expanduser(), device=torch.device("meta"))
+        bridge = Bridge.load(Path(plan.file).expanduser(), device=torch.device("cpu"))
+        bridge.check(pair.layers, Belonging(**_models(pair), conventions={}), plan)
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,9 @@ class BridgeBuilder:
 
     def belonging(self) -> Belonging:
         """Which models and states a bridge of this run is for."""
-        s, pair = self.settings, self.pair
+        s = self.settings
         return Belonging(
-            student=_facts(pair.student_files, pair.depth, pair.width),
-            teacher=_facts(pair.teacher_files, pair.teacher_depth, pair.teacher_width),
+            **_models(self.pair),
             conventions={
                 "positions": s.positions,
                 "positions_k": s.positions_k,
@@ -214,6 +214,13 @@ class BridgeBuilder:
                 f"Bridge: {rows:,} states are few for a regression on {self.pair.width:,} coordinates, so it will not "
                 "hold for others; raise bridge.prompts."
             )
+
+
+def _models(pair: ModelPair) -> dict[str, dict[str, Any]]:
+    return {
+        "student": _facts(pair.student_files, pair.depth, pair.width),
+        "teacher": _facts(pair.teacher_files, pair.teacher_depth, pair.teacher_width),
+    }
 
 
 def _facts(files: Any, depth: int, width: int) -> dict[str, Any]:

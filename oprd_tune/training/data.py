@@ -80,7 +80,7 @@ def load_data(make: Components, settings: OPRDSettings, pair: ModelPair, ranks: 
     tokenizer, teacher_tokenizer = make("tokenizer"), make("teacher_tokenizer")
     own = {} if teacher_tokenizer is None else {"teacher_tokenizer": teacher_tokenizer}
     train = _load_dataset(make, "dataset", tokenizer, s.max_prompt_tokens, **own)
-    held_out = _load_dataset(make, "eval_dataset", tokenizer, s.max_prompt_tokens)
+    held_out = _load_dataset(make, "eval_dataset", tokenizer, s.max_prompt_tokens, **own)
     assert train is not None
     pair.check_tokens(tokenizer, [dataset for dataset in (train, held_out) if dataset is not None])
     reader = None if teacher_tokenizer is None else Reader(tokenizer, teacher_tokenizer)
@@ -102,10 +102,11 @@ def load_data(make: Components, settings: OPRDSettings, pair: ModelPair, ranks: 
         lengths["the longest reference answer with its prompt"] = perplexity.longest
     pair.check_lengths(lengths)
     teacher_accuracy = accuracy
-    if reader is not None and accuracy is not None:
-        its_own = make("eval_dataset", teacher_tokenizer, max_prompt_tokens=pair.teacher_context)
+    if reader is not None and held_out is not None:
         teacher_accuracy = make(
-            "task_accuracy", its_own, teacher_tokenizer, vocabulary=pair.teacher_vocabulary, ranks=ranks
+            *("task_accuracy", held_out.as_teacher_reads(), teacher_tokenizer),
+            vocabulary=pair.teacher_vocabulary,
+            ranks=ranks,
         )
     return RunData(
         tokenizer=tokenizer,

@@ -130,12 +130,8 @@ def predict_memory(student: TransformerDecoder, teacher: TransformerDecoder, bui
     blocks = [_count(block.parameters()) * compute for block in student.layers]
     ends = [_count(module.parameters()) * compute for module in _ends(student)]
     activations = _activations(build, plan, len(student.layers), student.tok_embeddings.embedding_dim)
-    targets = (
-        plan.tapped
-        * plan.selected
-        * compute
-        * (student.tok_embeddings.embedding_dim + (plan.target_width or teacher.tok_embeddings.embedding_dim))
-    )
+    target_width = plan.target_width or teacher.tok_embeddings.embedding_dim
+    targets = plan.tapped * plan.selected * compute * (student.tok_embeddings.embedding_dim + target_width)
     working = activations + targets + plan.logit_bytes
     if not plan.sharded:
         gradients = trained * compute

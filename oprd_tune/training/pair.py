@@ -70,10 +70,10 @@ class ModelPair:
 
     def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptDataset) -> None:
         """Raise ConfigError if the teacher's own tokenizer makes ids or prompts that are beyond the teacher."""
-        largest = max(tokenizer.eos_id, dataset.largest_teacher_token or 0)
+        largest = len(tokenizer.token_bytes.pieces) - 1
         if largest >= self.teacher_vocabulary:
             raise ConfigError(
-                f"teacher_tokenizer uses id {largest}, but the teacher's vocabulary ends at "
+                f"teacher_tokenizer has an id {largest}, but the teacher's vocabulary ends at "
                 f"{self.teacher_vocabulary - 1}; give the teacher's own tokenizer"
             )
         if (longest := dataset.longest_teacher_prompt or 0) >= self.teacher_context:

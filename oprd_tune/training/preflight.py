@@ -101,6 +101,7 @@ def _plan(
     chosen = {"last": 1, "first_k": s.positions_k, "last_k": s.positions_k}.get(s.positions, s.max_new_tokens)
     final = s.max_new_tokens if token_losses else 0
     tapped = len(pair.layers) if hidden is not None else 0
+    whole_teacher = bool(token_losses) or (bridge is not None and bridge.needs_final_state)
     held, sampling = _engine_bytes(s, make, data, student, dtype, rows)
     selected = rows_at_once * (min(chosen, s.max_new_tokens) if tapped else final)
     return Plan(
@@ -110,7 +111,7 @@ def _plan(
         sharded=sharded,
         teacher_placement=s.teacher_placement,
         teacher_quantization=s.teacher_quantization,
-        teacher_top=pair.teacher_depth if token_losses else pair.layers[-1].teacher,
+        teacher_top=pair.teacher_depth if whole_teacher else max(layers.teacher for layers in pair.layers),
         keeps_teacher_head=bool(token_losses),
         trains_head=bool(token_losses),
         reshard_after_forward=bool(getattr(s, "fsdp_reshard_after_forward", True)),

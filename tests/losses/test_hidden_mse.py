@@ -31,7 +31,7 @@ def plain(normalisation, student, teacher, index_T, scales):
 
 
 def streamed(loss, student, teacher, selection):
-    targets = {layer: state.flatten(0, 1)[selection.index_T] for layer, state in teacher.items()}
+    targets = {pair.student: teacher[pair.teacher].flatten(0, 1)[selection.teacher_index_T] for pair in PAIRS}
     stream = loss.stream(PAIRS, targets, selection)
     for pair in PAIRS:
         stream(pair.student, student[pair.student])
@@ -143,18 +143,19 @@ def test_nothing_but_the_selected_gradients_waits_for_the_backward_pass():
 
 def test_targets_are_released_layer_by_layer():
     selection = select_states(torch.ones(1, 3, dtype=torch.bool), anchor="consume")
-    targets = {layer: state.flatten(0, 1) for layer, state in states([2, 5], (1, 3)).items()}
+    teacher = states([2, 5], (1, 3))
+    targets = {pair.student: teacher[pair.teacher].flatten(0, 1) for pair in PAIRS}
     student = states([1, 3, 4], (1, 3))
     stream = HiddenStateMSE().stream(PAIRS, targets, selection)
     left = []
     for pair in PAIRS:
         stream(pair.student, student[pair.student])
         left.append(sorted(targets))
-    assert left == [[2, 5], [5], []]
+    assert left == [[3, 4], [4], []]
 
 
 def test_measures_cosine_and_error_whatever_the_normalisation():
-    selection = Selection(torch.arange(4), torch.tensor([0, 0, 3, 3]))
+    selection = Selection(torch.arange(4), torch.tensor([0, 0, 3, 3]), torch.arange(4))
     student, teacher = states([1, 3, 4], (1, 4)), states([2, 5], (1, 4), seed=1)
     stream = streamed(HiddenStateMSE("l2"), student, teacher, selection)
     h, g = student[4][0], teacher[5][0]

@@ -1,7 +1,7 @@
 import pytest
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.layer_map import check_widths, pair_layers, resolve_layers
+from oprd_tune.modeling.layer_map import check_widths, pair_layers, proportional_layer, resolve_layers
 from oprd_tune.types import LayerPair
 
 
@@ -67,3 +67,47 @@ def test_other_widths_need_a_bridge():
     check_widths(8, 8)
     with pytest.raises(ConfigError, match="1536 wide and the teacher 3584.*bridge"):
         check_widths(1536, 3584)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 28])
+def test_in_proportion_equal_depths_pair_by_number(depth):
+    assert [proportional_layer(layer, depth, depth) for layer in range(1, depth + 1)] == list(range(1, depth + 1))
+
+
+def test_in_proportion_a_single_block_meets_the_teachers_last():
+    assert [proportional_layer(1, 1, depth) for depth in (1, 2, 9)] == [1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    ("student_depth", "teacher_depth", "expected"),
+    [
+        (28, 36, {1: 1, 2: 2, 3: 4, 10: 13, 14: 18, 15: 19, 20: 26, 27: 35, 28: 36}),
+        (4, 6, {1: 1, 2: 3, 3: 4, 4: 6}),
+        (36, 28, {1: 1, 2: 2, 18: 14, 19: 15, 35: 27, 36: 28}),
+    ],
+)
+def test_in_proportion_layers_are_where_eq_11_puts_them(student_depth, teacher_depth, expected):
+    assert {layer: proportional_layer(layer, student_depth, teacher_depth) for layer in expected} == expected
+
+
+def test_halves_are_rounded_to_even():
+    # (ℓ − 1) / 2 · 3 is 1.5 at ℓ = 2, and / 2 · 5 is 2.5: both become 2.
+    assert proportional_layer(2, 3, 4) == 3
+    assert proportional_layer(2, 3, 6) == 3
+
+
+@pytest.mark.parametrize("student_depth", range(2, 40, 3))
+@pytest.mark.parametrize("teacher_depth", [2, 7, 28, 61])
+def test_in_proportion_ends_meet_ends_and_nothing_crosses(student_depth, teacher_depth):
+    found = [proportional_layer(layer, student_depth, teacher_depth) for layer in range(1, student_depth + 1)]
+    assert (found[0], found[-1]) == (1, teacher_depth)
+    assert found == sorted(found)
+
+
+def test_over_a_bridge_layers_pair_in_proportion_unless_pairs_are_given():
+    depths = {"student_depth": 3, "teacher_depth": 5, "bridged": True}
+    assert pair_layers("all", None, **depths) == [LayerPair(1, 1), LayerPair(2, 3), LayerPair(3, 5)]
+    assert pair_layers([2], None, **depths) == [LayerPair(2, 3)]
+    assert pair_layers("all", [[2, 4], [1, 4]], **depths) == [LayerPair(1, 4), LayerPair(2, 4)]
+    with pytest.raises(ConfigError, match="after the final norm"):
+        pair_layers("all", [[2, 5]], **depths)

@@ -137,7 +137,7 @@ def test_a_cut_teacher_gives_the_same_states_from_fewer_weights(top):
     whole, cut = make_model(tied=False), make_model(tied=False)
     cut_after(cut, top)
     index_T = torch.tensor([0, 5, 9])
-    wanted = [(layer, index_T) for layer in range(1, top + 1)]
+    wanted = [(layer, index_T, None) for layer in range(1, top + 1)]
     assert all(map(torch.equal, collect_states(cut, TOKENS, wanted), collect_states(whole, TOKENS, wanted)))
     assert len(cut.layers) == top
     assert not any(name.startswith("output") for name in cut.state_dict())

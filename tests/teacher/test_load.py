@@ -15,6 +15,7 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
 from oprd_tune.teacher.quantize import Int8Linear, quantize_linears
 from oprd_tune.tiny import checkpointer, tiny_qwen2
+from oprd_tune.types import LayerPair
 
 CPU = torch.device("cpu")
 CUDA = pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
