@@ -34,7 +34,7 @@ class HeldNearStart(_recipe.OPDRecipe):
         if not super().setup():
             return False
         layers = [LayerPair(pair.student, pair.student) for pair in self._pairs]
-        start, bridge, teacher_targets = FrozenTeacher(deepcopy(self._model), layers), self._teacher.bridge
+        start, bridge = FrozenTeacher(deepcopy(self._model), layers), self._teacher.bridge
         teacher_targets = self._teacher.targets
 
         def targets(tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor) -> TeacherTargets:

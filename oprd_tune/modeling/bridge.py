@@ -76,9 +76,9 @@ class BridgePlan:
         if not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < float("inf"):
             raise ConfigError(f"bridge.ridge is {self.ridge!r}; it must be a number that is not negative")
         try:
-            torch.device(self.moments_device or "cpu")
-        except RuntimeError as error:
-            raise ConfigError(f"bridge.moments_device is {self.moments_device!r}: {error}") from error
+            torch.empty(0, device=self.moments_device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"bridge.moments_device {self.moments_device!r} cannot be used: {error}") from error
         if self.file is not None and self.fit_only:
             raise ConfigError("bridge.fit_only fits a bridge and bridge.file loads one; give one of them")
         if self.file is not None and not Path(self.file).expanduser().is_file():

@@ -54,6 +54,7 @@ def hugging_face_checkpointer(
         raise ConfigError(f"model_type is {model_type}; allowed are {', '.join(sorted(known))}")
     folder = Path(checkpoint_dir).expanduser()
     fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
+    fetch += "" if hub_name else ", unless an earlier run is to leave it there"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no Hugging Face model folder: it has no config.json; {fetch}")
     index = folder / "model.safetensors.index.json"

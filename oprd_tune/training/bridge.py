@@ -14,7 +14,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.losses.bridged_mse import BridgedMSE
 from oprd_tune.losses.hidden_mse import HiddenStateMSE
 from oprd_tune.modeling.bridge import Belonging, Bridge, BridgePlan
@@ -101,7 +101,7 @@ class BridgeBuilder:
         """
         own, device = folder / FILE, self.ranks.device
         belongs = self.belonging()
-        if self.settings.resume and own.is_file():
+        if there := self.settings.resume and own.is_file():
             bridge = Bridge.load(own, device=device)
             bridge.check(self.pair.layers, belongs, plan)
             if plan.file is None and bridge.plan != plan.fitting:
@@ -113,9 +113,10 @@ class BridgeBuilder:
             bridge = self.fit(plan, belongs)
         if self.ranks.first:
             print(as_table(bridge))
+        if self.ranks.first and not there:
             folder.mkdir(parents=True, exist_ok=True)
-            bridge.save(own)
             bridge_figure(bridge).savefig(folder / FIGURE, dpi=150)
+            bridge.save(own)
         self.ranks.wait()
         return bridge
 
@@ -169,6 +170,8 @@ class BridgeBuilder:
         for place, layer in enumerate(tqdm(list(moments), desc="Solving", unit="layer", disable=not self.ranks.first)):
             own = moments.pop(layer)
             own.merge(self.ranks)
+            if not own.hh.count:
+                raise RolloutError("no state was selected on the bridge's prompts, so there is nothing to fit it on")
             owner = place % self.ranks.world_size
             fit = None
             if owner == self.ranks.rank:

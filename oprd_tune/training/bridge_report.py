@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from oprd_tune.modeling.bridge import Bridge
 
@@ -39,12 +40,15 @@ def bridge_figure(bridge: Bridge) -> Figure:
     by_layer.plot(layers, [fit.held_out_r_squared for fit in fits], marker="s", label="R², held out")
     by_layer.plot(layers, [fit.r_squared for fit in fits], marker="s", linestyle=":", label="R², fitted rows")
     by_layer.set(xlabel="student layer", ylabel=f"agreement at rank {bridge.rank}")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     ranks = list(fits[0].cosine_by_rank)
     by_rank.plot(ranks, list(mean_cosines(bridge).values()), marker="o", label="cosine")
     r_squared = [fmean(fit.r_squared_by_rank[rank] for fit in fits) for rank in ranks]
     by_rank.plot(ranks, r_squared, marker="s", label="R²")
     by_rank.axvline(bridge.rank, color="black", linestyle="--", linewidth=1, label=f"this bridge, {bridge.rank}")
-    by_rank.set(xlabel="rank", xscale="log", ylabel="held out, mean over layers")
+    by_rank.set(xlabel="rank", ylabel="held out, mean over layers")
+    by_rank.set_xscale("log", base=2)
+    by_rank.set_xticks(ranks, labels=[str(rank) for rank in ranks], fontsize=7)
     for axes in (by_layer, by_rank):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -1,6 +1,7 @@
 """Components for configs in tests: rollouts that can be had again, and a log that can be read."""
 
 import json
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -9,28 +10,28 @@ from oprd_tune.rollout import NativeEngine
 
 
 class RecordingEngine(NativeEngine):
-    """Samples, and keeps each step's rollout."""
+    """Samples, and keeps each rollout."""
 
     def __init__(self, model, *, record, **kwargs):
         super().__init__(model, **kwargs)
-        self._record = Path(record)
+        self._record, self._calls = Path(record), count()
         self._record.mkdir(parents=True, exist_ok=True)
 
     def generate(self, prompts, *, stream=0):
         rollout = super().generate(prompts, stream=stream)
-        torch.save(rollout, self._record / f"{stream}.pt")
+        torch.save(rollout, self._record / f"{next(self._calls)}.pt")
         return rollout
 
 
 class ReplayingEngine(NativeEngine):
-    """Gives the recorded responses to a rank's prompts."""
+    """Gives the recorded responses, in their order, to a rank's prompts."""
 
     def __init__(self, model, *, record, **kwargs):
         super().__init__(model, **kwargs)
-        self._record = Path(record)
+        self._record, self._calls = Path(record), count()
 
     def generate(self, prompts, *, stream=0):
-        rollout = torch.load(self._record / f"{stream}.pt", weights_only=False)
+        rollout = torch.load(self._record / f"{next(self._calls)}.pt", weights_only=False)
         mine = torch.isin(rollout.prompt_positions_B, torch.tensor(prompts.positions))
         return rollout.rows(mine.nonzero(as_tuple=True)[0])
 

@@ -47,12 +47,13 @@ def test_a_saved_bridge_gives_the_same_loss_and_gradient_bit_by_bit(file, normal
     assert not torch.equal(both[0][0], loss_and_gradient(make_bridge(PAIRS, seed=1), normalisation)[0])
 
 
-def test_a_loaded_bridge_is_the_saved_one_and_saves_the_same_bytes(file, tmp_path):
+def test_a_loaded_bridge_is_the_saved_one_and_can_be_saved_again(file, tmp_path):
     made, loaded = make_bridge(PAIRS), Bridge.load(file, device=CPU)
     for name in ("pairs", "rank", "plan", "belongs", "report"):
         assert getattr(loaded, name) == getattr(made, name)
     loaded.save(tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    one, other = (load_file(path) for path in (file, tmp_path / "again.safetensors"))
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.safetensors", file.name]
 
 
@@ -195,7 +196,7 @@ REFUSED = {
     "basis": ({"basis": "svd"}, "bridge.basis is 'svd'; allowed are pca, reduced_rank, predictive"),
     "ridge scale": ({"ridge_scale": "mean"}, "bridge.ridge_scale is 'mean'; allowed are trace, diagonal"),
     "dtype": ({"moments_dtype": "bf16"}, "bridge.moments_dtype is 'bf16'; allowed are fp32, fp64"),
-    "device": ({"moments_device": "gpu"}, "bridge.moments_device is 'gpu'"),
+    "device": ({"moments_device": "gpu"}, "bridge.moments_device 'gpu' cannot be used"),
     "intercept": ({"intercept": "no"}, "bridge.intercept is 'no'; allowed are true and false"),
     "weights": ({"same_weights": 0}, "bridge.same_weights is 0; allowed are true and false"),
     "fit only": ({"fit_only": None}, "bridge.fit_only is None; allowed are true and false"),

@@ -149,6 +149,17 @@ def test_of_many_solutions_it_is_the_smallest(intercept, dtype):
     torch.testing.assert_close(descended, wanted.T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_ridge_below_the_rounding_of_the_moments_predicts_the_same(seed):
+    h, g, _ = rows(width=3, seed=seed)
+    h = h @ torch.randn(3, 8, dtype=torch.float64)
+    predicted = []
+    for dtype in (torch.float64, torch.float32):
+        fit = fit_projectors(moments_of(h.to(dtype), g.to(dtype), dtype=dtype), basis="pca", ridge=1e-12)
+        predicted.append((h - fit.student_mean_D.double()) @ fit.student_RD.double().T)
+    torch.testing.assert_close(*predicted, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("scale", ["trace", "diagonal"])
 @pytest.mark.parametrize("ridge", [0.0, 1e-4])
 def test_few_rows_and_coordinates_that_never_move_do_no_harm(scale, ridge):
@@ -162,13 +173,14 @@ def test_few_rows_and_coordinates_that_never_move_do_no_harm(scale, ridge):
     assert nothing.student_RD.count_nonzero() == 0
 
 
-def test_in_fp32_an_outlying_coordinate_does_not_hide_the_others():
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+def test_in_fp32_an_outlying_coordinate_does_not_hide_the_others(ridge):
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(2000, 256, generator=generator)
     g = h @ torch.randn(256, C, generator=generator) / 16 + 0.3 * torch.randn(2000, C, generator=generator)
     h[:, 7] = 200 * h[:, 7] + 600
     exact, rounded = (
-        fit_projectors(moments_of(h, g, dtype=dtype), basis="pca", ridge=1e-4).r_squared(C)
+        fit_projectors(moments_of(h, g, dtype=dtype), basis="pca", ridge=ridge).r_squared(C)
         for dtype in (torch.float64, torch.float32)
     )
     assert exact > 0.9

@@ -18,8 +18,8 @@ from tests.conftest import load_config
 from tests.rehearsal import prepare, shallow_overrides
 
 REHEARSALS = (
-    *("qwen2_5_0_5b_to_0_5b", "qwen2_5_1_5b_to_1_5b_opd_topk"),
-    *("justrl_1_5b_to_r1_distill_1_5b", "qwen2_5_7b_to_7b_lora"),
+    *("qwen2_5_0_5b_to_0_5b", "qwen2_5_1_5b_to_1_5b_opd_topk", "qwen2_5_7b_to_7b_lora"),
+    *("qwen2_5_7b_to_1_5b", "qwen3_4b_to_1_7b_base"),
 )
 
 

@@ -154,6 +154,19 @@ def test_each_part_counts_once():
     assert predict(teacher_quantization="int8_weight_only").teacher < alone.teacher / 2
 
 
+def test_a_bridge_is_fitted_before_the_optimizer_has_a_state():
+    alone, bridged = predict(), predict(target_width=8, bridge_bytes=3000, moment_bytes=50_000)
+    assert bridged.bridge == 3000
+    assert alone.training - bridged.training == (128 - 8) * 4 * PLAN.tapped * PLAN.selected
+    whole_states = 4 * 128 * PLAN.tapped * PLAN.selected
+    assert bridged.fitting == 50_000 + max(bridged.sampling, whole_states)
+    assert bridged.peak == alone.peak - (alone.training - bridged.training) + 3000
+    huge = predict(moment_bytes=10**9)
+    assert huge.peak == huge.student + huge.teacher + huge.fitting
+    assert predict(sharded=True, world_size=4, moment_bytes=10**9).fitting > 10**9
+    assert alone.fitting == alone.bridge == 0
+
+
 def test_ranks_share_what_is_sharded():
     one, four = (predict(sharded=True, world_size=n, teacher_placement="sharded") for n in (1, 4))
     assert four.optimizer == one.optimizer // 4

@@ -1,0 +1,49 @@
+"""What bridges are for: students that learn from teachers of another shape and with other tokens."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import load_config, recipe_class
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SHORT = {"max_steps": 60, "evaluate_every_n_steps": 60, "bridge.prompts": 1000}
+
+
+def gain(out, config, make_recipe=None, **overrides):
+    """Accuracy after a short run minus accuracy before."""
+    cfg = load_config(config, output_dir=out, **SHORT, **overrides)
+    recipe = (make_recipe or recipe_class(cfg.recipe))(cfg)
+    recipe.setup()
+    assert recipe.train() == 0
+    summary = json.loads((out / "summary.json").read_text())
+    return summary["student_after"] - summary["student_before"]
+
+
+def control(file, name):
+    spec = importlib.util.spec_from_file_location(file, BENCHMARKS / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+@pytest.mark.slow
+def test_a_wider_deeper_teacher_of_another_seed_teaches_through_a_bridge(tmp_path):
+    assert gain(tmp_path, "tiny/bridge") >= 0.12
+
+
+@pytest.mark.slow
+def test_a_teacher_with_other_tokens_teaches_where_states_are_aligned_and_not_where_they_are_late(tmp_path):
+    rate = {"optimizer.lr": 5e-4}
+    assert gain(tmp_path / "aligned", "tiny/cross_tokenizer", **rate) >= 0.06
+    assert gain(tmp_path / "late", "tiny/cross_tokenizer", control("misaligned", "Misaligned"), **rate) <= 0
+
+
+@pytest.mark.slow
+def test_a_bridge_beside_full_kl_lets_it_learn_at_a_rate_that_merely_holding_still_does_not(tmp_path):
+    beside = gain(tmp_path / "bridge", "tiny/bridge_plus_opd")
+    held = gain(tmp_path / "held", "tiny/bridge_plus_opd", control("held_near_start", "HeldNearStart"))
+    assert beside >= 0.25
+    assert beside >= held + 0.08
