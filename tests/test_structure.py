@@ -83,6 +83,9 @@ def test_metrics_page_is_made_from_the_code():
     assert as_markdown() in (ROOT / "docs" / "metrics.md").read_text()
 
 
+BRIDGE_PAGE = (ROOT / "docs" / "bridge.md").read_text()
+
+
 def readme_rows():
     lines = (ROOT / "README.md").read_text().splitlines()
     return {cells[1].strip(): line for line in lines if len(cells := line.split("|")) > 3}
@@ -96,6 +99,15 @@ def test_the_readme_quotes_accuracies_as_measured():
     for name in quoted:
         gap = statistics.fmean(run["gap_closed"] for run in found[name]["runs"])
         assert f"| {gap:.3f} |" in rows[name]
+
+
+def test_the_page_of_the_bridge_quotes_accuracies_as_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "bridge.json").read_text())
+    rows = {cells[1].strip(): line for line in BRIDGE_PAGE.splitlines() if len(cells := line.split("|")) > 3}
+    assert len(found.keys() & rows.keys()) == len(found)
+    for name, measured in found.items():
+        accuracy = statistics.fmean(run["student_after"] for run in measured["runs"])
+        assert f"| {accuracy:.3f} |" in rows[name], name
 
 
 def test_the_readme_quotes_costs_as_measured():

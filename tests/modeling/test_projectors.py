@@ -300,3 +300,13 @@ def test_similarities_on_new_rows_are_those_of_each_rank(rank):
         assert found.r_squared == fit.r_squared(rank)
         assert found.spectrum == fit.variance_R.tolist()
     assert not math.isclose(report[2].cosine, report[5].cosine, rel_tol=1e-3)
+
+
+def test_a_student_that_says_nothing_has_no_cosine_and_explains_nothing():
+    h, g, _ = rows()
+    fit = fitted(torch.ones_like(h), g)
+    check = HeldOut({1: fit}, 2)
+    check.add(1, torch.ones_like(h), g)
+    report = check.report(Ranks())[1]
+    assert report.cosine == 0
+    assert report.held_out_r_squared == pytest.approx(0, abs=1e-12)

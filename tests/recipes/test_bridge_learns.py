@@ -36,9 +36,8 @@ def test_a_wider_deeper_teacher_of_another_seed_teaches_through_a_bridge(tmp_pat
 
 @pytest.mark.slow
 def test_a_teacher_with_other_tokens_teaches_where_states_are_aligned_and_not_where_they_are_late(tmp_path):
-    rate = {"optimizer.lr": 5e-4}
-    assert gain(tmp_path / "aligned", "tiny/cross_tokenizer", **rate) >= 0.06
-    assert gain(tmp_path / "late", "tiny/cross_tokenizer", control("misaligned", "Misaligned"), **rate) <= 0
+    assert gain(tmp_path / "aligned", "tiny/cross_tokenizer") >= 0.06
+    assert gain(tmp_path / "late", "tiny/cross_tokenizer", control("misaligned", "Misaligned")) <= 0
 
 
 @pytest.mark.slow
