@@ -67,13 +67,29 @@ DIVERGED = {"student_after": None}  # instead of a summary, after too many steps
 def run(case: Case, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """One training run; returns its summary, or DIVERGED."""
     with tempfile.TemporaryDirectory() as folder:
-        student: list[str] = []
-        if case.first is not None:
-            first, steps = Path(folder) / "first", steps // 2
-            if _train(case.first, case.first.rates[0], seed, steps, first, []) == DIVERGED:
-                return DIVERGED
-            student = [f"checkpointer.checkpoint_dir={first / 'final'}"]
-        return _train(case, rate, seed, steps, Path(folder) / "run", student)
+        first, second = Path(folder) / "first", Path(folder) / "second"
+        if case.first is None:
+            return _train(case, rate, seed, steps, second, [])
+        before = _train(case.first, case.first.rates[0], seed, steps // 2, first, [])
+        if before == DIVERGED:
+            return DIVERGED
+        student = [f"checkpointer.checkpoint_dir={first / 'final'}"]
+        return _one_after_the_other(before, _train(case, rate, seed, steps - steps // 2, second, student))
+
+
+def _one_after_the_other(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The summary of two runs as if they were one."""
+    if second == DIVERGED:
+        return DIVERGED
+    start, steps, seconds = first["student_before"], first["steps"], first["seconds"]
+    shift = [e | {"step": e["step"] + steps, "seconds": e["seconds"] + seconds} for e in second["evaluations"][1:]]
+    return second | {
+        "student_before": start,
+        "gap_closed": (second["student_after"] - start) / (second["teacher"] - start),
+        "steps": steps + second["steps"],
+        "seconds": seconds + second["seconds"],
+        "evaluations": first["evaluations"] + shift,
+    }
 
 
 def _train(case: Case, rate: float, seed: int, steps: int, folder: Path, words: list[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ QUICK = {
     "lr_scheduler": "null",
     "bridge.prompts": 64,
     "bridge.held_out_prompts": 16,
+    "bridge.basis": "predictive",
 }
 CPU = torch.device("cpu")
 
@@ -316,7 +317,9 @@ def test_bad_input_is_explained_beside_a_token_loss_too(fitted, out, monkeypatch
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
     both = "opd_topk_single_device"
     assert "at most that" in refused(out, capsys, both, **{"bridge.rank": 193})
-    assert "its rank is 32, bridge.rank is 128" in refused(out, capsys, both, **{"bridge.file": fitted / FILE})
+    assert "its rank is 32, bridge.rank is 128" in refused(
+        out, capsys, both, **{"bridge.file": fitted / FILE, "bridge.rank": 128}
+    )
 
 
 def test_a_file_serves_no_other_states_but_other_weights_if_allowed(fitted, out, tmp_path, capsys):
