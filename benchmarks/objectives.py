@@ -180,7 +180,7 @@ def plot(found: dict[str, Any], path: Path, *, bold: str) -> None:
     """Accuracy against steps and against seconds of the training loop, means over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     order = sorted(found, key=lambda name: -mean(found[name], "gap_closed"))
     for name in order:
@@ -196,7 +196,7 @@ def plot(found: dict[str, Any], path: Path, *, bold: str) -> None:
         axes.set(xlabel=label, ylim=(0, 1.03))
         axes.grid(alpha=0.3)
     by_step.set_ylabel("held-out accuracy, sampled at T = 1")
-    by_step.legend(fontsize=8, loc="lower right")
+    figure.legend(*by_step.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
