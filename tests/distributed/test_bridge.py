@@ -34,6 +34,7 @@ QUICK = {
 VARIANTS = {
     "pca": {"bridge.basis": "pca"},
     "predictive": {
+        "bridge.basis": "predictive",
         "bridge.moments_dtype": "fp64",
         "bridge.ridge": 1e-2,
         "tokens_per_micro_batch": 60,
