@@ -17,8 +17,8 @@ from torch import Tensor
 from torchtune import config
 
 from oprd_tune.registry import recipe_files
+from oprd_tune.run.launch import run_recipe
 from oprd_tune.teacher import FrozenTeacher
-from oprd_tune.training.launch import run_recipe
 from oprd_tune.types import LayerPair, TeacherTargets
 
 _spec = importlib.util.spec_from_file_location("opd", recipe_files()["opd_topk_single_device"])

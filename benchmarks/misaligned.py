@@ -16,7 +16,7 @@ from torchtune import config
 
 from oprd_tune.data import Reader
 from oprd_tune.registry import recipe_files
-from oprd_tune.training.launch import run_recipe
+from oprd_tune.run.launch import run_recipe
 from oprd_tune.types import Reading, Rollout
 
 _spec = importlib.util.spec_from_file_location("oprd", recipe_files()["oprd_single_device"])

@@ -31,7 +31,7 @@ def load(folder: str | None, dtype: str) -> tuple[Any, Any]:
     from torchtune.models.qwen2 import qwen2
     from torchtune.training import FullModelHFCheckpointer
 
-    from oprd_tune.modeling.load import load_decoder
+    from oprd_tune.modeling.weights import load_decoder
     from oprd_tune.tiny import checkpointer, tiny_qwen2
 
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -63,7 +63,7 @@ def make_engine(args: argparse.Namespace, model: Any, files: Any) -> Any:
     """One of ours; None for torchtune's function."""
     from oprd_tune.ranks import Ranks
     from oprd_tune.rollout import NativeEngine, VLLMColocated
-    from oprd_tune.rollout.policy_weights import PolicyWeights
+    from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 
     sizes = {"pad_id": 0, "max_new_tokens": args.new_tokens}
     if args.engine == "native":

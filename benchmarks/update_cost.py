@@ -115,10 +115,10 @@ def ours(case: Case, objective: str) -> Callable[[], float]:
     """The update as the recipes do it."""
     from oprd_tune import losses
     from oprd_tune.losses.masking import select_states
-    from oprd_tune.modeling.lm_head import Heads, LMHead
+    from oprd_tune.modeling.heads import Heads, LMHead
     from oprd_tune.modeling.taps import layer_taps
     from oprd_tune.teacher import FrozenTeacher
-    from oprd_tune.training.grads import backward
+    from oprd_tune.training.gradients import backward
     from oprd_tune.types import LayerPair, ResponseTokens
 
     loss: Any = {

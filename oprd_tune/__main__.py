@@ -1,6 +1,6 @@
 """`python -m oprd_tune`: torchtune's command line with our recipes in it, plus what torchtune lacks.
 
-    python -m oprd_tune run oprd_single_device --config tiny/oprd
+    python -m oprd_tune run oprd_distributed --config tiny/oprd
     python -m oprd_tune export CHECKPOINT_FOLDER HF_FOLDER
 
 It does what `tune` does where `.pth` files are not read. `export` writes a checkpoint as a Hugging Face folder.
@@ -18,21 +18,18 @@ def main() -> None:
     if sys.argv[1:2] == ["export"]:
         if len(sys.argv) != 4:
             sys.exit(__doc__)
-        from oprd_tune.training.export import export_checkpoint
+        from oprd_tune.run.export import export_checkpoint
 
         try:
             print(f"wrote {export_checkpoint(sys.argv[2], sys.argv[3])}")
         except ConfigError as error:
             sys.exit(f"error: {error}")
         return
-    from torchtune import _recipe_registry
-
     from oprd_tune.registry import register
+    from oprd_tune.torchtune_compat import recipe_registry, run_tune
 
-    register(_recipe_registry)
-    from torchtune._cli.tune import main as tune
-
-    tune()
+    register(recipe_registry())
+    run_tune()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ class ConfigError(ValueError):
     """
 
 
+class NothingLeftToDo(Exception):  # noqa: N818 - not an error
+    """What the user asked for is done before training begins. Recipes print the message and exit with status 0."""
+
+
 class RolloutError(RuntimeError):
     """Responses could not be had, or not proven to be the current student's. Raised before a step changes anything.
 

@@ -51,6 +51,10 @@ class Ranks:
         """Each value summed over ranks, in fp64; the same on all of them."""
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
+    def sum(self, count: int) -> int:
+        """A whole number summed over ranks."""
+        return int(self.total([count])[0])
+
     def add_up(self, value: Tensor) -> None:
         """Sum a tensor over ranks, in its place."""
         if self.world_size > 1:
@@ -92,9 +96,7 @@ class Ranks:
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """Meet the processes that a launcher such as torchrun has started, or be alone without one.
-
-    Also without a launcher there is a process group, of one: sharding needs it.
+    """Meet the processes that a launcher such as torchrun has started. One process alone needs no process group.
 
     Args:
         device: this process's own, such as `cuda:3`.
@@ -102,9 +104,18 @@ def join_ranks(device: torch.device) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=PATIENCE)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return Ranks(device=device)
+        dist.init_process_group(_backend(device), timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def need_process_group(ranks: Ranks) -> None:
+    """Make a process group of one, for what does not work without any."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_backend(ranks.device), store=store, rank=0, world_size=1)
+
+
+def _backend(device: torch.device) -> str:
+    return "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"

@@ -13,12 +13,28 @@ from types import ModuleType
 
 _SHIPPED = Path(__file__).parent / "_shipped"  # in a wheel; an editable install finds them in the checkout
 _ROOT = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[1]
+# A recipe runs on any number of devices. Under these names it starts on one, also where there are several.
+FURTHER_NAMES = {
+    "oprd_single_device": "oprd_distributed",
+    "opd_topk_single_device": "opd_topk_distributed",
+}
 _RECIPE_KEY = re.compile(r"^recipe:\s*(\w+)", re.MULTILINE)
 
 
 def recipe_files() -> dict[str, Path]:
-    """Our recipes by name."""
-    return {path.stem: path for path in sorted((_ROOT / "recipes").glob("*.py"))}
+    """Our recipes by name, further names included."""
+    files = {path.stem: path for path in sorted((_ROOT / "recipes").glob("*.py"))}
+    return files | {name: files[recipe] for name, recipe in FURTHER_NAMES.items()}
+
+
+def full_name(recipe: str) -> str:
+    """The name of a recipe's file; other words as they are."""
+    return FURTHER_NAMES.get(recipe, recipe)
+
+
+def asked_for_one_process() -> bool:
+    """Whether this process's command line calls a recipe by one of its `…_single_device` names."""
+    return any(word in FURTHER_NAMES for word in sys.orig_argv)
 
 
 def config_files() -> dict[str, Path]:
@@ -36,35 +52,14 @@ def recipe_named_in(config: Path) -> str | None:
 def register(registry: ModuleType) -> None:
     """Append our recipes to torchtune's registry module, unless they are there already."""
     known = {recipe.name for recipe in registry._ALL_RECIPES}
-    owners = {name: recipe_named_in(path) for name, path in config_files().items()}
     for recipe, path in recipe_files().items():
         if recipe in known:
             continue
         configs = [
-            registry.Config(name=name, file_path=str(config_files()[name]))
-            for name, owner in owners.items()
-            if owner == recipe
+            registry.Config(name=name, file_path=str(file))
+            for name, file in config_files().items()
+            if full_name(recipe_named_in(file) or "") == full_name(recipe)
         ]
         registry._ALL_RECIPES.append(
-            registry.Recipe(
-                name=recipe,
-                file_path=str(path),
-                configs=configs,
-                supports_distributed=recipe.endswith("_distributed"),
-            )
+            registry.Recipe(name=recipe, file_path=str(path), configs=configs, supports_distributed=True)
         )
-
-
-def owner_of_running_config() -> str | None:
-    """The recipe, torchtune's or ours, that the config on this process's command line is shipped with, if any."""
-    if "--config" not in sys.argv[:-1]:
-        return None
-    import torchtune
-    from torchtune._recipe_registry import get_all_recipes
-
-    running = Path(sys.argv[sys.argv.index("--config") + 1]).resolve()
-    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
-    for recipe in get_all_recipes():
-        if any((folder / config.file_path).resolve() == running for config in recipe.configs):
-            return recipe.name
-    return None

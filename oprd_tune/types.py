@@ -10,6 +10,7 @@ Dimension letters, used as suffixes of tensor names everywhere in this package:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -41,6 +42,31 @@ class Prompts:
     def as_teacher_reads(self) -> tuple[tuple[int, ...], ...]:
         """Token ids of each prompt as the teacher reads them."""
         return self.tokens if self.teacher_tokens is None else self.teacher_tokens
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What a run asks of the engine that samples its responses.
+
+    Attributes:
+        stop_tokens: ids that end a response; the one sampled belongs to it.
+        pad_id: fills rows up to the longest.
+        max_prompt_tokens: the longest prompt.
+        max_new_tokens: a response that reaches it is cut and marked `truncated`.
+        samples_per_prompt: responses to each prompt.
+        seed: with the step and the sample's place in the run, determines the noise.
+        vocabulary: sample from the first so many tokens only: those that the teacher has too. None takes all.
+        top_k_ids: return that many of the most probable tokens with each sampled one; 0 returns none.
+    """
+
+    stop_tokens: Collection[int]
+    pad_id: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    samples_per_prompt: int = 1
+    seed: int = 0
+    vocabulary: int | None = None
+    top_k_ids: int = 0
 
 
 @dataclass(frozen=True)

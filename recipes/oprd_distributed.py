@@ -1,299 +1,122 @@
-"""On-policy representation distillation (OPRD, arXiv 2606.06021) on any number of GPUs.
+"""On-policy representation distillation (OPRD, arXiv 2606.06021), from a laptop CPU to several hosts of GPUs.
 
 The student answers prompts itself. A frozen teacher reads the same tokens, and the student's hidden states are pulled
-towards the teacher's at chosen layers (Eq. 6). No LM head runs for the loss, on either side. The student is sharded by
-FSDP2; each rank samples and trains on its own share of the prompts, and everything is divided by global counts.
+towards the teacher's at chosen layers (Eq. 6), as they are or through a bridge. No LM head runs for the loss, on either
+side. With several processes, each samples and trains on its own share of the prompts.
 
-    tune run oprd_distributed --config tiny/oprd_distributed                         # every GPU of this host
-    tune run --nproc_per_node 2 oprd_distributed --config tiny/oprd_distributed      # any torchrun option
+    tune run oprd_distributed --config tiny/oprd                            # one process for each GPU, or a CPU
+    tune run --nproc_per_node 2 oprd_distributed --config tiny/oprd         # any option of torchrun
+    tune cp oprd_distributed my_recipe.py; tune cp tiny/oprd my.yaml; tune run my_recipe.py --config my.yaml
 
-This file is meant to be copied and edited. `train_step` is the method; everything around it is set-up and bookkeeping.
+This file is meant to be copied and edited. `train_step` is the method; `setup` is a list of its parts.
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import closing
-from functools import partial
-from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from torchtune import config, training
-from tqdm import tqdm
+from torchtune import config
 
-from oprd_tune.components import Components
+from oprd_tune.config import OPRDSettings, construct, resolve
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses.composite import Composite
-from oprd_tune.losses.masking import check_selection, select_from
-from oprd_tune.losses.token_loss import TokenLoss
-from oprd_tune.metrics.silent import SilentLogger
-from oprd_tune.modeling.sharding import Sharding, sync_gradients
+from oprd_tune.losses import HiddenStateLoss
+from oprd_tune.losses.masking import StateSelector
+from oprd_tune.metrics import Metrics, StepResult
 from oprd_tune.modeling.taps import layer_taps
-from oprd_tune.ranks import join_ranks
-from oprd_tune.settings import OPRDDistributedSettings, parse_settings
-from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
-from oprd_tune.training.bridge import BridgeBuilder, check_bridge
+from oprd_tune.preflight import load_data, load_pair, preflight
+from oprd_tune.run import Run, join_run, launch
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
-from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
-from oprd_tune.training.data import load_data
-from oprd_tune.training.device import pick_device
-from oprd_tune.training.engine import load_engine, settle_engine
-from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients, split_alike
-from oprd_tune.training.journal import Journal
-from oprd_tune.training.launch import StopSignals, run_distributed
-from oprd_tune.training.pair import ModelPair, load_pair
-from oprd_tune.training.preflight import preflight
-from oprd_tune.training.student import TiedHeadDrift, load_student
-from oprd_tune.types import Prompts, Rollout, Selection
+from oprd_tune.training.engine_start import start_engine
+from oprd_tune.training.gradients import split_alike
+from oprd_tune.training.student import Student
+from oprd_tune.types import Prompts
 
 RECIPE = "oprd_distributed"
-COMPONENTS = (
-    *("model", "checkpointer", "teacher_model", "teacher_checkpointer", "tokenizer", "dataset"),
-    *("loss", "optimizer", "rollout", "metric_logger"),
-)
-OPTIONAL_COMPONENTS = (
-    *("lr_scheduler", "eval_dataset", "task_accuracy", "reference_perplexity"),
-    *("teacher_tokenizer", "bridge"),
-)
-QUANTISATION_PROMPTS = 8
 
 
-class OPRDDistributedRecipe:
-    """OPRD under FSDP2. Call `setup`, then `train`."""
+class OPRDRecipe:
+    """OPRD on any number of devices. Call `setup`, then `train`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._cfg = cfg
-        self._settings = s = parse_settings(
-            cfg, OPRDDistributedSettings, recipe=RECIPE, components=COMPONENTS, optional_components=OPTIONAL_COMPONENTS
-        )
-        self._make = Components(cfg)
-        self._device, self._dtype = pick_device(s.device, s.dtype)
-        self._master_dtype = torch.float32 if s.master_dtype else self._dtype
-        self._ranks = join_ranks(self._device)
-        self._sharding = Sharding(
-            self._ranks,
-            compute_dtype=self._dtype,
-            reshard_after_forward=s.fsdp_reshard_after_forward,
-            cpu_offload=s.fsdp_cpu_offload,
-        )
-        self._folder = RunFolder(s.output_dir, s.keep_checkpoints, self._ranks)
-        self._journal = Journal(
-            self._folder.path,
-            self._ranks,
-            log_every_n_steps=s.log_every_n_steps,
-            log_samples_every_n_steps=s.log_samples_every_n_steps,
-        )
-        self._metrics, self._phase = self._journal.metrics, self._journal.phase
-        self._guard = FiniteGuard(s.max_nonfinite_steps)
-        self._step = 0  # optimizer steps done
+        self.settings, parts = resolve(cfg, OPRDSettings, recipe=RECIPE)  # the config ends here
+        self.ranks = join_run(self.settings)
+        self.run = Run(parts, self.settings, self.ranks, recipe=RECIPE)
 
-    # ---- set-up: everything that can be wrong is found before weights are read ----
-
-    def setup(self) -> bool:
-        """Check, load, prepare, and go back to the checkpoint if the run resumes; False if that was all."""
-        s, cfg = self._settings, self._cfg
-        if s.num_threads is not None:
-            torch.set_num_threads(s.num_threads)
-        training.set_seed(s.seed)
-        check_selection(s.positions, s.positions_k, s.anchor)
-        check_teacher(s.teacher_placement, s.teacher_quantization, self._device, can_shard=True)
-        settle_engine(cfg, self._folder.latest() if s.resume else None, self._device, self._ranks)
-        checkpoint = self._folder.check(cfg, resume=s.resume)
-        make = self._make
-        pair = load_pair(make, s)
-        self._pairs = pair.layers
-        self._data = load_data(make, s, pair, self._ranks)
-        self._loss, self._bridge_plan = make("loss"), make("bridge")
-        if isinstance(self._loss, (TokenLoss, Composite)):
-            raise ConfigError(f"{type(self._loss).__name__} compares tokens; that is for opd_topk_distributed")
-
-        check_bridge(self._bridge_plan, self._loss, pair)
-        preflight(s, make, pair, self._data, self._loss, self._ranks, bridge=self._bridge_plan, sharded=True)
-        if s.preflight == "only":
-            return False
-
-        logger = make("metric_logger") if self._ranks.first else SilentLogger()
-        self._load_student(pair)
-        self._optimizer = make("optimizer", self._trainable)
-        self._lr_scheduler = make("lr_scheduler", self._optimizer, num_training_steps=s.max_steps)
-        self._engine = load_engine(make, self._model, s, pair, self._data, self._ranks, dtype=self._dtype)
-        self._load_teacher(pair, evaluate=checkpoint is None and s.evaluate_teacher)
-        self._folder.open(cfg)
-        build = BridgeBuilder(s, pair, self._data, self._engine, self._model, self._teacher, self._select, self._ranks)
-        if not build.lead(self._bridge_plan, self._loss, self._folder.path):
-            return False
-        if checkpoint is not None:
-            self._step = load_checkpoint(
-                checkpoint, self._model, self._optimizer, self._parts, seed=s.seed, ranks=self._ranks
-            )
-        self._journal.open(logger, self._data.tokenizer, first_step=self._step + (checkpoint is not None))
-        logger.log_config(cfg)
-        return True
-
-    def _load_student(self, pair: ModelPair) -> None:
-        s = self._settings
-        self._model = load_student(
-            partial(self._make, "model"),
-            pair.student_files,
-            top=self._pairs[-1].student,
-            trains_head=False,
-            freeze_embedding=s.freeze_embedding,
-            activation_checkpointing=s.activation_checkpointing,
-            compile=s.compile,
-            seed=s.seed,
-            dtype=self._dtype,
-            device=self._device,
-            master_dtype=self._master_dtype,
-            sharding=self._sharding,
-        )
-        self._drift = TiedHeadDrift(self._model, self._ranks)
-        self._trainable = [p for p in self._model.parameters() if p.requires_grad]
-
-    def _load_teacher(self, pair: ModelPair, *, evaluate: bool) -> None:
-        s = self._settings
-        measure_accuracy = self._data.teacher_accuracy if evaluate else None
-        final = self._bridge_plan is not None and self._bridge_plan.needs_final_state
-        teacher, errors = load_teacher(
-            partial(self._make, "teacher_model"),
-            pair.teacher_files,
-            dtype=self._dtype,
-            device=self._device,
-            top=None if evaluate or final else max(layers.teacher for layers in self._pairs),
-            sharding=Sharding(self._ranks) if s.teacher_placement == "sharded" else None,
-            offloaded=s.teacher_placement == "offloaded",
-            quantization=s.teacher_quantization,
-            prompts=self._data.prompts.at(range(QUANTISATION_PROMPTS)).as_teacher_reads,
-        )
-        self._journal.add_teacher_errors(errors)
-        if measure_accuracy is not None:
-            self._journal.history.teacher_accuracy = measure_accuracy(teacher)
-        self._teacher = FrozenTeacher(teacher, self._pairs, final=final)
-
-    def _make_checkpointer(self, output_dir: str | None = None) -> Any:
-        return config.instantiate(self._cfg.checkpointer, output_dir=output_dir or self._settings.output_dir)
-
-    # ---- the method ----
-
-    def train_step(self, prompts: Prompts) -> float | None:
-        """One optimizer step; returns its loss, or None if no update was made."""
-        s = self._settings
-        with self._phase("sync"):
-            self._engine.sync_weights(self._step)
-        with self._phase("rollout"):
-            rollout = self._engine.generate(prompts, stream=self._step)  # or an error, which leaves the step undone
-        rollout = self._data.read(rollout, prompts)  # by a teacher that has a tokenizer of its own
-        self._journal.add_rollout(rollout)
-        rollout = rollout.without_truncated(s.truncated_responses)
-        # One denominator for the whole step, over all ranks, known before the first backward.
-        (count,) = map(int, self._ranks.total([len(self._select(rollout))]))
+    def train_step(self, prompts: Prompts) -> StepResult:
+        """One optimizer step on this process's prompts."""
+        run, metrics = self.run, Metrics()
+        with run.phase("sync"):
+            self.engine.sync_weights(run.step)
+        with run.phase("rollout"):
+            sampled = self.engine.generate(prompts, stream=run.step)  # or an error, which leaves the step undone
+        sampled = self.data.read(sampled, prompts)  # by a teacher that has a tokenizer of its own
+        rollout = sampled.without_truncated(self.settings.truncated_responses)
+        # One denominator for the whole step, over all processes and microbatches, known before the first backward.
+        count = self.ranks.sum(len(self.select(rollout)))
         if count == 0:
-            return None
-        micro_batches = split_alike(rollout, s.tokens_per_micro_batch, self._ranks)
-        calibrate(self._loss, self._teacher, micro_batches, self._select, self._ranks)
+            return StepResult(None, sampled, metrics)
+        micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
+        calibrate(self.loss, self.teacher, micro_batches, self.select, self.ranks)
 
-        loss = torch.zeros((), device=self._device)
-        for left, micro in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
-            selection = self._select(micro)
-            with self._phase("teacher"):
-                targets = self._teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
-            with self._phase("student"):
-                stream = self._loss.stream(self._pairs, targets.states, selection)
-                with layer_taps(self._model, [pair.student for pair in self._pairs], stream):
-                    loss_sum = self._model(micro.tokens_BS)  # head-less: returns the streamed sum
-                sync_gradients(self._model, s.sync_every_micro_batch or left == 0)
-                backward(loss_sum, count, world_size=self._ranks.world_size)
-            loss += loss_sum.detach() / count
-            self._metrics.add_stream(stream, selection)
+        for micro in micro_batches:
+            selection = self.select(micro)
+            with run.phase("teacher"):
+                targets = self.teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
+            with run.phase("student"):
+                stream = self.loss.stream(self.pairs, targets.states, selection, self.bridge)
+                with layer_taps(self.student.model, stream.layers, stream):
+                    loss_sum = self.student.model(micro.tokens_BS)  # no head: it returns the loss of all taps
+                self.student.backward(loss_sum, count, last=micro is micro_batches[-1])
+            metrics.merge(stream.metrics)
 
-        (total,) = self._ranks.total([loss.item()])
-        with self._phase("optimizer"):
-            grad_norm = clip_gradients(self._trainable, s.clip_grad_norm)
-            finite = self._guard.allows(self._step + 1, loss=total, grad_norm=grad_norm)
-            if finite:
-                self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-        self._metrics.set("loss/total", total)
-        self._metrics.set("optimizer/grad_norm", grad_norm)
-        return total if finite else None
+        with run.phase("optimizer"):
+            loss = self.student.update(run.step + 1, metrics)
+        return StepResult(loss, sampled, metrics)
 
-    def _select(self, rollout: Rollout) -> Selection:
-        s = self._settings
-        return select_from(rollout, positions=s.positions, k=s.positions_k, anchor=s.anchor)
+    def setup(self) -> None:
+        """Check everything, then load it. What can be wrong is found before weights are read."""
+        s, run, parts = self.settings, self.run, self.run.parts
+        self.select = StateSelector(s.positions, s.positions_k, s.anchor)
+        self.engine = parts.rollout()
+        self.engine.check(self.ranks.device, self.ranks)
+        self.loss = parts.loss()
+        if not isinstance(self.loss, HiddenStateLoss):
+            raise ConfigError(f"{type(self.loss).__name__} is no loss on hidden states; opd_topk_distributed takes it")
+        plan = construct(parts.bridge)
+        pair = load_pair(parts, s)
+        self.pairs = pair.layers
+        self.data = load_data(parts, s, pair, self.ranks)
+        check_bridge(plan, self.loss, pair)
+        preflight(parts, s, pair, self.data, self.loss, self.engine, plan)
 
-    # ---- the loop and its bookkeeping ----
+        run.open()
+        top = self.pairs[-1].student
+        self.student = Student.load(parts, s, pair.student_files, self.ranks, top=top, trains_head=False)
+        start_engine(self.engine, self.student, pair, self.data, s)
+        teacher = run.load_teacher(pair, self.data, top=pair.teacher_top(plan))
+        self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
+        self.teacher = FrozenTeacher(teacher, self.pairs, bridge=self.bridge)
+        run.begin(self.student, self.data, self.engine, loss=self.loss)
 
     def train(self) -> int:
-        """Run to `max_steps`; returns the exit status."""
-        s = self._settings
-        if self._step == 0 and not self._journal.history.evaluations:
-            self._evaluate()
-        with (
-            closing(self._engine),
-            StopSignals() as stop,
-            tqdm(total=s.max_steps, initial=self._step, desc="OPRD", unit="step", disable=not self._ranks.first) as bar,
-        ):
-            while not (stopped := self._ranks.largest(stop.received)) and self._step < s.max_steps:
-                loss = self.train_step(self._data.prompts.at_step(self._step))
-                self._step += 1
-                self._finish_step(updated=loss is not None)
-                done = self._step == s.max_steps
-                if done or self._step % s.evaluate_every_n_steps == 0:
-                    self._evaluate()
-                if done or self._step % s.checkpoint_every_n_steps == 0:
-                    self._save()
-                self._journal.show(bar, loss)
-        if stopped:
-            self.save()
-            print(f"Stopped after step {self._step}; everything is saved. Continue with resume=true.")
-            self._journal.close()
-            return 128 + int(stopped)
-        final = self._folder.export("final", self._model, self._make_checkpointer, dtype=self._dtype)
-        self._folder.wait()
-        self._journal.finish(final, recipe=RECIPE, steps=self._step, seed=s.seed, dtype=s.dtype)
-        return 0
-
-    def _finish_step(self, *, updated: bool) -> None:
-        """Advance the schedule and log the step."""
-        self._metrics.set("optimizer/lr", self._optimizer.param_groups[0]["lr"])
-        if self._lr_scheduler is not None:
-            self._lr_scheduler.step()
-        if (drift := self._drift.measure(self._model)) is not None:
-            self._metrics.set("head/drift", drift)
-        self._journal.finish_step(self._step, updated=updated)
-
-    def _evaluate(self) -> None:
-        """Measure the student, and export it if it is the best so far."""
-        accuracy = self._data.task_accuracy(self._model) if self._data.task_accuracy else None
-        perplexity = self._data.reference_perplexity(self._model) if self._data.reference_perplexity else None
-        layers = [pair.student for pair in self._pairs]
-        if self._journal.add_evaluation(self._step, accuracy, perplexity, layers):
-            self._folder.export("best", self._model, self._make_checkpointer, dtype=self._dtype)
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        """What has a state, beside the student and its optimizer."""
-        return {
-            "history": self._journal.history,
-            "loss": self._loss,
-            "drift": self._drift,
-            "guard": self._guard,
-            "lr_scheduler": self._lr_scheduler,
-        }
+        """Run to `max_steps`, or until a signal; returns the exit status."""
+        with self.run as run:
+            while run.goes_on():
+                run.record(self.train_step(self.data.prompts.at_step(run.step)))
+        return self.run.finish()
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
-        self._save()
-        self._folder.wait()
-
-    def _save(self) -> None:
-        self._folder.save(self._step, self._model, self._optimizer, self._parts, self._cfg)
+        self.run.save()
 
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> int:
-    """On-policy representation distillation on any number of GPUs."""
-    return run_distributed(OPRDDistributedRecipe, cfg)
+    """On-policy representation distillation on any number of devices."""
+    return launch(OPRDRecipe, cfg)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.modeling.adapters import adapter_names
-from oprd_tune.modeling.architectures import qwen3_tune_to_hf
-from oprd_tune.modeling.load import build_on_meta
+from oprd_tune.modeling.families.qwen3 import qwen3_tune_to_hf
+from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.tiny.model import write_tokenizer
 from tests.conftest import load_config, recipe_class
 

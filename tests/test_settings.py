@@ -1,10 +1,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from oprd_tune.components import Components
-from oprd_tune.errors import ConfigError
-from oprd_tune.registry import config_files, recipe_files, recipe_named_in
-from oprd_tune.settings import (
+from oprd_tune.config.components import Components
+from oprd_tune.config.settings import (
     OPDDistributedSettings,
     OPDSettings,
     OPRDDistributedSettings,
@@ -12,6 +10,8 @@ from oprd_tune.settings import (
     differences,
     parse_settings,
 )
+from oprd_tune.errors import ConfigError
+from oprd_tune.registry import config_files, recipe_files, recipe_named_in
 from tests.conftest import load_config, load_recipe
 
 SETTINGS = {

@@ -125,7 +125,7 @@ def test_the_readme_quotes_costs_as_measured():
 def test_every_setting_is_documented_in_order():
     from dataclasses import fields
 
-    from oprd_tune.settings import OPDDistributedSettings
+    from oprd_tune.config.settings import OPDDistributedSettings
 
     page = (ROOT / "docs" / "configuration.md").read_text()
     places = [page.find(f"| `{field.name}` |") for field in fields(OPDDistributedSettings)]

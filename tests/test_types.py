@@ -9,7 +9,7 @@ from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import count_selected, select_states
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.teacher import FrozenTeacher
-from oprd_tune.training.grads import backward
+from oprd_tune.training.gradients import backward
 from oprd_tune.types import LayerPair, LogprobGap
 from tests.conftest import DEPTH, make_model
 from tests.rollout.test_native import STOP, engine, make_prompts

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from oprd_tune.data.prompts import PromptDataset
 from oprd_tune.errors import ConfigError
+from oprd_tune.protocols import PromptSource
 from oprd_tune.types import Prompts
 
 
@@ -30,7 +30,7 @@ class PromptStream:
     """
 
     def __init__(
-        self, dataset: PromptDataset, *, prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1
+        self, dataset: PromptSource, *, prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         if prompts_per_step < world_size:
             raise ConfigError(

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
@@ -150,9 +149,7 @@ class HuggingFaceTokenizer:
         if unknown := sorted(set(given) - own):
             known = ", ".join(sorted(own)) or "none"
             raise ConfigError(f"{where}: the chat template has no variable {', '.join(unknown)}; it has {known}")
-        plain = OmegaConf.to_container(OmegaConf.create(dict(given)), resolve=True)
-        assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+        return dict(given)
 
     def _read_chat_template(self, folder: Path) -> str | None:
         own_file = folder / "chat_template.jinja"

@@ -3,7 +3,8 @@
 from oprd_tune.losses.bridged_mse import BridgedMSE
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.control_variate import ControlVariateReverseKL
-from oprd_tune.losses.hidden_mse import HiddenStateMSE
+from oprd_tune.losses.hidden_mse import HiddenStateLoss, HiddenStateMSE
+from oprd_tune.losses.per_token import PerTokenLoss
 from oprd_tune.losses.reverse_kl import FullReverseKL, SampledReverseKL
 from oprd_tune.losses.topk_kl import DetachedTopKReverseKL, TopKReverseKL
 
@@ -13,7 +14,9 @@ __all__ = [
     "ControlVariateReverseKL",
     "DetachedTopKReverseKL",
     "FullReverseKL",
+    "HiddenStateLoss",
     "HiddenStateMSE",
+    "PerTokenLoss",
     "SampledReverseKL",
     "TopKReverseKL",
 ]

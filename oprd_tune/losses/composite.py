@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from oprd_tune.config.checks import check_not_negative
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses.hidden_mse import HiddenStateMSE, LayerStream
-from oprd_tune.losses.masking import count_selected
+from oprd_tune.losses.diagnostics import Probe
+from oprd_tune.losses.hidden_mse import HiddenStateLoss, LayerStream
+from oprd_tune.losses.masking import StateSelector
 from oprd_tune.losses.token_loss import TokenLoss, TokenStream
-from oprd_tune.modeling.lm_head import Heads
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.modeling.heads import Heads
+from oprd_tune.protocols import Projections, RolloutEngine
 from oprd_tune.types import LayerPair, ResponseTokens, Rollout, Selection, TeacherTargets
 
-Loss = HiddenStateMSE | TokenLoss
+Loss = HiddenStateLoss | TokenLoss
 
 
 class Composite:
@@ -40,14 +44,13 @@ class Composite:
         for name, part in parts.items():
             if not re.fullmatch(r"\w+", name) or name == "total":
                 raise ConfigError(f"loss.parts has {name!r}; a name is letters, digits and _, and not `total`")
-            if not isinstance(part, (HiddenStateMSE, TokenLoss)):
+            if not isinstance(part, (HiddenStateLoss, TokenLoss)):
                 raise ConfigError(f"loss.parts.{name} is no loss but {part!r}; give it a `_component_`")
         if unknown := sorted(set(weights) - set(parts)):
             raise ConfigError(f"loss.weights names {', '.join(unknown)}; the parts are {', '.join(parts)}")
         for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ConfigError(f"loss.weights.{name} is {weight}; a weight must not be negative, nor infinite")
-        hidden = [part for part in parts.values() if isinstance(part, HiddenStateMSE)]
+            check_not_negative(f"loss.weights.{name}", weight)
+        hidden = [part for part in parts.values() if isinstance(part, HiddenStateLoss)]
         if len(hidden) > 1:
             raise ConfigError("loss.parts has more than one loss on hidden states; there may be one")
         self.parts = dict(parts)
@@ -56,22 +59,19 @@ class Composite:
         self.token_losses = {name: part for name, part in parts.items() if isinstance(part, TokenLoss)}
 
     @property
-    def sampler_top_k(self) -> int | None:
+    def sampler_top_k(self) -> int:
         """How many of the sampler's top tokens a part wants with the rollout."""
-        return max((part.sampler_top_k for part in self.token_losses.values() if part.sampler_top_k), default=None)
+        return max((part.sampler_top_k for part in self.token_losses.values()), default=0)
 
-    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""
         for part in self.token_losses.values():
-            part.check(
-                vocabulary=vocabulary, sampler_temperature=sampler_temperature, sampler_is_student=sampler_is_student
-            )
+            part.check(vocabulary, engine)
 
-    def counts(self, rollout: Rollout, *, positions: str, positions_k: int) -> list[int]:
-        """N of each part: selected tokens for hidden states, all response tokens for token losses."""
-        selected = count_selected(rollout.response_mask_BS, positions=positions, k=positions_k)
+    def counts(self, rollout: Rollout, select: StateSelector) -> list[int]:
+        """N of each part: selected states for hidden states, all response tokens for token losses."""
         tokens = rollout.response_tokens
-        return [selected if part is self.hidden else tokens for part in self.parts.values()]
+        return [len(select(rollout)) if part is self.hidden else tokens for part in self.parts.values()]
 
     def stream(
         self,
@@ -81,8 +81,8 @@ class Composite:
         *,
         heads: Heads,
         pairs: Sequence[LayerPair],
-        top: int,
-        probe: Callable[[Tensor], None] | None = None,
+        bridge: Projections | None = None,
+        probe: Probe | None = None,
     ) -> CompositeStream:
         """Open one microbatch.
 
@@ -92,22 +92,17 @@ class Composite:
             selection: its selected states, for a hidden-state loss.
             heads: both LM heads.
             pairs: the layers of a hidden-state loss.
-            top: the student's last layer.
-            probe: called with the final state, for what is measured on it.
+            bridge: of a hidden-state loss.
+            probe: also looks at the final state; None in most steps.
         """
         streams: dict[str, LayerStream | TokenStream] = {}
         for name, part in self.parts.items():
-            if isinstance(part, HiddenStateMSE):
-                streams[name] = part.stream(pairs, targets.states, selection)
+            if isinstance(part, HiddenStateLoss):
+                streams[name] = part.stream(pairs, targets.states, selection, bridge)
             else:
                 assert targets.final_TC is not None
-                streams[name] = part.stream(top, heads, targets.final_TC, tokens)
+                streams[name] = part.stream(heads, targets.final_TC, tokens)
         return CompositeStream(streams, self.weights, probe)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `HiddenStateMSE`."""
-        return self.hidden is not None and self.hidden.needs_calibration
 
     def state_dict(self) -> dict[str, object]:
         """What a part has to remember."""
@@ -127,7 +122,7 @@ def as_composite(loss: Loss | Composite) -> Composite:
     """
     if isinstance(loss, Composite):
         return loss
-    if not isinstance(loss, (HiddenStateMSE, TokenLoss)):
+    if not isinstance(loss, (HiddenStateLoss, TokenLoss)):
         raise ConfigError(f"loss is {loss!r}, none of the losses in oprd_tune.losses nor derived from one")
     return Composite({"loss": loss})
 
@@ -138,27 +133,39 @@ class CompositeStream:
     The call with the last layer returns [parts]: each part's sum times its weight, with a graph.
 
     Attributes:
-        streams: the parts' own, by name.
         layers: the student layers to tap, ascending.
+        metrics: of all parts and the probe, after the last call. Where several parts are token losses, theirs are
+            called `token/<part>/…`.
     """
 
     def __init__(
-        self,
-        streams: Mapping[str, LayerStream | TokenStream],
-        weights: Mapping[str, float],
-        probe: Callable[[Tensor], None] | None,
+        self, streams: Mapping[str, LayerStream | TokenStream], weights: Mapping[str, float], probe: Probe | None
     ) -> None:
-        self.streams, self._weights, self._probe = streams, weights, probe
+        self._streams, self._weights, self._probe = streams, weights, probe
         self.layers = sorted(set().union(*(stream.layers for stream in streams.values())))
+        self.metrics = Metrics()
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
         """Feed the parts that read this layer."""
-        for stream in self.streams.values():
+        for stream in self._streams.values():
             if layer in stream.layers:
                 stream(layer, state_BSD)
         if layer < self.layers[-1]:
             return state_BSD
         if self._probe is not None:
             self._probe(state_BSD)
-        sums = [self._weights[name] * stream.total for name, stream in self.streams.items() if stream.total is not None]
-        return torch.stack(sums)
+        self._collect_metrics()
+        totals = {name: stream.total for name, stream in self._streams.items()}
+        return torch.stack([self._weights[name] * total for name, total in totals.items() if total is not None])
+
+    def _collect_metrics(self) -> None:
+        token_parts = [name for name, stream in self._streams.items() if isinstance(stream, TokenStream)]
+        for name, stream in self._streams.items():
+            prefix = f"token/{name}/" if len(token_parts) > 1 and name in token_parts else "token/"
+            self.metrics.merge(stream.metrics, partial(_renamed, prefix))
+        if self._probe is not None:
+            self.metrics.merge(self._probe.metrics)
+
+
+def _renamed(prefix: str, metric: str) -> str:
+    return metric.replace("token/", prefix)

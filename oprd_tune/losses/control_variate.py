@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from oprd_tune.config.checks import check_whole
 from oprd_tune.losses.reverse_kl import SampledReverseKL, exact_kl
-from oprd_tune.losses.token_loss import Comparison, Measures, check_whole
+from oprd_tune.losses.token_loss import Comparison
 from oprd_tune.losses.topk_kl import check_k, renormalised_kl
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.protocols import RolloutEngine
 
 
 class ControlVariateReverseKL(SampledReverseKL):
@@ -42,22 +45,20 @@ class ControlVariateReverseKL(SampledReverseKL):
             chunk_tokens=chunk_tokens,
         )
         if baseline_k is not None:
-            check_whole("baseline_k", baseline_k, at_least=2)
+            check_whole("loss.baseline_k", baseline_k, at_least=2)
         self.baseline_k = baseline_k
 
-    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""
-        super().check(
-            vocabulary=vocabulary, sampler_temperature=sampler_temperature, sampler_is_student=sampler_is_student
-        )
+        super().check(vocabulary, engine)
         if self.baseline_k is not None:
             check_k("baseline_k", self.baseline_k, vocabulary)
 
-    def baseline(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    def baseline(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """See `SampledReverseKL.baseline`."""
         if self.baseline_k is None:
-            return exact_kl(chunk, measures)
+            return exact_kl(chunk, metrics)
         log_p_TK, ids_TK = chunk.log_p_TV.topk(self.baseline_k, dim=-1)
         baseline_T, _ = renormalised_kl(log_p_TK, log_p_TK - chunk.log_ratio_TV.gather(1, ids_TK))
-        _, p_TV = exact_kl(chunk, measures)
+        _, p_TV = exact_kl(chunk, metrics)
         return baseline_T, p_TV

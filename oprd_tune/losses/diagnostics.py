@@ -7,8 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oprd_tune.losses.token_loss import Measures, log_softmax_, row_dot
-from oprd_tune.modeling.lm_head import Heads, head_logits
+from oprd_tune.losses.token_loss import log_softmax_, row_dot
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.modeling.heads import Heads, head_logits
 from oprd_tune.types import ResponseTokens
 
 _TOKENS_AT_ONCE = 16
@@ -25,21 +26,19 @@ class Probe:
         k: see `diagnose`.
 
     Attributes:
-        measures: sums over those tokens, after the call.
-        count: how many they are.
+        metrics: sums over those tokens, after the call.
     """
 
     def __init__(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens, *, count: int, k: int) -> None:
         chosen = evenly_spaced(len(tokens), count, tokens.index_T.device)
         self._heads, self._k = heads, k
         self._teacher_TC, self._index_T = teacher_TC[chosen], tokens.index_T[chosen]
-        self.measures = Measures()
-        self.count = len(chosen)
+        self.metrics = Metrics()
 
     def __call__(self, state_BSD: Tensor) -> None:
         """Measure."""
         student_TD = state_BSD.detach().flatten(0, 1)[self._index_T]
-        self.measures = diagnose(student_TD, self._teacher_TC, self._heads, k=self._k)
+        self.metrics = diagnose(student_TD, self._teacher_TC, self._heads, k=self._k)
 
 
 def evenly_spaced(count: int, wanted: int, device: torch.device) -> Tensor:
@@ -49,7 +48,7 @@ def evenly_spaced(count: int, wanted: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def diagnose(student_TD: Tensor, teacher_TC: Tensor, heads: Heads, *, k: int) -> Measures:
+def diagnose(student_TD: Tensor, teacher_TC: Tensor, heads: Heads, *, k: int) -> Metrics:
     """Compare both distributions at the given positions, at temperature 1.
 
     Args:
@@ -61,30 +60,30 @@ def diagnose(student_TD: Tensor, teacher_TC: Tensor, heads: Heads, *, k: int) ->
     Returns:
         Sums over the tokens of the metrics `diagnostics/…`.
     """
-    measures = Measures()
+    metrics = Metrics()
     for student, teacher in zip(student_TD.split(_TOKENS_AT_ONCE), teacher_TC.split(_TOKENS_AT_ONCE), strict=True):
         log_p_TV = log_softmax_(head_logits(student, heads.student_VD))
         log_q_TV = log_softmax_(head_logits(teacher, heads.teacher_VC))
-        _supports(measures, log_p_TV, log_q_TV, min(k, heads.vocabulary))
+        _supports(metrics, log_p_TV, log_q_TV, min(k, heads.vocabulary))
         p_TV = log_p_TV.exp()
         entropy_p_T, entropy_q_T = -row_dot(p_TV, log_p_TV), -row_dot(log_q_TV.exp(), log_q_TV)
-        measures.add("diagnostics/student_entropy", entropy_p_T)
-        measures.add("diagnostics/teacher_entropy", entropy_q_T)
-        measures.add("diagnostics/entropy_gap", entropy_q_T - entropy_p_T)
-        _gradients(measures, p_TV, log_p_TV.sub_(log_q_TV))
-    return measures
+        metrics.add_each("diagnostics/student_entropy", entropy_p_T)
+        metrics.add_each("diagnostics/teacher_entropy", entropy_q_T)
+        metrics.add_each("diagnostics/entropy_gap", entropy_q_T - entropy_p_T)
+        _gradients(metrics, p_TV, log_p_TV.sub_(log_q_TV))
+    return metrics
 
 
-def _supports(measures: Measures, log_p_TV: Tensor, log_q_TV: Tensor, k: int) -> None:
+def _supports(metrics: Metrics, log_p_TV: Tensor, log_q_TV: Tensor, k: int) -> None:
     top_p_TK, student_ids_TK = log_p_TV.topk(k, dim=-1)
     teacher_ids_TK = log_q_TV.topk(k, dim=-1).indices
     shared_TK = (student_ids_TK.unsqueeze(2) == teacher_ids_TK.unsqueeze(1)).any(2)
-    measures.add("diagnostics/student_mass", top_p_TK.exp().sum(-1))
-    measures.add("diagnostics/teacher_mass", log_q_TV.gather(1, student_ids_TK).exp().sum(-1))
-    measures.add("diagnostics/top_k_overlap", shared_TK.double().mean(-1))
+    metrics.add_each("diagnostics/student_mass", top_p_TK.exp().sum(-1))
+    metrics.add_each("diagnostics/teacher_mass", log_q_TV.gather(1, student_ids_TK).exp().sum(-1))
+    metrics.add_each("diagnostics/top_k_overlap", shared_TK.double().mean(-1))
 
 
-def _gradients(measures: Measures, p_TV: Tensor, log_ratio_TV: Tensor) -> None:
+def _gradients(metrics: Metrics, p_TV: Tensor, log_ratio_TV: Tensor) -> None:
     """E and variance, over the next token y ~ p, of an estimate −A(y)·∇log p(y) of ∇KL with respect to the logits.
 
     ‖∇log p(y)‖² = 1 − 2·p_y + ‖p‖², and the expectation is ∇KL whatever constant A contains.
@@ -93,8 +92,8 @@ def _gradients(measures: Measures, p_TV: Tensor, log_ratio_TV: Tensor) -> None:
     centred_TV = log_ratio_TV - kl_T.unsqueeze(-1)
     mean_square_T = (p_TV * centred_TV).square().sum(-1)
     score_square_TV = 1 - 2 * p_TV + p_TV.square().sum(-1, keepdim=True)
-    measures.add("diagnostics/kl", kl_T)
-    measures.add("diagnostics/gradient_square", mean_square_T)
+    metrics.add_each("diagnostics/kl", kl_T)
+    metrics.add_each("diagnostics/gradient_square", mean_square_T)
     for name, advantage_TV in (("sampled", log_ratio_TV), ("vopd", centred_TV)):
         second_moment_T = (p_TV * advantage_TV.square() * score_square_TV).sum(-1)
-        measures.add(f"diagnostics/variance_{name}", second_moment_T - mean_square_T)
+        metrics.add_each(f"diagnostics/variance_{name}", second_moment_T - mean_square_T)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from oprd_tune.modeling.lm_head import add_outer_rows, row_blocks
+from oprd_tune.modeling.heads import add_outer_rows, row_blocks
 
 
 class HeadGradient(Protocol):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError
 from oprd_tune.types import ResponseTokens, Rollout, Selection
 
@@ -20,14 +22,48 @@ POSITIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 ANCHORS = {"predict": 1, "consume": 0}
 
 
-def check_selection(positions: str, k: int, anchor: str) -> None:
-    """Raise ConfigError unless the three name a selection."""
-    if positions not in POSITIONS:
-        raise ConfigError(f"positions is {positions!r}; allowed are {', '.join(POSITIONS)} (k is `positions_k`)")
-    if k < 1:
-        raise ConfigError(f"positions_k is {k}; it must be at least 1")
-    if anchor not in ANCHORS:
-        raise ConfigError(f"anchor is {anchor!r}; allowed are {', '.join(ANCHORS)}")
+@dataclass(frozen=True)
+class StateSelector:
+    """Selects states as a config says: call it with a microbatch.
+
+    Attributes:
+        positions: which response tokens: `all`, `last`, `first_k` or `last_k`, counted per response.
+        k: tokens per response for `first_k` and `last_k`; a shorter response is taken whole.
+        anchor: which state stands for a token: `predict`, the one that it was predicted from, or `consume`, its own.
+
+    Raises:
+        ConfigError: for an unknown name or a k below 1.
+    """
+
+    positions: str = "all"
+    k: int = 2000
+    anchor: str = "predict"
+
+    def __post_init__(self) -> None:
+        if self.positions not in POSITIONS:
+            allowed = ", ".join(POSITIONS)
+            raise ConfigError(f"positions is {self.positions!r}; allowed are {allowed} (k is `positions_k`)")
+        check_whole("positions_k", self.k)
+        if self.anchor not in ANCHORS:
+            raise ConfigError(f"anchor is {self.anchor!r}; allowed are {', '.join(ANCHORS)}")
+
+    def __call__(self, rollout: Rollout) -> Selection:
+        """The selected states, without those that a teacher with another tokenizer has no equal of."""
+        selection = select_states(rollout.response_mask_BS, positions=self.positions, k=self.k, anchor=self.anchor)
+        if (reading := rollout.reading) is None:
+            return selection
+        row_T = selection.index_T // rollout.tokens_BS.shape[1]
+        column_T = reading.column_BS.flatten()[selection.index_T]
+        met_T = column_T >= 0
+        return Selection(
+            index_T=selection.index_T[met_T],
+            quarter_T=selection.quarter_T[met_T],
+            teacher_index_T=(row_T * reading.tokens_BU.shape[1] + column_T)[met_T],
+        )
+
+    def most(self, response_length: int) -> int:
+        """The most states that a response of some length can have selected."""
+        return min(response_length, {"last": 1, "all": response_length}.get(self.positions, self.k))
 
 
 def select_states(
@@ -40,18 +76,16 @@ def select_states(
 
     Args:
         response_mask_BS: True on response tokens, contiguous in each row.
-        positions: `all`, `last`, `first_k` or `last_k`, counted per response.
-        k: tokens per response for `first_k` and `last_k`; a shorter response is taken whole.
-        anchor: `predict` or `consume`.
+        positions: see `StateSelector`, as for the others.
+        k: with `first_k` and `last_k`.
+        anchor: one of `ANCHORS`.
 
     Returns:
         The selection, in row-major order; empty if no row has a response.
 
     Raises:
-        ConfigError: for an unknown name or a k below 1.
         ValueError: if, under `predict`, a response starts in column 0, where nothing predicts it.
     """
-    check_selection(positions, k, anchor)
     if anchor == "predict" and bool(response_mask_BS[:, 0].any()):
         raise ValueError("a response starts in column 0, so no state predicts it; rows need a prompt")
     rank_BS = response_mask_BS.cumsum(1)
@@ -61,28 +95,6 @@ def select_states(
     token_index_T = chosen_BS.flatten().nonzero(as_tuple=True)[0]
     index_T = token_index_T - ANCHORS[anchor]
     return Selection(index_T, quarter_T=quarter_BS.flatten()[token_index_T], teacher_index_T=index_T)
-
-
-def select_from(rollout: Rollout, *, positions: str, k: int, anchor: str) -> Selection:
-    """As `select_states`; without the states that a teacher with another tokenizer has no equal of."""
-    selection = select_states(rollout.response_mask_BS, positions=positions, k=k, anchor=anchor)
-    if (reading := rollout.reading) is None:
-        return selection
-    row_T = selection.index_T // rollout.tokens_BS.shape[1]
-    column_T = reading.column_BS.flatten()[selection.index_T]
-    met_T = column_T >= 0
-    return Selection(
-        index_T=selection.index_T[met_T],
-        quarter_T=selection.quarter_T[met_T],
-        teacher_index_T=(row_T * reading.tokens_BU.shape[1] + column_T)[met_T],
-    )
-
-
-def count_selected(response_mask_BS: Tensor, *, positions: str, k: int) -> int:
-    """N of the loss: how many tokens `select_states` would select."""
-    check_selection(positions, k, "predict")
-    rank_BS = response_mask_BS.cumsum(1)
-    return int((response_mask_BS & POSITIONS[positions](rank_BS, rank_BS[:, -1:], k)).sum())
 
 
 def response_tokens(rollout: Rollout) -> ResponseTokens:
@@ -96,14 +108,3 @@ def response_tokens(rollout: Rollout) -> ResponseTokens:
         sampler_top_ids_TK=None if top_ids_BSK is None else top_ids_BSK.flatten(0, 1)[at_T],
         sampler_top_mass_T=None if top_mass_BS is None else top_mass_BS.flatten()[at_T],
     )
-
-
-__all__ = [
-    "ANCHORS",
-    "POSITIONS",
-    "check_selection",
-    "count_selected",
-    "response_tokens",
-    "select_from",
-    "select_states",
-]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oprd_tune.config.checks import check_positive
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, row_dot
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, row_dot
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.protocols import RolloutEngine
 
 
 class FullReverseKL(DenseTokenLoss):
@@ -15,9 +18,9 @@ class FullReverseKL(DenseTokenLoss):
     ∂KL/∂logit_v = p_v · (log p_v − log q_v − KL).
     """
 
-    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """See `DenseTokenLoss.objective`."""
-        kl_T, p_TV = exact_kl(chunk, measures)
+        kl_T, p_TV = exact_kl(chunk, metrics)
         return kl_T.sum(), chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
 
 
@@ -50,32 +53,32 @@ class SampledReverseKL(DenseTokenLoss):
             student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
         )
         for name, value in (("reward_clip", reward_clip), ("importance_ratio_cap", importance_ratio_cap)):
-            if value is not None and not value > 0:
-                raise ConfigError(f"loss.{name} is {value}; give a positive number, or null to switch it off")
+            if value is not None:
+                check_positive(f"loss.{name}", value)
         self.reward_clip = reward_clip
         self.importance_ratio_cap = importance_ratio_cap
 
-    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""
-        if self.student_temperature != sampler_temperature:
+        if self.student_temperature != engine.temperature:
             raise ConfigError(
                 f"loss.student_temperature is {self.student_temperature} and rollout.temperature "
-                f"{sampler_temperature}: {type(self).__name__} is unbiased only where they are equal"
+                f"{engine.temperature}: {type(self).__name__} is unbiased only where they are equal"
             )
         if self.importance_ratio_cap is None:
             return
-        if sampler_is_student:
+        if engine.samples_with_student:
             raise ConfigError(
                 "loss.importance_ratio_cap corrects for a sampler that is another engine; here the trainer's own model "
                 "samples: set it to null"
             )
-        if sampler_temperature != 1:
+        if engine.temperature != 1:
             raise ConfigError(
-                f"loss.importance_ratio_cap needs rollout.temperature 1, not {sampler_temperature}: samplers report "
+                f"loss.importance_ratio_cap needs rollout.temperature 1, not {engine.temperature}: samplers report "
                 "log-probabilities at temperature 1"
             )
 
-    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """See `DenseTokenLoss.objective`."""
         token_T1 = chunk.tokens.tokens_T.unsqueeze(-1)
         log_p_T1, log_ratio_T1 = chunk.log_p_TV.gather(1, token_T1), chunk.log_ratio_TV.gather(1, token_T1)
@@ -85,25 +88,25 @@ class SampledReverseKL(DenseTokenLoss):
         weight_T1 = torch.ones_like(reward_T1)
         gap_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
         if self.student_temperature == 1:  # as samplers report
-            measures.add("token/logprob_gap", gap_T1.abs())
+            metrics.add_each("token/logprob_gap", gap_T1.abs())
         if self.importance_ratio_cap is not None:
             weight_T1 = gap_T1.exp().clamp_(max=self.importance_ratio_cap)
-            measures.add("token/importance_ratio", weight_T1)
-        baseline_T, p_TV = self.baseline(chunk, measures)
+            metrics.add_each("token/importance_ratio", weight_T1)
+        baseline_T, p_TV = self.baseline(chunk, metrics)
         advantage_T1 = weight_T1 * (reward_T1 + baseline_T.unsqueeze(-1))
         return score_gradient(p_TV, log_p_T1, token_T1, advantage_T1)
 
-    def baseline(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    def baseline(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """What is added to the reward, [T], and p, [T, V], in the place of its logarithm."""
-        kl_T, p_TV = exact_kl(chunk, measures)
+        kl_T, p_TV = exact_kl(chunk, metrics)
         return torch.zeros_like(kl_T), p_TV
 
 
-def exact_kl(chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+def exact_kl(chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
     """KL(p‖q) at each token, which is measured too, and p in the place of its logarithm."""
     p_TV = chunk.log_p_TV.exp_()
     kl_T = row_dot(p_TV, chunk.log_ratio_TV)
-    measures.add("token/kl", kl_T)
+    metrics.add_each("token/kl", kl_T)
     return kl_T, p_TV
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.config.checks import check_positive, check_whole
 from oprd_tune.losses.head_pass import DenseHeadGradient, HeadSum, head_sum
-from oprd_tune.modeling.lm_head import Heads, add_product, gathered_logits, head_logits, wide
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.modeling.heads import Heads, add_product, gathered_logits, head_logits, wide
+from oprd_tune.protocols import RolloutEngine
 from oprd_tune.types import ResponseTokens
 
 _ROWS_AT_ONCE = 32  # rows of [V] whose exponentials live at once in `logsumexp`
@@ -59,24 +61,22 @@ class TokenLoss:
     def __init__(
         self, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0, chunk_tokens: int = 512
     ) -> None:
-        for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
-            if not value > 0:
-                raise ConfigError(f"loss.{name}_temperature is {value}; it must be positive")
-        check_whole("chunk_tokens", chunk_tokens, at_least=1)
+        check_positive("loss.student_temperature", student_temperature)
+        check_positive("loss.teacher_temperature", teacher_temperature)
+        check_whole("loss.chunk_tokens", chunk_tokens)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.chunk_tokens = chunk_tokens
 
-    # How many of the sampler's top tokens the loss wants with the rollout; None for none.
-    sampler_top_k: int | None = None
+    # How many of the sampler's top tokens the loss wants with the rollout.
+    sampler_top_k: int = 0
 
-    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
-        """Raise ConfigError if the loss does not suit the models or the sampler.
+    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
+        """Raise ConfigError if the loss does not suit the models or the engine.
 
         Args:
             vocabulary: tokens that both heads have.
-            sampler_temperature: at which responses are sampled.
-            sampler_is_student: whether responses come from the trainer's own model.
+            engine: that samples the responses.
         """
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
@@ -84,7 +84,7 @@ class TokenLoss:
         return 3 * self.chunk_tokens * vocabulary * 4
 
     def evaluate(
-        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
         """The sum over tokens with its unscaled gradients, and what it measured on the way."""
         raise NotImplementedError
@@ -94,34 +94,15 @@ class TokenLoss:
         student = Side(student_TD, heads.student_VD, self.student_temperature)
         return student, Side(teacher_TC, heads.teacher_VC, self.teacher_temperature)
 
-    def stream(self, top: int, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
+    def stream(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
         """Open one microbatch.
 
         Args:
-            top: the student's last layer.
             heads: both heads.
             teacher_TC: the teacher's final state at `tokens.index_T`.
             tokens: the microbatch's response tokens.
         """
-        return TokenStream(self, top, heads, teacher_TC, tokens)
-
-
-def check_whole(name: str, value: int, *, at_least: int) -> None:
-    """Raise ConfigError for an argument that is no whole number, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"loss.{name} is {value}; it must be a whole number, at least {at_least}")
-
-
-class Measures:
-    """Sums over tokens of what a loss can tell at no cost, by metric name."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, value_T: Tensor) -> None:
-        """Add one value a token."""
-        total = value_T.detach().sum(dtype=torch.float64)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        return TokenStream(self, heads, teacher_TC, tokens)
 
 
 class TokenStream:
@@ -130,22 +111,20 @@ class TokenStream:
     Attributes:
         layers: the one layer that it reads.
         total: the sum over tokens, a scalar with a graph; None before the call.
-        measures: sums over the microbatch's tokens.
-        count: how many tokens those are.
+        metrics: sums over the microbatch's tokens.
     """
 
-    def __init__(self, loss: TokenLoss, top: int, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> None:
+    def __init__(self, loss: TokenLoss, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> None:
         self._loss, self._heads, self._teacher_TC, self._tokens = loss, heads, teacher_TC, tokens
-        self.layers = frozenset({top})
+        self.layers = (heads.student.layer,)
         self.total: Tensor | None = None
-        self.measures = Measures()
-        self.count = len(tokens)
+        self.metrics = Metrics()
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
         """Form the sum and its gradients."""
 
         def evaluate(student_TD: Tensor) -> HeadSum:
-            return self._loss.evaluate(student_TD, self._teacher_TC, self._heads, self._tokens, self.measures)
+            return self._loss.evaluate(student_TD, self._teacher_TC, self._heads, self._tokens, self.metrics)
 
         self.total = head_sum(state_BSD, self._tokens.index_T, self._heads.student.weight_VD, evaluate)
         return self.total
@@ -175,7 +154,7 @@ def compare(student: Side, teacher: Side, tokens: ResponseTokens) -> Comparison:
 class DenseTokenLoss(TokenLoss):
     """Base of the losses whose gradient reaches every token's logit: one pass over chunks, each head once forward."""
 
-    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """The chunk's sum, and its gradient with respect to the student's tempered logits, [T, V]."""
         raise NotImplementedError
 
@@ -184,7 +163,7 @@ class DenseTokenLoss(TokenLoss):
         return super().working_bytes(vocabulary, width) + vocabulary * width * 4
 
     def evaluate(
-        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
         """See `TokenLoss.evaluate`."""
         weight_VD = heads.student_VD
@@ -196,7 +175,7 @@ class DenseTokenLoss(TokenLoss):
             rows = slice(start, start + self.chunk_tokens)
             student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
             chunk = compare(student, teacher, tokens.chunk(start, self.chunk_tokens))
-            chunk_total, logits_TV = self.objective(chunk, measures)
+            chunk_total, logits_TV = self.objective(chunk, metrics)
             total += chunk_total
             del chunk  # and with it one of its two [T, V]
             logits_TV = logits_TV.div_(self.student_temperature).to(weight_VD.dtype)

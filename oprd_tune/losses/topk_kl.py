@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import HeadSum, SparseHeadGradient
 from oprd_tune.losses.reverse_kl import exact_kl, score_gradient
-from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Measures, Side, TokenLoss, check_whole, logsumexp
-from oprd_tune.modeling.lm_head import Heads, weighted_rows, wide
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Side, TokenLoss, logsumexp
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.modeling.heads import Heads, weighted_rows, wide
+from oprd_tune.protocols import RolloutEngine
 from oprd_tune.types import ResponseTokens
 
 
@@ -105,19 +108,19 @@ class TopKReverseKL(TokenLoss):
         super().__init__(
             student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
         )
-        check_whole("k", k, at_least=2)
+        check_whole("loss.k", k, at_least=2)
         if support not in SUPPORTS:
             raise ConfigError(f"loss.support is {support!r}; allowed are {', '.join(SUPPORTS)}")
         self.k = k
         self._choose = SUPPORTS[support]
-        self.sampler_top_k = k if support == "sampler" else None
+        self.sampler_top_k = k if support == "sampler" else 0
 
-    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""
         check_k("k", self.k, vocabulary)
 
     def evaluate(
-        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, measures: Measures
+        self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
         """See `TokenLoss.evaluate`."""
         weight_VD = heads.student_VD
@@ -137,11 +140,11 @@ class TopKReverseKL(TokenLoss):
             gradient_TD[rows] = weighted_rows(weight_VD, support.ids_TK, factor_TK)
             all_ids.append(support.ids_TK)
             all_factors.append(factor_TK)
-            measures.add("token/support_kl", kl_T)
-            _measure_mass(measures, "token/student_mass", student_TK, support.student_normaliser_T)
-            _measure_mass(measures, "token/teacher_mass", teacher_TK, support.teacher_normaliser_T)
+            metrics.add_each("token/support_kl", kl_T)
+            _measure_mass(metrics, "token/student_mass", student_TK, support.student_normaliser_T)
+            _measure_mass(metrics, "token/teacher_mass", teacher_TK, support.teacher_normaliser_T)
             if support.student_mass_T is not None:
-                measures.add("token/student_mass", support.student_mass_T)
+                metrics.add_each("token/student_mass", support.student_mass_T)
         return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
 
 
@@ -171,20 +174,20 @@ class DetachedTopKReverseKL(DenseTokenLoss):
         super().__init__(
             student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
         )
-        check_whole("k", k, at_least=2)
+        check_whole("loss.k", k, at_least=2)
         self.k = k
 
-    def check(self, *, vocabulary: int, sampler_temperature: float, sampler_is_student: bool) -> None:
+    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""
         check_k("k", self.k, vocabulary)
 
-    def objective(self, chunk: Comparison, measures: Measures) -> tuple[Tensor, Tensor]:
+    def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """See `DenseTokenLoss.objective`."""
         log_p_TK, ids_TK = chunk.log_p_TV.topk(self.k, dim=-1)
         log_ratio_TK = chunk.log_ratio_TV.gather(1, ids_TK)
-        measures.add("token/student_mass", log_p_TK.exp().sum(-1))
-        measures.add("token/teacher_mass", (log_p_TK - log_ratio_TK).exp().sum(-1))
-        _, p_TV = exact_kl(chunk, measures)
+        metrics.add_each("token/student_mass", log_p_TK.exp().sum(-1))
+        metrics.add_each("token/teacher_mass", (log_p_TK - log_ratio_TK).exp().sum(-1))
+        _, p_TV = exact_kl(chunk, metrics)
         return score_gradient(p_TV, log_p_TK, ids_TK, -log_p_TK.softmax(-1) * log_ratio_TK)
 
 
@@ -224,6 +227,6 @@ def _logits_on(support: Support, side: Side, known_TK: Tensor | None) -> Tensor:
     return logits_TK if support.repeated_TK is None else logits_TK.masked_fill(support.repeated_TK, -torch.inf)
 
 
-def _measure_mass(measures: Measures, name: str, logits_TK: Tensor, normaliser_T: Tensor | None) -> None:
+def _measure_mass(metrics: Metrics, name: str, logits_TK: Tensor, normaliser_T: Tensor | None) -> None:
     if normaliser_T is not None:
-        measures.add(name, (logits_TK.logsumexp(-1) - normaliser_T).exp())
+        metrics.add_each(name, (logits_TK.logsumexp(-1) - normaliser_T).exp())

@@ -22,7 +22,8 @@ class History:
         teacher_accuracy: measured once; None if not at all.
         teacher_errors: by teacher layer, what quantisation changed in its hidden states; empty without.
         evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}` in order.
-        cosines: by step, the cosine of each tapped layer.
+        layers: the tapped student layers.
+        cosines: by step, the cosine of each of them.
         max_logprob_gap: the largest difference of sampler and trainer at a token, in nats; None if never measured.
         skipped_steps: optimizer steps without an update.
         response_tokens: trained on so far.
@@ -32,6 +33,7 @@ class History:
     teacher_accuracy: float | None = None
     teacher_errors: dict[int, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
     cosines: dict[int, list[float]] = field(default_factory=dict)
     max_logprob_gap: float | None = None
     skipped_steps: int = 0
@@ -40,9 +42,10 @@ class History:
 
     def add_cosines(self, step: int, metrics: dict[str, float]) -> None:
         """Keep a step's `layers/cosine_*`."""
-        column = [value for name, value in sorted(metrics.items()) if name.startswith("layers/cosine_")]
+        column = {int(n.rpartition("_")[2]): value for n, value in metrics.items() if n.startswith("layers/cosine_")}
         if column:
-            self.cosines[step] = column
+            self.layers = sorted(column)
+            self.cosines[step] = [column[layer] for layer in self.layers]
         if len(self.cosines) > _MOST_COLUMNS:
             self.cosines = {s: self.cosines[s] for s in list(self.cosines)[::2]}
 
@@ -81,8 +84,9 @@ class History:
         axes.legend(loc="lower right")
         return figure
 
-    def cosine_figure(self, layers: list[int]) -> Figure:
+    def cosine_figure(self) -> Figure:
         """Layer × step heatmap of the cosine between student and teacher."""
+        layers = self.layers
         figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(layers)), layout="constrained")
         axes = figure.add_subplot()
         columns = [self.cosines[step] for step in sorted(self.cosines)]

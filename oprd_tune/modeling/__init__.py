@@ -1,8 +1,7 @@
 """Working on torchtune decoders: building, loading, taps, heads, layer pairs, sharding, adapters, bridges."""
 
 from oprd_tune.modeling.bridge import BridgePlan
-from oprd_tune.modeling.load import hugging_face_checkpointer
-from oprd_tune.modeling.qwen3 import (
+from oprd_tune.modeling.families.qwen3 import (
     lora_qwen3_0_6b,
     lora_qwen3_1_7b,
     lora_qwen3_4b,
@@ -16,6 +15,7 @@ from oprd_tune.modeling.qwen3 import (
     qwen3_14b,
     qwen3_32b,
 )
+from oprd_tune.modeling.weights import hugging_face_checkpointer
 
 __all__ = [
     "BridgePlan",

@@ -19,6 +19,7 @@ from torchtune.modules.peft import (
 )
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.torchtune_compat import dora_weight_norm, has_quantised_base
 
 _ADAPTED = (LoRALinear, DoRALinear)
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -35,7 +36,7 @@ class _BiasedDoRA(DoRALinear):
         base, x = F.linear(x, self.weight), self.dropout(x)
         eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
         change = self.lora_b(self.lora_a(eye)).T.detach()  # by their own forward passes, which FSDP's hooks are on
-        norm = self._get_weight_norm(self.weight.to(x.dtype), change).detach()
+        norm = dora_weight_norm(self, self.weight.to(x.dtype), change).detach()
         return self.magnitude / norm * (base + self.scaling * self.lora_b(self.lora_a(x))) + self.bias
 
 
@@ -46,7 +47,7 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 def check_adapters(name: str, model: nn.Module) -> None:
     """Raise ConfigError, with the config key `name`, for adapters that cannot be trained here."""
-    if any(module._quantize_base for module in _adapted(model)):
+    if any(map(has_quantised_base, _adapted(model))):
         raise ConfigError(
             f"{name}.quantize_base is not supported; leave it out (an int8 teacher is: teacher_quantization)"
         )

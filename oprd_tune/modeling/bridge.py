@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oprd_tune.config.checks import check_not_negative, check_whole
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.modeling.projectors import BASES, LayerFit, Projectors
 from oprd_tune.types import LayerPair
 
@@ -61,8 +63,7 @@ class BridgePlan:
 
     def __post_init__(self) -> None:
         for name in ("rank", "prompts", "held_out_prompts"):
-            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"bridge.{name} is {value!r}; it must be a whole number, at least 1")
+            check_whole(f"bridge.{name}", getattr(self, name))
         for name, allowed in (
             ("basis", tuple(BASES)),
             ("ridge_scale", ("trace", "diagonal")),
@@ -73,8 +74,7 @@ class BridgePlan:
         for name in ("intercept", "same_weights", "fit_only"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"bridge.{name} is {getattr(self, name)!r}; allowed are true and false")
-        if not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < float("inf"):
-            raise ConfigError(f"bridge.ridge is {self.ridge!r}; it must be a number that is not negative")
+        check_not_negative("bridge.ridge", self.ridge)
         try:
             torch.empty(0, device=self.moments_device)
         except (RuntimeError, AssertionError) as error:
@@ -93,6 +93,17 @@ class BridgePlan:
     def dtype(self) -> torch.dtype:
         """Of the moments."""
         return torch.float32 if self.moments_dtype == "fp32" else torch.float64
+
+    def projector_bytes(self, pairs: int, width: int, teacher_width: int) -> int:
+        """Memory of the bridge itself, for so many layer pairs of states that wide."""
+        return pairs * (self.rank + 1) * (width + teacher_width) * 4
+
+    def moment_bytes(self, pairs: int, width: int, teacher_width: int) -> int:
+        """What a fit takes at most: all moments, or all projectors at full rank beside the matrices of one solution."""
+        if self.file is not None:
+            return 0
+        outcome = teacher_width if self.needs_final_state else None
+        return pairs * PairMoments.bytes_of(width, teacher_width, outcome, self.dtype.itemsize)
 
     @property
     def fitting(self) -> dict[str, Any]:

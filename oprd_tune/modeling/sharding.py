@@ -16,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.ranks import Ranks
+from oprd_tune.ranks import Ranks, need_process_group
 
 _RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `gathered` puts back
 
@@ -47,6 +47,7 @@ class Sharding:
 
     @cached_property
     def _mesh(self) -> DeviceMesh:
+        need_process_group(self.ranks)
         return init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
 
     def block(self, block: nn.Module) -> None:

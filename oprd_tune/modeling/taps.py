@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from oprd_tune.modeling.head import OutputStandIn, swapped_output
+from oprd_tune.modeling.output import OutputStandIn, swapped_output
+from oprd_tune.torchtune_compat import set_output
 
 OnState = Callable[[int, Tensor], Tensor]
 
@@ -86,9 +87,7 @@ def cut_after(model: TransformerDecoder, top: int) -> None:
     """
     if top < len(model.layers):
         model.layers, model.norm = nn.ModuleList(list(model.layers)[:top]), nn.Identity()
-    model._modules.pop("output", None)
-    model.__dict__.pop("output", None)
-    model.output = nn.Identity()
+    set_output(model, nn.Identity())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The frozen model that grades every token."""
 
-from oprd_tune.teacher.load import check_teacher, load_teacher
-from oprd_tune.teacher.targets import FrozenTeacher
+from oprd_tune.teacher.frozen import FrozenTeacher
+from oprd_tune.teacher.loading import TeacherPlan, load_teacher
 
-__all__ = ["FrozenTeacher", "check_teacher", "load_teacher"]
+__all__ = ["FrozenTeacher", "TeacherPlan", "load_teacher"]

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 from tqdm import trange
 
@@ -37,6 +36,7 @@ from oprd_tune.tiny.model import (
     write_tokenizer,
 )
 from oprd_tune.tiny.task import sample_problems
+from oprd_tune.torchtune_compat import qwen2_tune_to_hf
 
 STUDENT_ACCURACY = 0.38
 EVALUATE_EVERY = 25

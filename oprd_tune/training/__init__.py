@@ -1,6 +1,5 @@
-"""The parts of a training run that nobody wants to edit."""
+"""The student and its optimizer: how it is built, how gradients come together, how a step is taken."""
 
-from oprd_tune.training.evaluation import ReferencePerplexity, TaskAccuracy
-from oprd_tune.training.optim import constant_with_warmup, cosine_with_warmup
+from oprd_tune.training.schedules import constant_with_warmup, cosine_with_warmup
 
-__all__ = ["ReferencePerplexity", "TaskAccuracy", "constant_with_warmup", "cosine_with_warmup"]
+__all__ = ["constant_with_warmup", "cosine_with_warmup"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from oprd_tune.losses.hidden_mse import HiddenStateMSE
+from oprd_tune.losses.hidden_mse import HiddenStateLoss
+from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
-from oprd_tune.teacher.targets import FrozenTeacher
 from oprd_tune.types import Rollout, Selection
 
 
 def calibrate(
-    loss: HiddenStateMSE,
-    teacher: FrozenTeacher,
+    loss: HiddenStateLoss | None,
+    teacher: Teacher,
     micro_batches: Sequence[Rollout],
     select: Callable[[Rollout], Selection],
     ranks: Ranks,
@@ -20,20 +20,21 @@ def calibrate(
     """Give a loss the teacher's mean square at each layer, over all ranks, if it wants that and has it not yet.
 
     Args:
-        loss: of the run.
+        loss: of the run, if it has one on hidden states.
         teacher: gives the states.
         micro_batches: of this rank's first step.
         select: a microbatch's selection, as in training.
         ranks: of the run.
     """
-    if not loss.needs_calibration:
+    if loss is None or not loss.needs_calibration:
         return
     totals: dict[int, float] = {}
     count = 0
     for micro in micro_batches:
         selection = select(micro)
         count += len(selection)
-        for layer, total in teacher.square_sums(micro.teacher_tokens, selection.teacher_index_T).items():
-            totals[layer] = totals.get(layer, 0.0) + total
+        states = teacher.targets(micro.teacher_tokens, selection.teacher_index_T).states
+        for layer, state_TC in states.items():
+            totals[layer] = totals.get(layer, 0.0) + state_TC.float().square().mean(-1).sum().item()
     *sums, everywhere = ranks.total([*totals.values(), count])
     loss.calibrate(dict(zip(totals, sums, strict=True)), int(everywhere))

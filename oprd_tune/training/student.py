@@ -1,25 +1,194 @@
-"""The student: what trains, what is recomputed, what is compiled, how it is spread over ranks."""
+"""The student: its model, optimizer and schedule; what trains, what is recomputed, how it is spread over ranks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import set_trainable_params
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.config import OPRDSettings, Parts, construct
 from oprd_tune.errors import ConfigError
+from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.adapters import adapter_names
-from oprd_tune.modeling.load import Builder, build_on_meta, load_weights
-from oprd_tune.modeling.sharding import Sharding
+from oprd_tune.modeling.sharding import Sharding, sync_gradients
+from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
 from oprd_tune.ranks import Ranks
+from oprd_tune.training.drift import TiedHeadDrift
+from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
 
-_DRIFT_ROWS = 1024
+
+def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
+    """How to spread the student over processes.
+
+    One process holds it whole, without FSDP2, its gathered copies and a process group, unless a setting needs FSDP2:
+    `fsdp_cpu_offload`, or `master_dtype` beside another `dtype`.
+
+    Args:
+        settings: of the run.
+        ranks: its processes.
+
+    Raises:
+        ConfigError: if shards cannot be offloaded here.
+    """
+    s = settings
+    dtype = torch_dtype(s.dtype)
+    if ranks.world_size == 1 and not s.fsdp_cpu_offload and master_dtype_of(s) == dtype:
+        return None
+    return Sharding(
+        ranks,
+        compute_dtype=dtype,
+        reshard_after_forward=s.fsdp_reshard_after_forward,
+        cpu_offload=s.fsdp_cpu_offload,
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`bf16` or `fp32` as torch has it."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def master_dtype_of(settings: OPRDSettings) -> torch.dtype:
+    """What trained parameters and the optimizer's state are kept in."""
+    return torch_dtype(settings.master_dtype or settings.dtype)
+
+
+@dataclass
+class Student:
+    """The student as it trains.
+
+    Attributes:
+        model: in eval or training mode, sharded or whole.
+        optimizer: over `trainable`.
+        lr_scheduler: advanced once a step; None keeps the rate.
+        trainable: the parameters that train.
+        ranks: the processes that share the work.
+        clip_grad_norm: the largest norm of a gradient; None for any.
+        sync_every_micro_batch: average gradients over processes after each microbatch, not once a step.
+        guard: refuses updates that are not finite.
+        drift: of a head that is tied to the embedding.
+    """
+
+    model: TransformerDecoder
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None
+    trainable: Sequence[nn.Parameter]
+    ranks: Ranks
+    clip_grad_norm: float | None
+    sync_every_micro_batch: bool
+    guard: FiniteGuard
+    drift: TiedHeadDrift
+    _loss_P: Tensor | None = field(default=None, init=False)
+
+    @classmethod
+    def load(
+        cls,
+        parts: Parts,
+        settings: OPRDSettings,
+        files: FullModelHFCheckpointer,
+        ranks: Ranks,
+        *,
+        top: int,
+        trains_head: bool,
+    ) -> Student:
+        """Load the weights and construct what trains them.
+
+        Args:
+            parts: model, optimizer and schedule.
+            settings: of the run.
+            files: the checkpointer of the weights.
+            ranks: the processes of the run.
+            top: the highest layer that a loss reads, from 1.
+            trains_head: whether a loss reaches the LM head.
+        """
+        s = settings
+        model = load_student(
+            parts.model,
+            files,
+            top=top,
+            trains_head=trains_head,
+            freeze_embedding=s.freeze_embedding,
+            activation_checkpointing=s.activation_checkpointing,
+            compile=s.compile,
+            seed=s.seed,
+            dtype=torch_dtype(s.dtype),
+            device=ranks.device,
+            master_dtype=master_dtype_of(s),
+            sharding=choose_sharding(s, ranks),
+        )
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = parts.optimizer(trainable)
+        return cls(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=construct(parts.lr_scheduler, optimizer, num_training_steps=s.max_steps),
+            trainable=trainable,
+            ranks=ranks,
+            clip_grad_norm=s.clip_grad_norm,
+            sync_every_micro_batch=s.sync_every_micro_batch,
+            guard=FiniteGuard(s.max_nonfinite_steps),
+            drift=TiedHeadDrift(model, ranks),
+        )
+
+    def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool) -> None:
+        """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
+
+        Args:
+            sum_P: the loss of the microbatch as a sum over tokens, or one sum for each part of the loss.
+            count_P: N of the whole step, over all microbatches and ranks; of each part.
+            last: whether it is the step's last microbatch, after which gradients are averaged over processes.
+        """
+        sync_gradients(self.model, self.sync_every_micro_batch or last)
+        backward(sum_P, count_P, world_size=self.ranks.world_size)
+        share_P = sum_P.detach() / count_P
+        self._loss_P = share_P if self._loss_P is None else self._loss_P + share_P
+
+    def update(self, step: int, metrics: Metrics, part_names: Iterable[str] = ()) -> float | None:
+        """End an optimizer step: clip the gradient and take the step, unless something is not finite.
+
+        Args:
+            step: the number of the step, from 1, for messages.
+            metrics: gets the loss, that of each part if there are several, and the gradient's norm before clipping.
+            part_names: of the parts that `backward` was given.
+
+        Returns:
+            The loss over all ranks; None if the student was not changed.
+
+        Raises:
+            FloatingPointError: if too many steps in a row were not finite.
+        """
+        assert self._loss_P is not None
+        parts = self.ranks.total(self._loss_P.flatten().tolist())
+        self._loss_P = None
+        loss = torch.tensor(parts, dtype=torch.float32).sum().item()
+        grad_norm = clip_gradients(self.trainable, self.clip_grad_norm)
+        finite = self.guard.allows(step, loss=loss, grad_norm=grad_norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics.set("loss/total", loss)
+        if len(parts) > 1:
+            for name, part in zip(part_names, parts, strict=True):
+                metrics.set(f"loss/{name}", part)
+        metrics.set("optimizer/grad_norm", grad_norm)
+        return loss if finite else None
+
+    def finish_step(self, metrics: Metrics) -> None:
+        """Advance the schedule, and note the rate of the step and the drift of a tied head. Every rank calls."""
+        metrics.set("optimizer/lr", self.optimizer.param_groups[0]["lr"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        if (drift := self.drift.measure(self.model)) is not None:
+            metrics.set("head/drift", drift)
 
 
 def load_student(
@@ -104,56 +273,3 @@ def freeze(model: TransformerDecoder, *, top: int, trains_head: bool, freeze_emb
 
 def _draws_noise(block: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
-
-
-class TiedHeadDrift:
-    """How far an embedding that serves as LM head too has moved, judged by evenly spaced rows.
-
-    Args:
-        model: the student as it is before training.
-        ranks: the processes that it is spread over.
-    """
-
-    def __init__(self, model: TransformerDecoder, ranks: Ranks | None = None) -> None:
-        self._ranks = ranks or Ranks()
-        moves = isinstance(model.output, TiedLinear) and model.tok_embeddings.weight.requires_grad
-        self._start_RD = self._start_of(model) if moves else None
-
-    def _start_of(self, model: TransformerDecoder) -> Tensor:
-        own_RD, places_R = self._own_rows(model)
-        start_RD = own_RD.new_zeros(len(range(*self._spacing(model))), own_RD.shape[1])
-        start_RD[places_R] = own_RD
-        return self._ranks.gather(start_RD.flatten()).sum(0).view_as(start_RD).to(own_RD.device)
-
-    @staticmethod
-    def _spacing(model: TransformerDecoder) -> tuple[int, int, int]:
-        rows = model.tok_embeddings.weight.shape[0]
-        return 0, rows, -(-rows // _DRIFT_ROWS)
-
-    def _own_rows(self, model: TransformerDecoder) -> tuple[Tensor, Tensor]:
-        """The judged rows that lie on this rank, in fp32, and their places among all judged rows."""
-        weight_VD = model.tok_embeddings.weight.detach()
-        first = 0
-        if isinstance(weight_VD, DTensor):  # FSDP cuts rows into equal chunks, the last one shorter
-            first = self._ranks.rank * -(-weight_VD.shape[0] // self._ranks.world_size)
-            weight_VD = weight_VD.to_local()
-        rows_R = torch.arange(*self._spacing(model), device=weight_VD.device)
-        places_R = ((rows_R >= first) & (rows_R < first + len(weight_VD))).nonzero(as_tuple=True)[0]
-        return weight_VD[rows_R[places_R] - first].float(), places_R
-
-    def measure(self, model: TransformerDecoder) -> float | None:
-        """‖W − W₀‖ / ‖W₀‖; None for a head that is untied or does not move."""
-        if self._start_RD is None:
-            return None
-        own_RD, places_R = self._own_rows(model)
-        (moved,) = self._ranks.total([(own_RD - self._start_RD[places_R]).double().square().sum().item()])
-        return (moved / self._start_RD.double().square().sum().item()) ** 0.5
-
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """The rows at the start, so that a resumed run measures from there too."""
-        return {"start": self._start_RD}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Measure from a checkpoint's start."""
-        if self._start_RD is not None:
-            self._start_RD.copy_(state["start"])

@@ -10,7 +10,7 @@ from oprd_tune.modeling.bridge import Bridge
 from oprd_tune.modeling.moments import Covariance, PairMoments
 from oprd_tune.modeling.projectors import BASES, HeldOut, fit_projectors, share_projectors
 from oprd_tune.ranks import Ranks
-from oprd_tune.training.bridge import FILE
+from oprd_tune.training.bridge_fit import FILE
 from tests.conftest import load_config, recipe_class
 from tests.distributed.spawn import run_ranks
 

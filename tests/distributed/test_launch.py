@@ -11,13 +11,13 @@ import time
 import pytest
 
 from oprd_tune.registry import config_files, recipe_files
-from oprd_tune.training.launch import _processes_for
+from oprd_tune.run.launch import _processes_for
 from tests.conftest import SMALL
 
 # A host with two GPUs, as far as the launcher can tell; the processes themselves compute on the CPU.
 DRIVER = """
 import runpy, sys
-import oprd_tune.training.launch as launch
+import oprd_tune.run.launch as launch
 
 launch._processes_for = lambda device: 2
 sys.argv = sys.argv[1:]

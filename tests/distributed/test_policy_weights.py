@@ -11,8 +11,8 @@ from oprd_tune.errors import RolloutError
 from oprd_tune.modeling.adapters import adapter_names
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.ranks import Ranks
-from oprd_tune.rollout.fingerprints import Digests, Fingerprints
-from oprd_tune.rollout.proof import prove_on_policy
+from oprd_tune.rollout.vllm.fingerprints import Digests, Fingerprints
+from oprd_tune.rollout.vllm.proof import prove_on_policy
 from tests.conftest import VOCAB
 from tests.distributed.spawn import run_ranks
 from tests.rollout.test_native import engine, make_prompts

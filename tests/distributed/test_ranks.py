@@ -8,7 +8,7 @@ import torch
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.auto import best_engine
-from oprd_tune.training.checkpoint import RunFolder
+from oprd_tune.run.folder import RunFolder
 from oprd_tune.training.student import TiedHeadDrift
 from tests.conftest import SMALL, load_config, make_model, recipe_class
 from tests.distributed.spawn import run_ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from oprd_tune.registry import config_files, recipe_files
-from oprd_tune.training.export import export_checkpoint
+from oprd_tune.run.export import export_checkpoint
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, weights
 from tests.distributed.spawn import run_ranks
 

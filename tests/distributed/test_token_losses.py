@@ -6,12 +6,12 @@ import torch
 from oprd_tune.losses import FullReverseKL, HiddenStateMSE, TopKReverseKL
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.masking import response_tokens, select_states
-from oprd_tune.modeling.lm_head import Heads, LMHead
+from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.sharding import Sharding, sync_gradients
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher
-from oprd_tune.training.grads import backward
+from oprd_tune.training.gradients import backward
 from oprd_tune.types import LayerPair
 from tests.conftest import DEPTH, VOCAB, make_model
 from tests.distributed.spawn import run_ranks

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oprd_tune.metrics.buffer import MetricBuffer
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses import Composite, FullReverseKL, HiddenStateMSE, TopKReverseKL
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.masking import response_tokens, select_states
-from oprd_tune.metrics.buffer import MetricBuffer
-from oprd_tune.modeling.lm_head import Heads, LMHead
+from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher
-from oprd_tune.training.grads import backward
+from oprd_tune.training.gradients import backward
 from oprd_tune.types import LayerPair, Rollout
 from tests.conftest import DEPTH, VOCAB, make_model
 

@@ -15,7 +15,7 @@ from oprd_tune.losses import (
     TopKReverseKL,
 )
 from oprd_tune.losses.diagnostics import diagnose, evenly_spaced
-from oprd_tune.modeling.lm_head import Heads
+from oprd_tune.modeling.heads import Heads
 from oprd_tune.types import ResponseTokens
 from tests.losses.token_losses import LOSSES, TOP, Case, K, V, Weight, kl, on, plain_topk
 

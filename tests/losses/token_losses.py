@@ -9,7 +9,7 @@ from oprd_tune.losses import (
     SampledReverseKL,
     TopKReverseKL,
 )
-from oprd_tune.modeling.lm_head import Heads
+from oprd_tune.modeling.heads import Heads
 from oprd_tune.types import ResponseTokens
 
 V, D, C, K = 9, 5, 7, 3

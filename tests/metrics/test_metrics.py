@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oprd_tune.metrics.buffer import MetricBuffer
 
 from oprd_tune.metrics import TensorBoardLogger
-from oprd_tune.metrics.buffer import MetricBuffer
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.names import METRICS, check_names
 from oprd_tune.ranks import Ranks

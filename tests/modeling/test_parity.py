@@ -8,8 +8,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import select_states
-from oprd_tune.modeling.load import check_weights, load_decoder, open_checkpointer
 from oprd_tune.modeling.taps import collect_states, layer_taps
+from oprd_tune.modeling.weights import check_weights, load_decoder, open_checkpointer
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.types import LayerPair
 

@@ -17,17 +17,16 @@ from oprd_tune import modeling
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling import hugging_face_checkpointer
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
-from oprd_tune.modeling.architectures import qwen3_hf_to_tune, qwen3_tune_to_hf
-from oprd_tune.modeling.load import build_on_meta, check_weights, load_decoder, load_weights, open_checkpointer
-from oprd_tune.modeling.qwen3 import lora_qwen3, qwen3
+from oprd_tune.modeling.families.qwen3 import lora_qwen3, qwen3, qwen3_hf_to_tune, qwen3_tune_to_hf
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.modeling.weights import build_on_meta, check_weights, load_decoder, load_weights, open_checkpointer
 from oprd_tune.ranks import Ranks
-from oprd_tune.rollout.decoding import incremental_decoding
-from oprd_tune.rollout.policy_weights import PolicyWeights
+from oprd_tune.rollout.native.decoding import incremental_decoding
+from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
+from oprd_tune.run.export import export_model
 from oprd_tune.teacher import load_teacher
 from oprd_tune.teacher.quantize import Int8Linear
-from oprd_tune.training.export import export_model
 from tests.distributed.spawn import run_ranks
 from tests.modeling.test_adapters import randomised
 

@@ -6,7 +6,7 @@ from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from oprd_tune.modeling.head import token_logprobs
+from oprd_tune.modeling.output import token_logprobs
 from oprd_tune.modeling.taps import collect_states, cut_after, layer_taps
 from tests.conftest import DEPTH, VOCAB, make_model
 
@@ -162,7 +162,7 @@ def test_the_gradient_does_not_depend_on_the_token_sampled_next(model):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_token_logprobs_are_those_of_full_logits(tied, monkeypatch):
-    monkeypatch.setattr("oprd_tune.modeling.head._ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr("oprd_tune.modeling.output._ROWS_PER_CHUNK", 3)
     model = make_model(tied=tied)
     mask = torch.zeros_like(TOKENS, dtype=torch.bool)
     mask[0, 2:], mask[1, 4:6] = True, True

@@ -13,13 +13,13 @@ from torchtune.modules.peft import set_trainable_params
 from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import select_states
 from oprd_tune.modeling.adapters import adapter_names
-from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.sharding import Sharding, gathered
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.modeling.weights import load_decoder
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
-from oprd_tune.training.grads import backward
+from oprd_tune.training.gradients import backward
 from oprd_tune.training.student import load_student
 from oprd_tune.types import LayerPair
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.modeling.load import load_decoder
+from oprd_tune.modeling.weights import load_decoder
+from oprd_tune.preflight.pair import check_same_tokens
 from oprd_tune.ranks import Ranks
+from oprd_tune.run.launch import run_recipe as launch
 from oprd_tune.tiny import checkpointer, tiny_qwen2
 from oprd_tune.tiny.model import write_tokenizer
-from oprd_tune.training.launch import run_recipe as launch
-from oprd_tune.training.pair import check_same_tokens
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe, weights
 
 NAME = "opd_topk_single_device"

@@ -13,7 +13,7 @@ import torch
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.registry import config_files
-from oprd_tune.training.export import export_checkpoint
+from oprd_tune.run.export import export_checkpoint
 from oprd_tune.types import TeacherTargets
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 
@@ -198,7 +198,7 @@ BAD_INPUTS = {
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch, tmp_path, capsys):
-    from oprd_tune.training.launch import run_recipe as launch
+    from oprd_tune.run.launch import run_recipe as launch
 
     overrides, message = BAD_INPUTS[case]
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
@@ -210,7 +210,7 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch,
 
 
 def test_a_token_loss_is_sent_to_its_recipe(out, capsys):
-    from oprd_tune.training.launch import run_recipe as launch
+    from oprd_tune.run.launch import run_recipe as launch
 
     cfg = load_config(CONFIG, output_dir=out, **SMALL)
     cfg.loss = {"_component_": "oprd_tune.losses.FullReverseKL"}
@@ -219,7 +219,7 @@ def test_a_token_loss_is_sent_to_its_recipe(out, capsys):
 
 
 def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
-    from oprd_tune.training.launch import run_recipe as launch
+    from oprd_tune.run.launch import run_recipe as launch
 
     run_recipe(NAME, CONFIG, out, max_steps=1)
     recipe = recipe_class(NAME)

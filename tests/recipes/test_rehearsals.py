@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from oprd_tune.components import Components
-from oprd_tune.modeling.load import build_on_meta
+from oprd_tune.config.components import Components
+from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.registry import config_files
 from tests.conftest import load_config
 from tests.rehearsal import prepare, shallow_overrides

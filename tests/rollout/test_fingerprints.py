@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from oprd_tune.errors import RolloutError
-from oprd_tune.rollout.fingerprints import Digests, Fingerprints, check_arrived, engine_names, fingerprints_of
+from oprd_tune.rollout.vllm.fingerprints import Digests, Fingerprints, check_arrived, engine_names, fingerprints_of
 from tests.conftest import VOCAB, make_model
 from tests.rollout.test_policy_weights import policy_weights, sent
 

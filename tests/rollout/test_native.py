@@ -4,9 +4,9 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.head import token_logprobs
+from oprd_tune.modeling.output import token_logprobs
 from oprd_tune.rollout import NativeEngine
-from oprd_tune.rollout.decoding import incremental_decoding
+from oprd_tune.rollout.native.decoding import incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.types import Prompts
 from tests.conftest import VOCAB, make_model

@@ -18,8 +18,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import start_adapters
 from oprd_tune.ranks import Ranks
-from oprd_tune.rollout.policy_weights import PolicyWeights
-from oprd_tune.training.export import export_model
+from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
+from oprd_tune.run.export import export_model
 from tests.conftest import DEPTH, VOCAB, WIDTH, make_model
 from tests.modeling.test_adapters import randomised
 

@@ -8,7 +8,7 @@ from torchtune.models.qwen2 import qwen2
 
 from oprd_tune.errors import RolloutError
 from oprd_tune.ranks import Ranks
-from oprd_tune.rollout.proof import measure_gap, prove_on_policy
+from oprd_tune.rollout.vllm.proof import measure_gap, prove_on_policy
 from tests.conftest import VOCAB, make_model
 from tests.rollout.test_native import engine, make_prompts
 from tests.rollout.test_policy_weights import KINDS, make_student, policy_weights

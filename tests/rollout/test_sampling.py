@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oprd_tune.errors import ConfigError, RolloutError
-from oprd_tune.rollout.sampling import Sampling, check_versions
+from oprd_tune.rollout.vllm.requests import Sampling, check_versions
 from oprd_tune.types import Prompts
 from tests.conftest import VOCAB, make_model
 from tests.rollout.test_native import PAD, STOP, engine, make_prompts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oprd_tune.rollout.server_client import LostServerError, RefusedRequestError, VLLMClient
+from oprd_tune.rollout.vllm.client import LostServerError, RefusedRequestError, VLLMClient
 
 CHOICE = {
     "finish_reason": "stop",

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.rollout.server_client import VLLMClient
-from oprd_tune.rollout.server_fit import wait_for_servers
-from oprd_tune.rollout.server_process import ServerProcess
+from oprd_tune.rollout.vllm.client import VLLMClient
+from oprd_tune.rollout.vllm.server_fit import wait_for_servers
+from oprd_tune.rollout.vllm.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 # Answers 200 to everything, with its arguments and environment; has a child, as vLLM's engine is one.
@@ -41,9 +41,9 @@ HTTPServer((host, int(port)), Handler).serve_forever()
 START = """
 import sys, time
 from pathlib import Path
-from oprd_tune.rollout.server_client import VLLMClient
-from oprd_tune.rollout.server_fit import wait_for_servers
-from oprd_tune.rollout.server_process import ServerProcess
+from oprd_tune.rollout.vllm.client import VLLMClient
+from oprd_tune.rollout.vllm.server_fit import wait_for_servers
+from oprd_tune.rollout.vllm.server_process import ServerProcess
 folder = Path(sys.argv[1])
 server = ServerProcess(folder, sys.argv[2:], {"PYTHONPATH": str(folder)}, folder / "server.log")
 server.wait_until_ready(30)

@@ -8,9 +8,9 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.load import load_decoder
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.modeling.taps import collect_states
+from oprd_tune.modeling.weights import load_decoder
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
 from oprd_tune.teacher.quantize import Int8Linear, quantize_linears

@@ -11,11 +11,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.modeling.load import build_on_meta
+from oprd_tune.modeling.weights import build_on_meta
+from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
+from oprd_tune.run.launch import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from oprd_tune.training import preflight as module
-from oprd_tune.training.launch import run_recipe as launch
-from oprd_tune.training.memory import Plan, optimizer_bytes, predict_memory
 from oprd_tune.training.student import freeze
 from tests.conftest import SMALL, load_config, recipe_class
 

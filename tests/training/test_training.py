@@ -9,9 +9,10 @@ from concurrent.futures import Future
 import pytest
 import torch
 from omegaconf import OmegaConf
+from oprd_tune.training.engine import settle_engine
 from torch import nn
 
-from oprd_tune.components import Components
+from oprd_tune.config.components import Components
 from oprd_tune.data import PromptDataset
 from oprd_tune.data.prompts import in_memory
 from oprd_tune.errors import CheckpointError, ConfigError, RolloutError
@@ -19,16 +20,15 @@ from oprd_tune.metrics.history import History
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import NativeEngine
 from oprd_tune.rollout.auto import AUTO
+from oprd_tune.run.export import export_checkpoint
+from oprd_tune.run.folder import RunFolder, load_checkpoint
+from oprd_tune.run.launch import StopSignals, run_recipe
+from oprd_tune.run.summary import as_table, summarise, write_summary
 from oprd_tune.tiny import tokenizer
 from oprd_tune.training import ReferencePerplexity, TaskAccuracy, constant_with_warmup, cosine_with_warmup
-from oprd_tune.training.checkpoint import RunFolder, load_checkpoint
-from oprd_tune.training.engine import settle_engine
-from oprd_tune.training.export import export_checkpoint
-from oprd_tune.training.grads import FiniteGuard, backward, clip_gradients
-from oprd_tune.training.launch import StopSignals, run_recipe
-from oprd_tune.training.optim import restore_schedule
+from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
+from oprd_tune.training.schedules import restore_schedule
 from oprd_tune.training.student import TiedHeadDrift, freeze
-from oprd_tune.training.summary import as_table, summarise, write_summary
 from tests.conftest import SMALL, assert_same_student, load_config, make_model, recipe_class
 
 CPU = torch.device("cpu")
@@ -160,7 +160,9 @@ def test_perplexity_is_measured_without_dropout():
 
 
 def test_accuracy_is_the_graders_mean(monkeypatch):
-    monkeypatch.setattr("oprd_tune.training.evaluation.decode_responses", lambda *_: ["2", "51", "9 ", "2", "50", "8"])
+    monkeypatch.setattr(
+        "oprd_tune.evaluation.task_accuracy.decode_responses", lambda *_: ["2", "51", "9 ", "2", "50", "8"]
+    )
     measure = TaskAccuracy(
         data(), tokenizer(), grader="oprd_tune.grading.exact_match", max_new_tokens=3, samples_per_prompt=2
     )
@@ -235,14 +237,14 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(out, ca
     full: Future = Future()
     full.set_exception(OSError("No space left on device"))
     with monkeypatch.context() as patch:
-        patch.setattr("oprd_tune.training.checkpoint.async_save", lambda *args, **kwargs: full)
+        patch.setattr("oprd_tune.run.folder.async_save", lambda *args, **kwargs: full)
         folder.save(1, model, optimizer, {}, CFG)
     folder.save(2, model, optimizer, {}, CFG)
     assert "step_00000001 could not be written: No space left on device" in capsys.readouterr().err
     folder.wait()
     assert folder.latest().name == "step_00000002"
     with monkeypatch.context() as patch:
-        patch.setattr("oprd_tune.training.checkpoint.async_save", lambda *args, **kwargs: full)
+        patch.setattr("oprd_tune.run.folder.async_save", lambda *args, **kwargs: full)
         folder.save(3, model, optimizer, {}, CFG)
     with pytest.raises(CheckpointError, match="No space left"):
         folder.wait()

@@ -7,12 +7,12 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.modeling import hugging_face_checkpointer
-from oprd_tune.modeling.load import load_decoder
-from oprd_tune.modeling.qwen3 import qwen3
+from oprd_tune.modeling.families.qwen3 import qwen3
 from oprd_tune.modeling.sharding import Sharding
+from oprd_tune.modeling.weights import load_decoder
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import NativeEngine
-from oprd_tune.rollout.policy_weights import PolicyWeights
+from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from oprd_tune.tiny.model import _SHAPE, MAX_SEQ_LEN, hugging_face_config
 from oprd_tune.training.student import load_student

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import VLLMServer
-from oprd_tune.rollout.server_client import LostServerError
-from oprd_tune.rollout.server_process import ServerProcess
-from oprd_tune.rollout.weight_transfer import FolderTransfer
+from oprd_tune.rollout.vllm.client import LostServerError
+from oprd_tune.rollout.vllm.server_process import ServerProcess
+from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer
 from oprd_tune.types import Prompts
 from tests.distributed.spawn import run_ranks
 from tests.vllm.students import GROUPS, PROMPTS, SAMPLING, make_student, move, native
@@ -150,7 +150,7 @@ def test_weights_that_another_run_began_to_send_are_refused(make_engine, monkeyp
         raise LostServerError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("oprd_tune.rollout.server_client.VLLMClient.load_weights", fail)
+        patch.setattr("oprd_tune.rollout.vllm.client.VLLMClient.load_weights", fail)
         with pytest.raises(RolloutError, match="no vLLM server is left; .* was lost: gone"):
             other.sync_weights(7)
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_a_full_disk_ends_a_sync_and_leaves_room(make_engine, monkeypatch, tmp_p
             raise SafetensorError("No space left on device")
         path.touch()
 
-    monkeypatch.setattr("oprd_tune.rollout.weight_transfer.save_file", save)
+    monkeypatch.setattr("oprd_tune.rollout.vllm.weight_transfer.save_file", save)
     with pytest.raises(RolloutError, match="cannot be written to .*shared.*: No space left on device"):
         engine.sync_weights(0)
     assert not list((tmp_path / "shared").rglob("*.safetensors"))
@@ -188,11 +188,11 @@ def test_a_server_that_does_not_fit_is_refused(make_engine, change, message):
 
 def test_another_version_and_another_model_are_refused_by_name(make_engine, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("oprd_tune.rollout.server_fit.VLLM_VERSION", "0.31.0")
+        patch.setattr("oprd_tune.rollout.vllm.server_fit.VLLM_VERSION", "0.31.0")
         with pytest.raises(ConfigError, match="http://127.0.0.1:.* runs vLLM 0.32.0; this needs 0.31.0"):
             make_engine()
     monkeypatch.setattr(
-        "oprd_tune.rollout.policy_weights.PolicyWeights.shapes",
+        "oprd_tune.rollout.vllm.policy_weights.PolicyWeights.shapes",
         lambda self: {"model.layers.4.mlp.up_proj.weight": (1,)},
     )
     with pytest.raises(ConfigError, match="which does not fit: only one of it and the student has"):

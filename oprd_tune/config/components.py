@@ -1,0 +1,128 @@
+"""Components, the sections of a config with a `_component_`: found and checked first, constructed later."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.torchtune_compat import component_at
+
+
+@dataclass(frozen=True)
+class Component:
+    """What a section names, and the arguments that it gives. Call it to construct the thing.
+
+    Attributes:
+        name: the section's key, for messages.
+        path: the dotted path in `_component_`.
+        target: the class or function there.
+        arguments: plain values, or components to construct first.
+    """
+
+    name: str
+    path: str
+    target: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, name: str, section: object) -> Component:
+        """Look a section's component up.
+
+        Args:
+            name: the section's key.
+            section: plain values.
+
+        Raises:
+            ConfigError: if the component does not exist, or does not take an argument.
+        """
+        if not isinstance(section, Mapping) or "_component_" not in section:
+            raise ConfigError(f"{name} must be a component: give it a `_component_` with a dotted path")
+        path = str(section["_component_"])
+        try:
+            target = component_at(path)
+            taken = inspect.signature(target).parameters
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
+        given = {str(key): value for key, value in section.items() if key != "_component_"}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        for key in given:
+            if key not in taken and not takes_any:
+                raise ConfigError(f"{path} takes no argument {name}.{key}{nearest(key, taken)}")
+        return cls(name, path, target, {key: _find_within(f"{name}.{key}", value) for key, value in given.items()})
+
+    def __call__(self, *args: Any, **added: Any) -> Any:
+        """Construct it, with what only the recipe knows added.
+
+        Raises:
+            ConfigError: if it refuses its arguments; the message starts with the section's key.
+        """
+        try:
+            return self.plainly(*args, **added)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, OSError, ImportError) as error:
+            raise ConfigError(f"{self.name}: {self.path} cannot be constructed: {error}") from error
+
+    def plainly(self, *args: Any, **added: Any) -> Any:
+        """Construct it and let its errors pass, for a caller that explains them better."""
+        if taken := sorted(set(self.arguments) & set(added)):
+            raise ConfigError(f"{self.name}.{taken[0]} is set by the recipe; leave it out of {self.name}")
+        return self.target(*args, **_construct(self.arguments), **added)
+
+    @property
+    def free_on_resume(self) -> set[str]:
+        """Keys of the arguments that may change when a run resumes; the component declares them itself."""
+        return {f"{self.name}.{key}" for key in getattr(self.target, "free_on_resume", ())}
+
+
+def construct(component: Component | None, *args: Any, **added: Any) -> Any:
+    """Construct an optional component; None where there is none."""
+    return None if component is None else component(*args, **added)
+
+
+def find_function(name: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """A function, given as itself or by its dotted path.
+
+    Args:
+        name: the config key, for messages.
+        function: the function or its path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if isinstance(function, str):
+        try:
+            function = component_at(function)
+        except ValueError as error:
+            raise ConfigError(f"{name} {function!r} cannot be found: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{name} {function!r} is no function; give the dotted path of one")
+    return function
+
+
+def _find_within(name: str, value: Any) -> Any:
+    """A value with the sections in it turned into components."""
+    if not isinstance(value, Mapping):
+        return value
+    if "_component_" in value:
+        return Component.find(name, value)
+    return {str(key): _find_within(f"{name}.{key}", inner) for key, inner in value.items()}
+
+
+def _construct(value: Any) -> Any:
+    if isinstance(value, Component):
+        return value.plainly()
+    if isinstance(value, Mapping):
+        return {key: _construct(inner) for key, inner in value.items()}
+    return value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the most similar known word, or at all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,111 @@
+"""The scalars of a config, typed and checked. docs/configuration.md explains each one, in this order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from oprd_tune.config.checks import check_whole
+from oprd_tune.errors import ConfigError
+
+# Marks a field that may change when a run resumes: it says where the run ends, what it logs, where things are kept or
+# how work is cut. Every other field decides what is computed, and has to stay.
+FREE_ON_RESUME = {"free_on_resume": True}
+
+
+def free(default: Any) -> Any:
+    """A field with a default that may change when a run resumes."""
+    return field(default=default, metadata=FREE_ON_RESUME)
+
+
+def free_fields(kind: type) -> set[str]:
+    """The fields of a dataclass that may change when a run resumes."""
+    return {f.name for f in fields(kind) if f.metadata.get("free_on_resume")}
+
+
+@dataclass(frozen=True)
+class OPRDSettings:
+    """Scalars of `oprd_distributed`.
+
+    A recipe of your own may add some: derive a frozen dataclass, and give each new field a default.
+    """
+
+    output_dir: str = field(metadata=FREE_ON_RESUME)
+    max_steps: int = field(metadata=FREE_ON_RESUME)
+    max_prompt_tokens: int
+    max_new_tokens: int
+    seed: int = 0
+    resume: bool = free(False)
+    device: str | None = None
+    dtype: str = "bf16"
+    master_dtype: str | None = None
+    num_threads: int | None = free(None)
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 2
+    truncated_responses: str = "keep"
+    tokens_per_micro_batch: int = free(16384)
+    layers: str | list[int] = "all"
+    layer_pairs: list[list[int]] | None = None
+    positions: str = "last_k"
+    positions_k: int = 2000
+    anchor: str = "predict"
+    freeze_embedding: bool = False
+    clip_grad_norm: float | None = 1.0
+    max_nonfinite_steps: int = 3
+    activation_checkpointing: bool | int = free(False)
+    compile: bool = False
+    fsdp_reshard_after_forward: bool = free(True)
+    fsdp_cpu_offload: bool = free(False)
+    sync_every_micro_batch: bool = free(False)
+    teacher_placement: str = free("replicated")
+    teacher_quantization: str | None = None
+    evaluate_teacher: bool = free(True)
+    min_matched_share: float = free(0.5)
+    preflight: bool | str = free(True)
+    evaluate_every_n_steps: int = 50
+    checkpoint_every_n_steps: int = free(50)
+    keep_checkpoints: int = free(2)
+    log_every_n_steps: int = free(1)
+    log_samples_every_n_steps: int = free(50)
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("max_steps", "max_prompt_tokens", "max_new_tokens", "prompts_per_step", "samples_per_prompt"),
+            *("tokens_per_micro_batch", "positions_k", "evaluate_every_n_steps", "checkpoint_every_n_steps"),
+            *("keep_checkpoints", "log_every_n_steps", "log_samples_every_n_steps", "max_nonfinite_steps"),
+        ):
+            check_whole(name, getattr(self, name))
+        for name, allowed in {
+            "dtype": ("bf16", "fp32"),
+            "master_dtype": (None, "fp32"),
+            "truncated_responses": ("keep", "mask", "drop"),
+            "preflight": (True, False, "only"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                *first, last = ("null" if word is None else str(word).lower() for word in allowed)
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(first)} and {last}")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null for none")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must lie within 0 and 2**32 - 1")
+        if self.activation_checkpointing < 0:
+            raise ConfigError(
+                f"activation_checkpointing is {self.activation_checkpointing}; allowed are true, false, and n for "
+                "every n-th block"
+            )
+        if not 0 <= self.min_matched_share <= 1:
+            raise ConfigError(f"min_matched_share is {self.min_matched_share}; it must lie within 0 and 1")
+
+
+@dataclass(frozen=True)
+class OPDSettings(OPRDSettings):
+    """Scalars of `opd_topk_distributed`: those of `oprd_distributed`, and when to look at whole distributions."""
+
+    diagnostics_every_n_steps: int = free(10)
+    diagnostics_tokens: int = free(256)
+    diagnostics_k: int = free(16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"):
+            check_whole(name, getattr(self, name))

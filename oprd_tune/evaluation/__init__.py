@@ -1,0 +1,6 @@
+"""How good a model is at the task."""
+
+from oprd_tune.evaluation.perplexity import ReferencePerplexity
+from oprd_tune.evaluation.task_accuracy import TaskAccuracy
+
+__all__ = ["ReferencePerplexity", "TaskAccuracy"]

@@ -1,0 +1,122 @@
+"""The metrics of one step, under any names: sums that stay on the device until the step is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from oprd_tune.ranks import Ranks
+from oprd_tune.types import Rollout
+
+
+class Metrics:
+    """Means, as sums and counts, and single values. Collecting them never waits for the device.
+
+    A name may be anything, such as `my/thing`. Ranks may add different ones.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, Tensor | float] = {}
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add to a mean: a sum, and how many it sums over."""
+        total = total.detach().to(torch.float64) if isinstance(total, Tensor) else total
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts[name] + count if name in self._counts else count
+
+    def add_each(self, name: str, value_T: Tensor) -> None:
+        """Add one value for each token to a mean over tokens."""
+        self.add(name, value_T.detach().sum(dtype=torch.float64), value_T.numel())
+
+    def set(self, name: str, value: float) -> None:
+        """Set a value that is no mean. Where ranks differ, the first one's counts."""
+        self._values[name] = value
+
+    def merge(self, other: Metrics, rename: Callable[[str], str] = str) -> None:
+        """Add another collection's sums and values, under other names if `rename` says so."""
+        for name, total in other._sums.items():
+            self.add(rename(name), total, other._counts[name])
+        self._values |= {rename(name): value for name, value in other._values.items()}
+
+    def reduce(self, ranks: Ranks) -> dict[str, float]:
+        """Means and values over all ranks, the same on each; every rank must call. A mean over nothing is left out."""
+        fetched = iter(_fetch([*self._sums.values(), *self._counts.values()]))
+        sums = dict(zip(self._sums, fetched, strict=False))
+        own = {name: (sums[name], count) for name, count in zip(self._counts, fetched, strict=True)}
+        totals: dict[str, tuple[float, float]] = {}
+        values: dict[str, float] = {}
+        for sums_of_rank, values_of_rank in ranks.collect((own, self._values)):
+            for name, (total, count) in sums_of_rank.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = before[0] + total, before[1] + count
+            values = values_of_rank | values
+        return {name: total / count for name, (total, count) in totals.items() if count} | values
+
+
+def _fetch(values: Sequence[Tensor | float]) -> list[float]:
+    """All values as numbers, with one wait for each device that holds some."""
+    by_device: dict[torch.device, list[int]] = {}
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(place)
+    fetched = list(values)
+    for places in by_device.values():
+        stacked = torch.stack([values[place].to(torch.float64) for place in places])  # type: ignore[union-attr]
+        for place, value in zip(places, stacked.tolist(), strict=True):
+            fetched[place] = value
+    return fetched  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step came to.
+
+    Attributes:
+        loss: of the step, over all ranks; None if the step changed nothing.
+        rollout: what the student answered.
+        metrics: of the step.
+    """
+
+    loss: float | None
+    rollout: Rollout
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+def rollout_metrics(rollout: Rollout) -> Metrics:
+    """What a rollout tells of itself."""
+    metrics = Metrics()
+    rows, tokens = len(rollout), rollout.response_tokens
+    metrics.add("rollout/response_tokens", rollout.response_mask_BS.sum(), rows)
+    metrics.add("rollout/truncated_share", rollout.truncated_B.sum(), rows)
+    metrics.add("rollout/entropy", -rollout.sampler_logprobs_BS.sum(), tokens)
+    if rollout.reading is not None:
+        metrics.add("rollout/matched_share", rollout.matched_tokens, tokens)
+    if (gap := rollout.logprob_gap) is not None:
+        metrics.set("rollout/logprob_gap", gap.mean)
+        metrics.set("rollout/logprob_gap_max", gap.largest)
+        metrics.set("rollout/proof_seconds", gap.seconds)
+    return metrics
+
+
+def speed_metrics(seconds: dict[str, float], sampled: int, read: int) -> Metrics:
+    """A step's seconds by phase, and the speeds that follow from them.
+
+    Args:
+        seconds: of this rank.
+        sampled: response tokens, of all ranks.
+        read: prompt and response tokens, of all ranks.
+    """
+    metrics = Metrics()
+    total = sum(seconds.values())
+    for phase, value in {**seconds, "step": total}.items():
+        metrics.set(f"time/{phase}", value)
+    for phase, tokens in (("rollout", sampled), ("teacher", read), ("student", read)):
+        if phase in seconds:
+            metrics.set(f"speed/{phase}", tokens / seconds[phase])
+    metrics.set("speed/step", sampled / total)
+    return metrics

@@ -1,0 +1,141 @@
+"""The LM head as a matrix: logits of a chunk of states, and products with a few of its rows.
+
+Results are fp32 (fp64 for fp64 weights), also where the weights are bf16: two of the largest logits often round to the
+same bf16 number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+
+from oprd_tune.errors import ConfigError
+
+_BLOCK_BYTES = 32 * 2**20  # of gathered or converted head rows
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are formed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class LMHead:
+    """A decoder's head, tied to its embedding or not. Holds the module; the weight is looked up where it is used.
+
+    Args:
+        model: a torchtune decoder with its head in place.
+        name: the model's config key, for messages.
+
+    Attributes:
+        layer: the decoder's last one, whose state the head reads.
+
+    Raises:
+        ConfigError: if the head is more than a matrix.
+    """
+
+    def __init__(self, model: TransformerDecoder, name: str = "model") -> None:
+        self.layer, output = len(model.layers), model.output
+        self._module = output.tied_module if isinstance(output, TiedLinear) else output
+        plain = isinstance(self._module, (nn.Linear, nn.Embedding)) and getattr(self._module, "bias", None) is None
+        if not plain:
+            raise ConfigError(
+                f"{name}: its LM head is {type(self._module).__name__}; token losses need one plain matrix, without "
+                "bias or adapter (for LoRA: apply_lora_to_output=false)"
+            )
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """The weight, one row a token."""
+        return self._module.weight
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of student and teacher. Rows beyond `vocabulary` are padding of one of them, and left out."""
+
+    student: LMHead
+    teacher: LMHead
+    vocabulary: int
+
+    @property
+    def student_VD(self) -> Tensor:
+        """The student's rows, without gradient."""
+        return self.student.weight_VD.detach()[: self.vocabulary]
+
+    @property
+    def teacher_VC(self) -> Tensor:
+        """The teacher's rows."""
+        return self.teacher.weight_VD.detach()[: self.vocabulary]
+
+
+def head_logits(state_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    """All logits of a chunk of states, [T, V], in at least fp32."""
+    dtype = wide(weight_VD.dtype)
+    if weight_VD.dtype == dtype:
+        return state_TD.to(dtype) @ weight_VD.T
+    if weight_VD.is_cuda:
+        return torch.mm(state_TD.to(weight_VD.dtype), weight_VD.T, out_dtype=dtype)
+    logits_TV = torch.empty(len(state_TD), len(weight_VD), dtype=dtype, device=weight_VD.device)
+    for start, rows_RD in row_blocks(weight_VD):
+        logits_TV[:, start : start + len(rows_RD)] = state_TD.to(dtype) @ rows_RD.to(dtype).T
+    return logits_TV
+
+
+def gathered_logits(state_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor) -> Tensor:
+    """Logits of K tokens at each state, [T, K], in at least fp32: K dot products instead of V."""
+    dtype = wide(weight_VD.dtype)
+    logits_TK = torch.empty(ids_TK.shape, dtype=dtype, device=weight_VD.device)
+    tokens = max(1, _BLOCK_BYTES // (ids_TK.shape[1] * weight_VD.shape[1] * dtype.itemsize))
+    for start in range(0, len(ids_TK), tokens):
+        rows_TKD = weight_VD[ids_TK[start : start + tokens]].to(dtype)
+        state_TD1 = state_TD[start : start + tokens].to(dtype).unsqueeze(-1)
+        logits_TK[start : start + tokens] = torch.bmm(rows_TKD, state_TD1).squeeze(-1)
+    return logits_TK
+
+
+def weighted_rows(weight_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor) -> Tensor:
+    """Σ_k factor_tk · W[ids_tk], [T, D], in the weight's dtype. No gathered rows are stored."""
+    return F.embedding_bag(ids_TK, weight_VD, per_sample_weights=factor_TK.to(weight_VD.dtype), mode="sum")
+
+
+def add_product(grad_VD: Tensor, logits_TV: Tensor, state_TD: Tensor) -> None:
+    """grad += logitsᵀ · state, in place; a gradient wider than its factors is added to a block of rows at a time."""
+    if grad_VD.dtype == logits_TV.dtype:
+        grad_VD.addmm_(logits_TV.T, state_TD)
+        return
+    for start, rows_RD in row_blocks(grad_VD):
+        rows_RD += logits_TV[:, start : start + len(rows_RD)].T @ state_TD
+
+
+def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD: Tensor) -> None:
+    """grad[v] += Σ over (t, k) with ids_tk = v of factor_tk · state_t, in place.
+
+    Each row is summed in fp32 before it is added once, so a frequent token's many small terms do not vanish in a bf16
+    buffer, and the result does not depend on the order of threads.
+    """
+    dtype = wide(grad_VD.dtype)
+    flat, order = ids_TK.flatten().sort(stable=True)
+    token, factor = order // ids_TK.shape[1], factor_TK.flatten()[order].to(dtype)
+    row, length = flat.unique_consecutive(return_counts=True)
+    rows = max(1, _BLOCK_BYTES // (grad_VD.shape[1] * dtype.itemsize))
+    state_TD = state_TD.to(dtype)
+    end = length.cumsum(0)
+    for first in range(0, len(row), rows):
+        block = slice(first, first + rows)
+        offset = end[block] - length[block]
+        terms = slice(int(offset[0]), int(end[block][-1]))
+        sums_RD = F.embedding_bag(
+            token[terms], state_TD, offset - offset[0], per_sample_weights=factor[terms], mode="sum"
+        )
+        grad_VD.index_add_(0, row[block], sums_RD.to(grad_VD.dtype))
+
+
+def row_blocks(weight_VD: Tensor) -> list[tuple[int, Tensor]]:
+    """Views of a few rows at a time, with the index of their first."""
+    rows = max(1, _BLOCK_BYTES // (weight_VD.shape[1] * 4))
+    return [(i * rows, block) for i, block in enumerate(weight_VD.split(rows))]

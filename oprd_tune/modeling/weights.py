@@ -1,0 +1,240 @@
+"""From a builder and a Hugging Face checkpoint to a decoder, with the mistakes found before weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
+from torchtune.training.checkpointing import ModelType
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_names, start_adapters
+from oprd_tune.modeling.families import FAMILIES, Family
+from oprd_tune.torchtune_compat import config_of, model_type_of, start_rotations, weight_files_of
+
+Builder = Callable[[], TransformerDecoder]
+_SHOWN = 4
+
+
+def build_on_meta(build: Builder) -> TransformerDecoder:
+    """The model without weights: its shapes cost nothing."""
+    with torch.device("meta"):
+        return build()
+
+
+def width_of(model: TransformerDecoder) -> int:
+    """Size of a hidden state."""
+    return model.tok_embeddings.embedding_dim
+
+
+def hugging_face_checkpointer(
+    checkpoint_dir: str, output_dir: str, hub_name: str | None = None, model_type: str = "QWEN2"
+) -> FullModelHFCheckpointer:
+    """torchtune's checkpointer over all weight files of a Hugging Face folder.
+
+    Args:
+        checkpoint_dir: the folder.
+        output_dir: where exports go; recipes set it.
+        hub_name: the model's name on the hub, such as `Qwen/Qwen2.5-1.5B`, for the message where the folder is missing.
+        model_type: torchtune's name of the architecture, or QWEN3.
+
+    Raises:
+        ConfigError: if the architecture is unknown; or if the folder or one of its files is missing, with the line that
+            fetches them.
+    """
+    known = {*(kind.name for kind in ModelType), *FAMILIES}
+    if model_type not in known:
+        raise ConfigError(f"model_type is {model_type}; allowed are {', '.join(sorted(known))}")
+    folder = Path(checkpoint_dir).expanduser()
+    fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
+    fetch += "" if hub_name else ", unless an earlier run is to leave it there"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no Hugging Face model folder: it has no config.json; {fetch}")
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ConfigError(f"{folder} lacks {', '.join(missing[:_SHOWN])}; {fetch}")
+    if model_type in FAMILIES and (checkpointer := FAMILIES[model_type].checkpointer) is not None:
+        return checkpointer(str(folder), files, output_dir)
+    return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
+
+
+def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) -> FullModelHFCheckpointer:
+    """Construct a checkpointer, which looks at its folder but reads no weights.
+
+    Args:
+        name: its config key, for messages.
+        make: constructs it.
+
+    Raises:
+        ConfigError: if the folder is missing or incomplete.
+    """
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if isinstance(error, KeyError) and error.args[0] in FAMILIES:
+            raise ConfigError(
+                f"{name}: {error} is not known to torchtune's checkpointer; use "
+                "oprd_tune.modeling.hugging_face_checkpointer"
+            ) from error
+        raise ConfigError(
+            f"{name}: the checkpoint folder is missing or incomplete: {error}. It needs config.json and every file of "
+            "checkpoint_files; `tune download <hub name> --output-dir <folder>` fetches them"
+        ) from error
+
+
+def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: TransformerDecoder) -> None:
+    """Compare the headers of a checkpoint's files with the model's parameters.
+
+    Args:
+        name: the checkpointer's config key, for messages.
+        checkpointer: an opened checkpointer.
+        model: the model on the meta device.
+
+    Raises:
+        ConfigError: if a file is damaged, parameters are missing, unknown or of another shape, or `config.json` says
+            another architecture or other rotations than the checkpointer and the model.
+    """
+    config, given = config_of(checkpointer), model_type_of(checkpointer)
+    says = config.get("model_type")
+    right = next((kind for kind, family in FAMILIES.items() if family.config_name == says), given)
+    if given != right:
+        raise ConfigError(f"{name}.model_type is {given}, but config.json says {says}: {right}")
+    found: dict[str, Any] = {}
+    for path in weight_files_of(checkpointer):
+        if path.suffix != ".safetensors":
+            return  # a pickle has no header to look at; loading is strict anyway
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
+    if given in FAMILIES:
+        converted = _converted(name, found, config, FAMILIES[given])
+        adapters = adapter_names(model)
+        _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
+        _check_rotations(name, config, model)
+
+
+def _converted(name: str, found: dict[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    if "tie_word_embeddings" not in config:
+        raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")
+    try:
+        return family.to_tune(found, tie_word_embeddings=config["tie_word_embeddings"])
+    except Exception as error:  # torchtune raises the base class for a name that it does not know
+        raise ConfigError(f"{name}: the checkpoint is not of the architecture {family.title}: {error}") from error
+
+
+def _check_rotations(name: str, config: Mapping[str, Any], model: TransformerDecoder) -> None:
+    """Weights fit models that rotate queries and keys otherwise, and then mean nothing."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base, own = rope.get("rope_theta", config.get("rope_theta")), model.layers[0].attn.pos_embeddings.base
+    if kind != "default":
+        raise ConfigError(f"{name}: config.json scales rotary positions by {kind!r}, which no builder here does")
+    if base not in (None, own):
+        raise ConfigError(
+            f"{name}: config.json says rope_theta {base:g}, but the model's builder has {own:g}: give it that rope_base"
+        )
+
+
+def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    problems = {
+        "lacks": sorted(set(wanted) - set(found)),
+        "has unknown": sorted(set(found) - set(wanted)),
+        "has other shapes of": [
+            f"{key} {tuple(found[key].shape)} for {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in found and found[key].shape != value.shape
+        ],
+    }
+    parts = [
+        f"{what} {', '.join(keys[:_SHOWN])}" + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+        for what, keys in problems.items()
+        if keys
+    ]
+    if parts:
+        raise ConfigError(f"{name}: the checkpoint does not fit the model's builder: it {'; it '.join(parts)}")
+
+
+def load_decoder(
+    build: Builder, checkpointer: FullModelHFCheckpointer, *, dtype: torch.dtype, device: torch.device
+) -> TransformerDecoder:
+    """Build a decoder and fill it. See `load_weights`."""
+    model = build_on_meta(build)
+    load_weights(model, checkpointer, dtype=dtype, device=device)
+    return model
+
+
+def load_weights(
+    model: TransformerDecoder,
+    checkpointer: FullModelHFCheckpointer,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trained_dtype: torch.dtype | None = None,
+    on_block: Callable[[int, nn.Module], nn.Module] | None = None,
+) -> None:
+    """Fill a decoder from the meta device: embedding, norm and head, then block by block.
+
+    The files are mapped, not read, and each tensor is cast on its way; beside the model itself, one tensor exists. With
+    `on_block`, which may spread or quantise a block as soon as it is there, not even the model exists whole.
+
+    Args:
+        model: on the meta device. Its blocks may be fewer than the checkpoint's.
+        checkpointer: where its weights are.
+        dtype: of the parameters.
+        device: where they go.
+        trained_dtype: of those that require a gradient; None for `dtype`.
+        on_block: called with each block's number, from 1, and the loaded block; what it returns takes its place.
+
+    Raises:
+        ConfigError: if the weights do not fit.
+    """
+    weights = checkpointer.load_checkpoint()[MODEL_KEY]
+    fill = partial(_fill, dtype=dtype, trained_dtype=trained_dtype or dtype, device=device)
+    blocks, model.layers = model.layers, nn.ModuleList()
+    fill(model, weights)
+    for number, block in enumerate(blocks, start=1):
+        prefix = f"layers.{number - 1}."
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        fill(block, own)
+        model.layers.append(block if on_block is None else on_block(number, block))
+
+
+def _fill(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    trained_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    adapters = adapter_names(module)
+    loaded = {}
+    for name, parameter in module.named_parameters():
+        if name not in adapters:
+            if name not in weights:
+                raise ConfigError(f"the checkpoint does not fit the model's builder: it lacks {name}")
+            wanted = trained_dtype if parameter.requires_grad else dtype
+            # A copy even where nothing changes: a mapped file that is rewritten later would crash the run.
+            loaded[name] = weights[name].to(device=device, dtype=wanted, copy=True)
+    try:
+        module.load_state_dict(loaded, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"the checkpoint does not fit the model's builder: {error}") from error
+    start_adapters(module, device=device, dtype=trained_dtype)
+    with device:
+        start_rotations(module)

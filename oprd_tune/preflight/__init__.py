@@ -1,0 +1,7 @@
+"""What a run reads, does and needs, checked before any weights are read."""
+
+from oprd_tune.preflight.data import load_data
+from oprd_tune.preflight.pair import load_pair
+from oprd_tune.preflight.report import preflight
+
+__all__ = ["load_data", "load_pair", "preflight"]

@@ -1,0 +1,126 @@
+"""A run's prompts and evaluators, checked against its models before weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from oprd_tune.config import OPRDSettings, Parts, construct
+from oprd_tune.data import PromptStream, Reader
+from oprd_tune.errors import RolloutError
+from oprd_tune.evaluation import ReferencePerplexity, TaskAccuracy
+from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.protocols import PromptSource, Tokenizer
+from oprd_tune.ranks import Ranks
+from oprd_tune.types import Prompts, Rollout
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        tokenizer: of both models, or of the student if the teacher has its own.
+        prompts: this rank's share of each step.
+        task_accuracy: measures a model on held-out prompts; None if the config asks for none.
+        teacher_accuracy: the same for the teacher, in its own tokens.
+        reference_perplexity: measures the student on held-out answers; None likewise.
+        reader: aligns the teacher's own tokens with the student's; None if they share them.
+        teacher_context: tokens that the teacher can read.
+        min_matched_share: of response tokens that end where one of the teacher's ends too; less stops the run.
+        ranks: of the run.
+    """
+
+    tokenizer: Tokenizer
+    prompts: PromptStream
+    task_accuracy: TaskAccuracy | None
+    teacher_accuracy: TaskAccuracy | None
+    reference_perplexity: ReferencePerplexity | None
+    reader: Reader | None
+    teacher_context: int
+    min_matched_share: float
+    ranks: Ranks
+
+    def read(self, rollout: Rollout, prompts: Prompts) -> Rollout:
+        """The rollout as the teacher reads it too, if it has a tokenizer of its own. Every rank must call.
+
+        Raises:
+            RolloutError: if the two tokenizations meet too rarely.
+        """
+        if self.reader is None:
+            return rollout
+        assert prompts.teacher_tokens is not None
+        prompt_at = dict(zip(prompts.positions, prompts.teacher_tokens, strict=True))
+        reading = self.reader.read(rollout, [prompt_at[p] for p in rollout.prompt_positions_B.tolist()])
+        rollout = replace(rollout, reading=reading.within(self.teacher_context))
+        matched, tokens = self.ranks.total([rollout.matched_tokens, rollout.response_tokens])
+        if matched < self.min_matched_share * tokens:
+            raise RolloutError(
+                f"only {matched / tokens:.1%} of the response tokens end where one of the teacher's ends too: the "
+                "tokenizers cut the text differently, or responses are no text that the teacher's can read. "
+                f"min_matched_share is {self.min_matched_share}"
+            )
+        return rollout
+
+
+def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Ranks) -> RunData:
+    """Construct tokenizers, data sets and evaluators.
+
+    Args:
+        parts: of the run.
+        settings: lengths, sizes and the seed.
+        pair: the models, which have to know every token and fit every length.
+        ranks: the processes that share the prompts.
+
+    Raises:
+        ConfigError: if data and models do not fit, or something is missing.
+    """
+    s = settings
+    tokenizer, teacher_tokenizer = parts.tokenizer(), construct(parts.teacher_tokenizer)
+    given: dict[str, Any] = {"max_prompt_tokens": s.max_prompt_tokens}
+    given |= {} if teacher_tokenizer is None else {"teacher_tokenizer": teacher_tokenizer}
+    train: PromptSource = parts.dataset(tokenizer, **given)
+    held_out: PromptSource | None = construct(parts.eval_dataset, tokenizer, **given)
+    datasets = {"dataset": train} | ({} if held_out is None else {"eval_dataset": held_out})
+    for name, dataset in datasets.items():
+        if dataset.dropped:
+            total, limit = dataset.dropped + len(dataset), s.max_prompt_tokens
+            print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")
+    pair.check_tokens(tokenizer, list(datasets.values()))
+    evaluator = {"vocabulary": pair.vocabulary, "ranks": ranks}
+    accuracy = construct(parts.task_accuracy, held_out, tokenizer, **evaluator)
+    perplexity = construct(parts.reference_perplexity, held_out, tokenizer, **evaluator)
+    reader, teacher_accuracy = None, accuracy
+    if teacher_tokenizer is not None:
+        reader = Reader(tokenizer, teacher_tokenizer)
+        pair.check_teacher_tokens(teacher_tokenizer, train)
+        if held_out is not None:
+            evaluator["vocabulary"] = pair.teacher_vocabulary
+            own = held_out.as_teacher_reads()
+            teacher_accuracy = construct(parts.task_accuracy, own, teacher_tokenizer, **evaluator)
+    _check_lengths(s, pair, accuracy, perplexity)
+    return RunData(
+        tokenizer=tokenizer,
+        prompts=PromptStream(
+            train, prompts_per_step=s.prompts_per_step, seed=s.seed, rank=ranks.rank, world_size=ranks.world_size
+        ),
+        task_accuracy=accuracy,
+        teacher_accuracy=teacher_accuracy,
+        reference_perplexity=perplexity,
+        reader=reader,
+        teacher_context=pair.teacher_context,
+        min_matched_share=s.min_matched_share,
+        ranks=ranks,
+    )
+
+
+def _check_lengths(
+    s: OPRDSettings, pair: ModelPair, accuracy: TaskAccuracy | None, perplexity: ReferencePerplexity | None
+) -> None:
+    lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
+    if accuracy is not None:
+        longest = s.max_prompt_tokens + accuracy.request.max_new_tokens
+        lengths["max_prompt_tokens + task_accuracy.max_new_tokens"] = longest
+    if perplexity is not None:
+        lengths["the longest reference answer with its prompt"] = perplexity.longest
+    pair.check_lengths(lengths)

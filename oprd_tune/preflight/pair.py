@@ -1,0 +1,214 @@
+"""Student and teacher, checked against each other, their files and the data, before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torchtune.training import FullModelHFCheckpointer
+
+from oprd_tune.config import OPRDSettings, Parts
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer, tokens_by_id
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_names, check_adapters
+from oprd_tune.modeling.bridge import BridgePlan
+from oprd_tune.modeling.heads import LMHead
+from oprd_tune.modeling.layer_map import check_widths, pair_layers
+from oprd_tune.modeling.weights import Builder, build_on_meta, check_weights, open_checkpointer, width_of
+from oprd_tune.protocols import PromptSource, Tokenizer
+from oprd_tune.torchtune_compat import folder_of
+from oprd_tune.types import LayerPair
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Two models that fit together.
+
+    Attributes:
+        layers: the paired layers, ascending by student layer; empty without a hidden-state loss.
+        depth: blocks of the student.
+        teacher_depth: blocks of the teacher.
+        student_files: the student's opened checkpointer.
+        teacher_files: the teacher's.
+        width: of the student's states.
+        teacher_width: of the teacher's.
+        context: tokens that both models can read, or that the student can if the teacher has tokens of its own.
+        teacher_context: tokens that the teacher can read.
+        vocabulary: token ids that both models know, the smaller of two padded sizes; or the student's, likewise.
+        teacher_vocabulary: token ids that the teacher knows.
+    """
+
+    layers: list[LayerPair]
+    depth: int
+    teacher_depth: int
+    student_files: FullModelHFCheckpointer
+    teacher_files: FullModelHFCheckpointer
+    width: int
+    teacher_width: int
+    context: int
+    teacher_context: int
+    vocabulary: int
+    teacher_vocabulary: int
+
+    def teacher_top(self, bridge: BridgePlan | None) -> int | None:
+        """The highest teacher layer that a loss on hidden states, or the fit of a bridge, reads; None for all."""
+        if bridge is not None and bridge.needs_final_state:
+            return None
+        return max(pair.teacher for pair in self.layers)
+
+    def check_lengths(self, lengths: Mapping[str, int]) -> None:
+        """Raise ConfigError for a length, given by what it consists of, that exceeds the context."""
+        for what, length in lengths.items():
+            if length > self.context:
+                raise ConfigError(f"{what} = {length} exceeds the models' context of {self.context}; lower it")
+
+    def check_tokens(self, tokenizer: Tokenizer, datasets: Sequence[PromptSource]) -> None:
+        """Raise ConfigError if the tokenizer makes ids that a model has no embedding for."""
+        used = [tokenizer.pad_id, *tokenizer.stop_tokens, *(dataset.largest_token for dataset in datasets)]
+        if max(used) >= self.vocabulary:
+            raise ConfigError(
+                f"the tokenizer uses id {max(used)}, but the models' vocabulary ends at {self.vocabulary - 1}; give "
+                "the models' own tokenizer"
+            )
+
+    def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptSource) -> None:
+        """Raise ConfigError if the teacher's own tokenizer makes ids or prompts that are beyond the teacher."""
+        largest = len(tokenizer.token_bytes.pieces) - 1
+        if largest >= self.teacher_vocabulary:
+            raise ConfigError(
+                f"teacher_tokenizer has an id {largest}, but the teacher's vocabulary ends at "
+                f"{self.teacher_vocabulary - 1}; give the teacher's own tokenizer"
+            )
+        if (longest := dataset.longest_teacher_prompt or 0) >= self.teacher_context:
+            raise ConfigError(
+                f"the longest prompt has {longest} of the teacher's tokens, its context {self.teacher_context}; lower "
+                "max_prompt_tokens"
+            )
+
+
+def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False) -> ModelPair:
+    """Check the models of a run; see `check_pair`.
+
+    Args:
+        parts: of the run.
+        settings: of the run.
+        hidden_loss: whether a loss reads hidden states.
+        token_loss: whether one reads both LM heads.
+    """
+    if token_loss and parts.teacher_tokenizer is not None:
+        raise ConfigError(
+            "teacher_tokenizer: token losses compare the models token by token, so both read the same tokens; leave it "
+            "out, or compare hidden states alone, by oprd_distributed"
+        )
+    return check_pair(
+        parts.model,
+        parts.teacher_model,
+        partial(parts.checkpointer.plainly, output_dir=settings.output_dir),
+        partial(parts.teacher_checkpointer.plainly, output_dir=settings.output_dir),
+        layers=settings.layers if hidden_loss else None,
+        layer_pairs=settings.layer_pairs,
+        token_loss=token_loss,
+        bridged=parts.bridge is not None,
+        own_tokens=parts.teacher_tokenizer is not None,
+    )
+
+
+def check_pair(
+    build: Builder,
+    build_teacher: Builder,
+    open_student: Callable[[], FullModelHFCheckpointer],
+    open_teacher: Callable[[], FullModelHFCheckpointer],
+    *,
+    layers: str | Sequence[int] | None,
+    layer_pairs: Sequence[Sequence[int]] | None,
+    token_loss: bool = False,
+    bridged: bool = False,
+    own_tokens: bool = False,
+) -> ModelPair:
+    """Check that two models fit each other, the losses, and their checkpoint files.
+
+    Args:
+        build: builds the student; called on the meta device.
+        build_teacher: builds the teacher.
+        open_student: constructs the student's checkpointer.
+        open_teacher: constructs the teacher's.
+        layers: see `pair_layers`; None without a hidden-state loss, which then asks nothing of widths and depths.
+        layer_pairs: see `pair_layers`.
+        token_loss: whether a loss reads both LM heads.
+        bridged: whether a bridge joins the layers.
+        own_tokens: whether the teacher has a tokenizer of its own.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    student_files = open_checkpointer("checkpointer", open_student)
+    teacher_files = open_checkpointer("teacher_checkpointer", open_teacher)
+    student, teacher = build_on_meta(build), build_on_meta(build_teacher)
+    check_adapters("model", student)
+    if adapter_names(teacher):
+        raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
+    pairs: list[LayerPair] = []
+    if layers is not None:
+        if not bridged:
+            check_widths(width_of(student), width_of(teacher))
+        depths = {"student_depth": len(student.layers), "teacher_depth": len(teacher.layers)}
+        pairs = pair_layers(layers, layer_pairs, **depths, bridged=bridged)
+    if token_loss:
+        LMHead(student, "model")
+        LMHead(teacher, "teacher_model")
+    if not own_tokens:
+        check_same_tokens(folder_of(student_files), folder_of(teacher_files))
+    check_weights("checkpointer", student_files, student)
+    check_weights("teacher_checkpointer", teacher_files, teacher)
+    read_same = [student] if own_tokens else [student, teacher]
+    return ModelPair(
+        layers=pairs,
+        depth=len(student.layers),
+        teacher_depth=len(teacher.layers),
+        student_files=student_files,
+        teacher_files=teacher_files,
+        width=width_of(student),
+        teacher_width=width_of(teacher),
+        context=min(model.max_seq_len for model in read_same),
+        teacher_context=teacher.max_seq_len,
+        vocabulary=min(model.tok_embeddings.num_embeddings for model in read_same),
+        teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
+    )
+
+
+def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
+    """Compare the tokenizers of two model folders; padding of the embeddings beyond their tokens does not matter.
+
+    A special token under another name is told to the user, and so are tokens that only the student has, which the
+    teacher reads through rows that nobody trained. A folder without `tokenizer.json` cannot be
+    compared; that is told too.
+
+    Raises:
+        ConfigError: if an id stands for two different ordinary tokens.
+    """
+    of_student, of_teacher = tokens_by_id(student_folder), tokens_by_id(teacher_folder)
+    if of_student is None or of_teacher is None:
+        missing = student_folder if of_student is None else teacher_folder
+        print(f"{missing} has no tokenizer.json: whether student and teacher share their tokens is not checked.")
+        return
+    (student, student_special), (teacher, teacher_special) = of_student, of_teacher
+    shared = student.keys() & teacher.keys()
+    different = sorted(i for i in shared if student[i] != teacher[i])
+
+    def examples(ids: Sequence[int]) -> str:
+        return "; ".join(f"{i} is {student[i]!r} and {teacher.get(i)!r}" for i in ids[:_SHOWN])
+
+    if ordinary := [i for i in different if i not in student_special & teacher_special]:
+        raise ConfigError(
+            f"student and teacher do not share their tokens: {len(ordinary)} of {len(shared)} ids differ, for example "
+            f"{examples(ordinary)}. The teacher reads the student's ids, so both need one vocabulary; padded sizes may "
+            "differ"
+        )
+    if renamed := [i for i in different if i in student_special & teacher_special]:
+        print(f"{len(renamed)} special tokens differ between student and teacher: {examples(renamed)}.")
+    if own := sorted(student.keys() - teacher.keys()):
+        print(f"{len(own)} tokens are the student's alone: {examples(own)}.")

@@ -1,0 +1,256 @@
+"""What a run is going to do and to need, told before any weights are read."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config import OPRDSettings, Parts
+from oprd_tune.data.tokenizer import conventions
+from oprd_tune.errors import NothingLeftToDo
+from oprd_tune.losses.composite import Composite, as_composite
+from oprd_tune.losses.hidden_mse import HiddenStateLoss
+from oprd_tune.losses.masking import StateSelector
+from oprd_tune.modeling.bridge import BridgePlan
+from oprd_tune.modeling.weights import build_on_meta, width_of
+from oprd_tune.preflight.data import RunData
+from oprd_tune.preflight.memory import Memory, Plan, optimizer_bytes, predict_memory
+from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.protocols import RolloutEngine
+from oprd_tune.ranks import Ranks
+from oprd_tune.teacher import TeacherPlan
+from oprd_tune.torchtune_compat import folder_of
+from oprd_tune.training.student import choose_sharding, freeze, master_dtype_of, torch_dtype
+
+_GIB = 2**30
+_GLOO_COPIES = 2  # of a gradient that it averages, measured; NCCL makes none
+
+
+def preflight(
+    parts: Parts,
+    settings: OPRDSettings,
+    pair: ModelPair,
+    data: RunData,
+    loss: HiddenStateLoss | Composite,
+    engine: RolloutEngine,
+    bridge: BridgePlan | None,
+) -> Memory:
+    """Print models, conventions, batch, memory and disk as a short table.
+
+    Args:
+        parts: of the run.
+        settings: of the run.
+        pair: the models' files and layers.
+        data: what the run reads.
+        loss: decides which head and which states exist.
+        engine: that samples.
+        bridge: makes states comparable; None without.
+
+    Returns:
+        The prediction for one rank.
+
+    Raises:
+        NothingLeftToDo: if the run was to end here.
+    """
+    s, ranks, loss = settings, data.ranks, as_composite(loss)
+    student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
+    top = pair.depth if loss.token_losses else pair.layers[-1].student
+    freeze(student, top=top, trains_head=bool(loss.token_losses), freeze_embedding=s.freeze_embedding)
+    plan = _plan(parts, s, pair, data, loss, engine, bridge, student=student, teacher=teacher)
+    memory = predict_memory(student, parts.model, plan)
+    if s.preflight:
+        rows = [
+            ("student", _describe(student)),
+            ("teacher", _describe(teacher.requires_grad_(False))),
+            *_differing_conventions(pair),
+            *_describe_batch(s, data, ranks),
+            *_describe_bridge(bridge, pair, ranks),
+            *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
+            ("disk", _describe_disk(s, student, memory, ranks, plan.dtype)),
+        ]
+        wide = max(len(name) for name, _ in rows)
+        print("\n" + "\n".join(f"  {name:<{wide}}  {text}" for name, text in rows) + "\n")
+    if s.preflight == "only":
+        raise NothingLeftToDo("preflight=only: nothing was loaded or started")
+    return memory
+
+
+def _plan(
+    parts: Parts,
+    s: OPRDSettings,
+    pair: ModelPair,
+    data: RunData,
+    loss: Composite,
+    engine: RolloutEngine,
+    bridge: BridgePlan | None,
+    *,
+    student: TransformerDecoder,
+    teacher: TransformerDecoder,
+) -> Plan:
+    """What each part says it needs."""
+    ranks, dtype, token_losses = data.ranks, torch_dtype(s.dtype), list(loss.token_losses.values())
+    longest = s.max_prompt_tokens + s.max_new_tokens
+    rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
+    rows_at_once = min(rows, max(1, s.tokens_per_micro_batch // longest))
+    tapped = len(pair.layers) if loss.hidden is not None else 0
+    most_states = StateSelector(s.positions, s.positions_k, s.anchor).most(s.max_new_tokens)
+    held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=dtype)
+    if data.task_accuracy is not None:
+        sampling = max(sampling, data.task_accuracy.memory_bytes(student, dtype))
+    sizes = _bridge_sizes(pair)
+    fitted_here = bridge is not None and torch.device(bridge.moments_device or ranks.device).type == ranks.device.type
+    teacher_bytes, whole_teacher_bytes = _teacher_bytes(s, pair, data, loss, bridge, teacher)
+    return Plan(
+        dtype=dtype,
+        master_dtype=master_dtype_of(s),
+        world_size=ranks.world_size,
+        sharded=choose_sharding(s, ranks) is not None,
+        trains_head=bool(token_losses),
+        reshard_after_forward=s.fsdp_reshard_after_forward,
+        activation_checkpointing=int(s.activation_checkpointing),
+        sync_every_micro_batch=s.sync_every_micro_batch,
+        rows=rows_at_once,
+        row_tokens=longest,
+        selected=rows_at_once * (most_states if tapped else s.max_new_tokens),
+        tapped=tapped + bool(token_losses),
+        micro_batches=math.ceil(rows / rows_at_once),
+        logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
+        rollout_bytes=sampling,
+        engine_bytes=held,
+        optimizer_bytes=optimizer_bytes(parts.optimizer, master_dtype_of(s), ranks.device),
+        teacher_bytes=teacher_bytes,
+        whole_teacher_bytes=whole_teacher_bytes,
+        teacher_width=pair.teacher_width,
+        target_width=pair.teacher_width if bridge is None else bridge.rank,
+        reduction_copies=_GLOO_COPIES if ranks.device.type == "cpu" and ranks.world_size > 1 else 0,
+        cpu_offload=s.fsdp_cpu_offload,
+        bridge_bytes=0 if bridge is None else bridge.projector_bytes(*sizes),
+        moment_bytes=bridge.moment_bytes(*sizes) if bridge is not None and fitted_here else 0,
+    )
+
+
+def _teacher_bytes(
+    s: OPRDSettings,
+    pair: ModelPair,
+    data: RunData,
+    loss: Composite,
+    bridge: BridgePlan | None,
+    teacher: TransformerDecoder,
+) -> tuple[int, int]:
+    """Of the teacher as the run keeps it; and gathered, if it is to be while it is evaluated."""
+    keeps_head = bool(loss.token_losses)
+    top = (None if keeps_head else pair.teacher_top(bridge)) or pair.teacher_depth
+    plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
+    dtype = torch_dtype(s.dtype)
+    kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=dtype)
+    if not plan.sharded or not s.evaluate_teacher or data.teacher_accuracy is None:
+        return kept, 0
+    gathered = replace(plan, placement="replicated")
+    return kept, gathered.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=dtype)
+
+
+def _describe(model: TransformerDecoder) -> str:
+    """Size and shape of a model on the meta device."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape = f"{len(model.layers)} blocks of width {width_of(model)}, vocabulary {model.tok_embeddings.num_embeddings:,}"
+    return f"{_number(total)} parameters, {shape}" + (f"; {_number(trained)} of them train" if trained else "")
+
+
+def _number(count: int) -> str:
+    for size, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{name}"
+    return str(count)
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _differing_conventions(pair: ModelPair) -> list[tuple[str, str]]:
+    """Where the two folders' tokenizers end turns, pad or speak differently."""
+    student, teacher = (conventions(folder_of(f)) for f in (pair.student_files, pair.teacher_files))
+    if student is None or teacher is None:
+        return []
+    rows = []
+    for name, own in student.items():
+        if own != teacher[name] and name == "chat template":
+            rows.append((name, "differs between student and teacher; prompts use the one of `tokenizer`"))
+        elif own != teacher[name]:
+            rows.append((name, f"{own} (student), {teacher[name]} (teacher); responses end as `tokenizer` says"))
+    return rows
+
+
+def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> list[tuple[str, str]]:
+    responses = s.prompts_per_step * s.samples_per_prompt
+    passes = s.max_steps * s.prompts_per_step / len(data.prompts)
+    where = "one process" if ranks.world_size == 1 else f"{ranks.world_size} processes"
+    return [
+        ("batch", f"{s.prompts_per_step} prompts × {s.samples_per_prompt} = {responses} responses a step on {where}"),
+        ("", f"at most {responses * s.max_new_tokens:,} response tokens a step"),
+        ("steps", f"{s.max_steps:,}, {passes:,.2f} passes over {len(data.prompts):,} prompts"),
+    ]
+
+
+def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> list[tuple[str, str]]:
+    always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
+    always |= {"sampling engine": memory.engine} if memory.engine else {}
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in always.items())
+    free = _free_bytes(ranks)
+    rows = [
+        ("memory", f"{_size(memory.peak)} a process" + ("" if free is None else f" of {_size(free)} free")),
+        ("", f"{listed}; besides sampling {_size(memory.sampling)}, or training {_size(memory.training)}"),
+        ("CPU memory", f"{_size(memory.cpu)} a process while a checkpoint is written"),
+    ]
+    if not optimizer_known:
+        rows.append(("", "The optimizer's state is not counted: it takes no trial step."))
+    if free is not None and memory.peak > free:
+        rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
+    return rows
+
+
+def _describe_bridge(bridge: BridgePlan | None, pair: ModelPair, ranks: Ranks) -> list[tuple[str, str]]:
+    if bridge is None:
+        return []
+    pairs = f"{len(pair.layers)} layer pairs, {pair.width} against {pair.teacher_width} wide"
+    if bridge.file is not None:
+        return [("bridge", f"{pairs}, from {bridge.file}")]
+    where, size = bridge.moments_device or ranks.device.type, _size(bridge.moment_bytes(*_bridge_sizes(pair)))
+    return [
+        ("bridge", f"{pairs}, rank {bridge.rank}, basis {bridge.basis}, fitted on {bridge.prompts:,} prompts"),
+        ("", f"moments {size} in {bridge.moments_dtype} on {where}, while it is fitted"),
+    ]
+
+
+def _bridge_sizes(pair: ModelPair) -> tuple[int, int, int]:
+    return len(pair.layers), pair.width, pair.teacher_width
+
+
+def _free_bytes(ranks: Ranks) -> int | None:
+    """What this rank may take of its device; of a CPU, its share."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info(ranks.device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    return int(lines["MemAvailable"].split()[0]) * 1024 // here
+
+
+def _describe_disk(
+    s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks, dtype: torch.dtype
+) -> str:
+    checkpoint = memory.checkpoint * ranks.world_size
+    export = sum(p.numel() for p in student.parameters()) * dtype.itemsize
+    needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export  # one more while it is written; final, best, old best
+    free = shutil.disk_usage(s.output_dir).free
+    text = f"up to {_size(needed)} of {_size(free)} free; a checkpoint takes {_size(checkpoint)}"
+    return text + ("" if needed < free else ". This will not fit: lower keep_checkpoints, or give another output_dir")

@@ -1,0 +1,61 @@
+"""Sampling with the trainer's own model: no second copy of the weights, nothing to synchronise."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config.checks import check_not_negative, check_whole
+from oprd_tune.protocols import Policy
+from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.native.sampler import Sampler, sampling_bytes
+from oprd_tune.types import Prompts, Rollout, SamplingRequest
+
+
+class NativeEngine:
+    """The student itself samples. See `oprd_tune.protocols.RolloutEngine` for its methods.
+
+    Args:
+        temperature: 1 is on-policy; 0 is greedy. Log-probabilities are always those at temperature 1.
+        batch_size: most rows decoded at once; bounds the cache's memory. None takes all.
+
+    Raises:
+        ConfigError: for a negative temperature, or a size below 1.
+    """
+
+    samples_with_student: ClassVar[bool] = True
+    free_on_resume: ClassVar[tuple[str, ...]] = ("batch_size",)
+
+    def __init__(self, *, temperature: float = 1.0, batch_size: int | None = None) -> None:
+        check_not_negative("rollout.temperature", temperature)
+        if batch_size is not None:
+            check_whole("rollout.batch_size", batch_size)
+        self.temperature, self._batch_size = temperature, batch_size
+        self._policy_version = 0
+
+    def check(self, device: torch.device, ranks: Ranks) -> None:
+        """It works wherever the student does."""
+
+    def memory_bytes(
+        self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
+    ) -> tuple[int, int]:
+        """Nothing is held; while it samples, keys, values and logits."""
+        rows_at_once = min(rows, self._batch_size or rows)
+        return 0, sampling_bytes(model, rows=rows_at_once, columns=columns, dtype=dtype)
+
+    def start(self, policy: Policy, request: SamplingRequest) -> None:
+        """Take the student."""
+        self._sampler = Sampler(policy.model, request, temperature=self.temperature, batch_size=self._batch_size)
+
+    def sync_weights(self, policy_version: int) -> None:
+        """The weights are shared; only the version is noted."""
+        self._policy_version = policy_version
+
+    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+        """Sample responses. A sharded student is gathered meanwhile, so every rank must call."""
+        return self._sampler.sample(prompts, stream=stream, policy_version=self._policy_version)
+
+    def close(self) -> None:
+        """Nothing is held between rollouts."""

@@ -1,0 +1,277 @@
+"""Sampling with vLLM in the trainer's own processes, on the trainer's own devices."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+
+from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
+from oprd_tune.errors import ConfigError, RolloutError
+from oprd_tune.metrics.progress import LateBar
+from oprd_tune.protocols import Policy
+from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.vllm.fingerprints import Fingerprints, check_arrived, fingerprints_of
+from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
+from oprd_tune.rollout.vllm.proof import prove_on_policy
+from oprd_tune.rollout.vllm.requests import (
+    CPU_CACHE_GIB,
+    GIB,
+    INSTALL,
+    Sampling,
+    check_engine_memory,
+    check_versions,
+)
+from oprd_tune.types import Prompts, Rollout, SamplingRequest
+
+
+def import_vllm(device: torch.device) -> Any:
+    """Import vLLM so that its engine runs in this process.
+
+    Args:
+        device: where the run computes.
+
+    Raises:
+        ConfigError: if it is not installed, does not import, or is built for another kind of device.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import vllm
+            from vllm.platforms import current_platform
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"rollout: vLLM cannot be imported ({error}); {INSTALL}") from error
+    except (ImportError, OSError, RuntimeError) as error:  # such as a torchvision of another build
+        raise ConfigError(
+            f"rollout: vLLM is installed but does not import: {error}. Beside the CPU build, torchvision, torchaudio "
+            "and torchcodec must not be installed"
+        ) from error
+    if device.index not in (None, int(os.environ.get("LOCAL_RANK", 0))):
+        raise ConfigError(
+            f"rollout: vLLM takes a process's first GPU, not {device}: set CUDA_VISIBLE_DEVICES={device.index}, and "
+            "device=cuda"
+        )
+    if current_platform.device_type != device.type:
+        raise ConfigError(
+            f"rollout: this vLLM is built for {current_platform.device_type}, but the run computes on {device.type}; "
+            f"{INSTALL}"
+        )
+    return vllm
+
+
+class VLLMColocated:
+    """Each rank owns an engine, which shares the device with training. See `oprd_tune.protocols.RolloutEngine`.
+
+    On CUDA it sleeps between rollouts, without weights and cache: weights come anew with each sync.
+
+    Args:
+        temperature: 1 is on-policy; 0 is greedy.
+        gpu_memory_utilization: the share of a GPU's memory for the engine's weights and cache; without effect on a CPU.
+        kv_cache_gib: the cache alone, instead of that share; on a CPU 1 unless given.
+        tensor_parallel_size: ranks that share one copy of the weights, and then answer their prompts together.
+        max_num_seqs: most responses sampled at once.
+        enforce_eager: no compilation and no CUDA graphs; None for that on a CPU only.
+        logprob_gap_limit: see `prove_on_policy`.
+
+    Raises:
+        ConfigError: for arguments that cannot be.
+    """
+
+    samples_with_student: ClassVar[bool] = False
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *("gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "max_num_seqs", "enforce_eager"),
+        "logprob_gap_limit",
+    )
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        gpu_memory_utilization: float = 0.3,
+        kv_cache_gib: float | None = None,
+        tensor_parallel_size: int = 1,
+        max_num_seqs: int = 256,
+        enforce_eager: bool | None = None,
+        logprob_gap_limit: float | None = None,
+    ) -> None:
+        check_not_negative("rollout.temperature", temperature)
+        check_whole("rollout.tensor_parallel_size", tensor_parallel_size)
+        check_whole("rollout.max_num_seqs", max_num_seqs)
+        check_engine_memory(gpu_memory_utilization, kv_cache_gib)
+        if logprob_gap_limit is not None:
+            check_positive("rollout.logprob_gap_limit", logprob_gap_limit)
+        self.temperature = temperature
+        self._gpu_share, self._cache_gib = gpu_memory_utilization, kv_cache_gib
+        self._parallel_size, self._max_num_seqs = tensor_parallel_size, max_num_seqs
+        self._enforce_eager, self._limit = enforce_eager, logprob_gap_limit
+
+    def check(self, device: torch.device, ranks: Ranks) -> None:
+        """Raise ConfigError if the processes cannot be grouped as asked for, or if vLLM cannot be used."""
+        self._sharing(ranks)
+        import_vllm(device)
+
+    def memory_bytes(
+        self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
+    ) -> tuple[int, int]:
+        """Weights and cache, whose size does not depend on rows: held on a CPU, while it samples on a GPU."""
+        own = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        if isinstance(model.output, TiedLinear):
+            own += model.tok_embeddings.weight.numel() * dtype.itemsize
+        own //= self._parallel_size
+        if torch.cuda.is_available():
+            share = int(self._gpu_share * torch.cuda.mem_get_info()[1])
+            return 0, share if self._cache_gib is None else own + int(self._cache_gib * GIB)
+        return own + int((self._cache_gib or CPU_CACHE_GIB) * GIB), 0
+
+    def start(self, policy: Policy, request: SamplingRequest) -> None:
+        """Construct vLLM's engine. Its weights come with the first sync."""
+        self._weights = weights = PolicyWeights(policy)
+        self._sampling = Sampling(request, weights.vocabulary, self.temperature)
+        self._parallel = self._sharing(weights.ranks)
+        self._on_cuda = weights.device.type == "cuda"
+        kv_cache_gib = self._cache_gib
+        if kv_cache_gib is None and not self._on_cuda:
+            kv_cache_gib = CPU_CACHE_GIB
+        vllm = import_vllm(weights.device)
+        self._had_process_group = dist.is_initialized()
+        self._make_parameters = vllm.SamplingParams
+        try:
+            with _process_unchanged():
+                self._llm = vllm.LLM(
+                    model=str(weights.folder),
+                    hf_overrides=weights.config_overrides,
+                    load_format="dummy",  # the first sync brings the weights
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # nothing from the model's own, such as a temperature
+                    dtype=weights.dtype,
+                    max_model_len=request.max_prompt_tokens + request.max_new_tokens,
+                    max_num_seqs=self._max_num_seqs,
+                    max_logprobs=self._sampling.logprobs,
+                    gpu_memory_utilization=self._gpu_share,
+                    kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
+                    tensor_parallel_size=self._parallel_size,
+                    distributed_executor_backend="external_launcher" if weights.ranks.world_size > 1 else "uni",
+                    enforce_eager=not self._on_cuda if self._enforce_eager is None else self._enforce_eager,
+                    enable_sleep_mode=self._on_cuda,
+                    seed=request.seed % 2**31,
+                    disable_log_stats=True,
+                )
+        except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ConfigError(f"rollout: vLLM did not start: {error}") from error
+        self._policy_version = -1
+        self._sleep()
+
+    def _sharing(self, ranks: Ranks) -> range:
+        """The ranks that share an engine's weights with this one."""
+        size = self._parallel_size
+        if ranks.world_size % size:
+            raise ConfigError(
+                f"rollout.tensor_parallel_size is {size}; it must divide the number of processes, {ranks.world_size}"
+            )
+        first = ranks.rank // size * size
+        return range(first, first + size)
+
+    def sync_weights(self, policy_version: int) -> None:
+        """Stream the student's weights into the engine, block by block, and compare what arrived bit by bit."""
+        sent = Fingerprints()
+        self._wake("weights")
+        stream = (item for part in sent.passing(self._weights.parts()) for item in part.items())
+        with _process_unchanged():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        self._weights.ranks.agree(lambda: self._check_sync(sent))
+        self._llm.update_weight_version(str(policy_version))
+        self._policy_version = policy_version
+
+    def _check_sync(self, sent: Fingerprints) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM did not forget what it had cached with the old weights")
+        if len(self._parallel) == 1:  # a part of a matrix has no fingerprint to compare with
+            (found,) = self._llm.apply_model(partial(fingerprints_of, dtype=self._weights.dtype))
+            check_arrived(sent.by_name, found, "vLLM")
+
+    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+        """Sample with vLLM and prove the responses on-policy. See `RolloutEngine.generate`."""
+        ranks = self._weights.ranks
+        together = [prompts]
+        if len(self._parallel) > 1:
+            together = [ranks.collect(prompts)[rank] for rank in self._parallel]
+        requests = [request for part in together for request in self._sampling.requests(part, stream)]
+        outputs = ranks.agree(lambda: self._sample(requests))
+        self._sleep()
+        before = sum(len(part) for part in together[: self._parallel.index(ranks.rank)])
+        n = self._sampling.request.samples_per_prompt
+        own = [output.outputs[0] for output in outputs[before * n : (before + len(prompts)) * n]]
+        versions = {span.version for o in own for span in o.weight_versions}
+        ranks.agree(lambda: check_versions(versions, str(self._policy_version), "vLLM"))
+        responses = [
+            self._sampling.response(o.token_ids, [{i: p.logprob for i, p in by_id.items()} for by_id in o.logprobs])
+            for o in own
+        ]
+        rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
+        return prove_on_policy(rollout, self._weights, self._limit)
+
+    def _sample(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Any]:
+        try:
+            self._wake("kv_cache")
+            with _process_unchanged():
+                return self._llm.generate(
+                    [{"prompt_token_ids": tokens} for tokens, _ in requests],
+                    [self._make_parameters(**parameters) for _, parameters in requests],
+                    use_tqdm=LateBar if self._weights.ranks.first else False,
+                )
+        except (RuntimeError, ValueError) as error:
+            raise RolloutError(f"vLLM failed while it sampled: {error}") from error
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        with _process_group_kept(self._had_process_group):
+            self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    # ---- what only a GPU does ----
+
+    def _sleep(self) -> None:
+        if self._on_cuda:
+            self._llm.sleep(level=2)
+
+    def _wake(self, what: str) -> None:
+        if self._on_cuda:
+            torch.cuda.empty_cache()  # what training has freed but PyTorch keeps is not vLLM's to take
+            self._llm.wake_up(tags=[what])
+
+
+@contextmanager
+def _process_group_kept(keep: bool) -> Iterator[None]:
+    """Within the scope, vLLM, which destroys the default process group with itself, may do so only to its own."""
+    destroy = dist.destroy_process_group
+    if keep:
+        dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
+
+
+@contextmanager
+def _process_unchanged() -> Iterator[None]:
+    """Undo that vLLM seeds this process's random numbers and settles its number of threads."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    own_gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=own_gpu), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

@@ -1,0 +1,111 @@
+"""The student's weights on their way to an engine that keeps its own: whole, merged, in Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtune.modules.tied_linear import TiedLinear
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_names, merge_adapters
+from oprd_tune.modeling.families import FAMILIES
+from oprd_tune.modeling.output import device_of
+from oprd_tune.protocols import Policy
+from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of
+
+_WRAPPER = "_checkpoint_wrapped_module."
+_EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
+_BY_TOKEN = (_EMBEDDING, _HEAD)  # a row for each token
+
+
+class PolicyWeights:
+    """Streams the student's weights, in an order and under names that vLLM loads.
+
+    A tied embedding is sent twice, as itself and as `lm_head.weight`: vLLM's CPU build packs the head, and with a
+    config that says "tied" it would keep a stale one. Only tokens that the teacher has too are sent, so the engine
+    samples from them alone.
+
+    Args:
+        policy: the student.
+
+    Raises:
+        ConfigError: for an architecture without a conversion.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        kind = model_type_of(policy.files)
+        if kind not in FAMILIES:
+            known = " and ".join(sorted(FAMILIES))
+            raise ConfigError(f"vLLM rollouts know the weights of {known} only, not of {kind}")
+        self.model, self.ranks = policy.model, policy.ranks
+        self.dtype, self.vocabulary = policy.dtype, policy.vocabulary
+        self.device = device_of(policy.model)
+        self.folder = folder_of(policy.files)
+        self._config = config_of(policy.files)
+        self._convert = FAMILIES[kind].to_hf
+
+    @property
+    def config_overrides(self) -> dict[str, Any]:
+        """Where the engine's model differs from `config.json`."""
+        blocks = len(self.model.layers)
+        changed = {"tie_word_embeddings": False, "vocab_size": self.vocabulary, "num_hidden_layers": blocks}
+        kinds = self._config.get("layer_types")  # one for each block, where transformers has written them
+        return changed if kinds is None else {**changed, "layer_types": kinds[:blocks]}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The engine's `config.json`."""
+        return {**self._config, **self.config_overrides, "torch_dtype": str(self.dtype).removeprefix("torch.")}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `parts` yields, in the same order, without gathering anything."""
+        adapters = adapter_names(self.model)
+        named = {name.replace(_WRAPPER, ""): parameter for name, parameter in self.model.named_parameters()}
+        own: dict[str, Tensor] = {}
+        for name, parameter in named.items():
+            if name not in adapters:
+                own[name] = torch.empty(parameter.shape, device="meta")
+            if name == _EMBEDDING and isinstance(self.model.output, TiedLinear):
+                own[_HEAD] = own[name]
+        cut = {name: weight[: self.vocabulary] if name in _BY_TOKEN else weight for name, weight in own.items()}
+        return {name: tuple(weight.shape) for name, weight in self._convert(cut).items()}
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """Whole tensors by name: embedding, each block, norm and head. Never is there a second copy of the model.
+
+        Sharded parameters are gathered on the way, so all ranks have to iterate, to the end.
+        """
+        model = self.model
+        ends = self._whole(model.tok_embeddings, "tok_embeddings.")
+        if isinstance(model.output, TiedLinear):
+            ends[_HEAD] = ends[_EMBEDDING]
+        yield self._convert(ends)
+        del ends
+        for number, block in enumerate(model.layers):
+            yield self._convert(self._whole(block, f"layers.{number}."))
+        ends = self._whole(model.norm, "norm.")
+        if not isinstance(model.output, TiedLinear):
+            ends |= self._whole(model.output, "output.")
+        yield self._convert(ends)
+
+    def _whole(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """A module's parameters under their full names, with adapters merged, in fp32 until then."""
+        adapted = bool(adapter_names(module))
+        weights = {
+            name.replace(_WRAPPER, ""): _gathered(parameter, torch.float32 if adapted else self.dtype)
+            for name, parameter in module.named_parameters()
+        }
+        merged = merge_adapters(weights, module)
+        named = {prefix + name: weight.to(self.dtype) for name, weight in merged.items()}
+        return {name: weight[: self.vocabulary] if name in _BY_TOKEN else weight for name, weight in named.items()}
+
+
+def _gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in another precision, converted before it is gathered if it is sharded."""
+    converted = parameter.detach().to(dtype)
+    return converted.full_tensor() if isinstance(converted, DTensor) else converted

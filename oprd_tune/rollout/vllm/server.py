@@ -1,0 +1,273 @@
+"""Sampling with one or more `vllm serve` processes, here or elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
+from oprd_tune.errors import ConfigError, RolloutError
+from oprd_tune.metrics.progress import LateBar
+from oprd_tune.protocols import Policy
+from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.responses import Response
+from oprd_tune.rollout.vllm.client import Answer, LostServerError, RefusedRequestError, VLLMClient
+from oprd_tune.rollout.vllm.fingerprints import Digests, check_arrived
+from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
+from oprd_tune.rollout.vllm.proof import prove_on_policy
+from oprd_tune.rollout.vllm.requests import Sampling, check_engine_memory, check_versions, find_vllm
+from oprd_tune.rollout.vllm.server_fit import ServerFit, wait_for_servers
+from oprd_tune.rollout.vllm.server_process import ServerProcess
+from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer, NCCLTransfer, WeightTransfer, write_config
+from oprd_tune.types import Prompts, Rollout, SamplingRequest
+
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 1.0
+T = TypeVar("T")
+
+
+class VLLMServer:
+    """Spreads requests over servers, and sends them the student's weights.
+
+    Without addresses it starts a server here, on the loopback interface. A server that is lost, because it ended, hangs
+    or fails, is not used again; its requests go to the others. When none is left, the run saves and ends.
+
+    Args:
+        temperature: 1 is on-policy; 0 is greedy.
+        addresses: of servers, such as `http://host:8000`; None starts one.
+        transfer: `nccl` or `folder`; None for the first if the run computes on GPUs, else the second.
+        shared_folder: what weights pass through, under the same path for servers; None for one in the run's folder.
+        requests_in_flight: to each server, from each process.
+        timeout: seconds that a response, or a sync, may take; then the server counts as lost.
+        startup_timeout: seconds to wait for servers at the start.
+        checksum_every_n_syncs: how often servers sum up their weights, with SHA-256, to compare; 0 for never.
+        gpu_memory_utilization: of a server started here.
+        kv_cache_gib: the cache of a server started here, instead of that share; on a CPU 1 unless given.
+        server_environment: variables of a server started here, such as CUDA_VISIBLE_DEVICES.
+        server_arguments: more arguments of a server started here, such as `--tensor-parallel-size`, 2.
+        logprob_gap_limit: see `prove_on_policy`.
+
+    Raises:
+        ConfigError: for arguments that cannot be.
+    """
+
+    samples_with_student: ClassVar[bool] = False
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *("addresses", "transfer", "shared_folder", "requests_in_flight", "timeout", "startup_timeout"),
+        *("checksum_every_n_syncs", "gpu_memory_utilization", "kv_cache_gib", "server_environment"),
+        *("server_arguments", "logprob_gap_limit"),
+    )
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        addresses: Sequence[str] | None = None,
+        transfer: str | None = None,
+        shared_folder: str | None = None,
+        requests_in_flight: int = 64,
+        timeout: float = 600.0,
+        startup_timeout: float = 600.0,
+        checksum_every_n_syncs: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_gib: float | None = None,
+        server_environment: Mapping[str, Any] | None = None,
+        server_arguments: Sequence[str] = (),
+        logprob_gap_limit: float | None = None,
+    ) -> None:
+        check_not_negative("rollout.temperature", temperature)
+        check_whole("rollout.requests_in_flight", requests_in_flight)
+        check_whole("rollout.checksum_every_n_syncs", checksum_every_n_syncs, at_least=0)
+        check_positive("rollout.timeout", timeout)
+        check_positive("rollout.startup_timeout", startup_timeout)
+        check_engine_memory(gpu_memory_utilization, kv_cache_gib)
+        if logprob_gap_limit is not None:
+            check_positive("rollout.logprob_gap_limit", logprob_gap_limit)
+        given = addresses is not None
+        if given and (isinstance(addresses, str) or not addresses or not all(str(a)[:4] == "http" for a in addresses)):
+            raise ConfigError(f"rollout.addresses is {addresses!r}; give a list such as [http://host:8000], or null")
+        self.temperature = temperature
+        self._addresses, self._way, self._shared_folder = addresses, transfer, shared_folder
+        self._in_flight, self._checksum_every = requests_in_flight, checksum_every_n_syncs
+        self._timeout, self._startup_timeout = timeout, startup_timeout
+        self._memory = (gpu_memory_utilization, kv_cache_gib)
+        self._environment = {name: str(value) for name, value in (server_environment or {}).items()}
+        self._arguments = list(map(str, server_arguments))
+        self._limit = logprob_gap_limit
+        self._process: ServerProcess | None = None
+        self._lock, self._why_lost = threading.Lock(), ""
+
+    def check(self, device: torch.device, ranks: Ranks) -> None:
+        """Raise ConfigError if weights cannot travel that way here, or if a server is to start without vLLM."""
+        if self._addresses is None:
+            find_vllm()
+        ways = ("folder", "nccl") if device.type == "cuda" else ("folder",)
+        if self._way not in (None, *ways):
+            raise ConfigError(f"rollout.transfer is {self._way!r}; allowed here: {', '.join(ways)}")
+
+    def memory_bytes(
+        self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
+    ) -> tuple[int, int]:
+        """Servers are not counted: their devices are their own."""
+        return 0, 0
+
+    def start(self, policy: Policy, request: SamplingRequest) -> None:
+        """Start a server or wait for those that there are, and find out whether they fit.
+
+        Raises:
+            ConfigError: if they do not.
+        """
+        self._weights, self._ranks = PolicyWeights(policy), policy.ranks
+        self._sampling = Sampling(request, policy.vocabulary, self.temperature)
+        self._run, self._syncs = self._ranks.collect(uuid.uuid4().hex[:8])[0], 0
+        self._label, self._policy_version = "", -1
+        nccl = (self._way or ("nccl" if self._weights.device.type == "cuda" else "folder")) == "nccl"
+        length = request.max_prompt_tokens + request.max_new_tokens
+        fit = ServerFit(self._weights, length, self._sampling.logprobs, nccl, checksums=self._checksum_every > 0)
+        folder = policy.folder.resolve()  # servers start elsewhere
+        shared = self._shared_folder
+        place = Path(shared).expanduser().resolve() / self._run if shared else folder
+        by_folder = None if nccl else FolderTransfer(self._weights, place)
+        source = by_folder.write_start() if by_folder else write_config(self._weights, place)
+        self._servers = self._find_servers(source, fit.arguments(*self._memory), folder / "server.log")
+        for server in self._servers:
+            fit.check(server)
+        if by_folder:
+            by_folder.remove_start()
+        self._transfer: WeightTransfer = by_folder or NCCLTransfer(self._weights, self._servers, self._timeout)
+
+    def _find_servers(self, source: Path, arguments: list[str], log: Path) -> list[VLLMClient]:
+        """Those at the given addresses, or one that the first rank starts; when they answer."""
+        addresses = self._addresses
+        if addresses is None:
+            if self._ranks.first:
+                self._process = ServerProcess(source, arguments + self._arguments, self._environment, log)
+                self._process.wait_until_ready(self._startup_timeout)
+            addresses = self._ranks.collect([self._process.address] if self._process else [])[0]
+        servers = [VLLMClient(address, self._timeout) for address in addresses]
+        wait_for_servers(servers, self._startup_timeout, source, arguments, tell=self._ranks.first)
+        return servers
+
+    # ---- rollouts ----
+
+    def sync_weights(self, policy_version: int) -> None:
+        """Send the student's weights to all servers, and compare what arrived."""
+        label = f"{self._run}/{policy_version}"
+        compare = self._checksum_every > 0 and self._syncs % self._checksum_every == 0
+        sent = Digests(enabled=compare and self._ranks.first)
+
+        def announce() -> None:
+            """What is sampled from now on, such as by another run's requests, is not of the weights before."""
+            if self._ranks.first:
+                self._on_each(lambda server: server.label_weights(f"{label}, on their way"))
+                self._transfer.prepare(self._on_each)
+
+        def commit(server: VLLMClient) -> None:
+            server.commit_weights(label)
+            if compare and (found := server.checksums()):
+                check_arrived(sent.by_name, found, str(server))
+
+        def send() -> None:
+            self._transfer.send(self._servers, sent, self._on_each)
+            if self._ranks.first:
+                self._on_each(commit)
+
+        self._together(announce)
+        self._together(send)
+        self._syncs += 1
+        self._label, self._policy_version = label, policy_version
+
+    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+        """Have servers sample, and prove the responses on-policy. See `RolloutEngine.generate`."""
+        requests = self._sampling.requests(prompts, stream)
+        responses = self._together(lambda: self._ask_all(requests))
+        rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
+        return prove_on_policy(rollout, self._weights, self._limit)
+
+    def close(self) -> None:
+        """Stop the server that was started here, or let those elsewhere go."""
+        self._transfer.close()
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _together(self, action: Callable[[], T]) -> T:
+        """Do something on all ranks or none. A server that one of them has lost is lost for all."""
+        result = self._ranks.agree(action)
+        for alive in self._ranks.collect([server.address for server in self._servers]):
+            self._servers = [server for server in self._servers if server.address in alive]
+        if not self._servers:
+            raise RolloutError("no vLLM server is left that all processes can reach")
+        return result
+
+    def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Response]:
+        """Responses, in the order of requests. They come back as they finish."""
+        answers: dict[int, Answer] = {}
+        pool = ThreadPoolExecutor(min(len(requests), self._in_flight * len(self._servers)))
+        try:
+            with LateBar(total=len(requests), desc="rollout", unit="response", disable=not self._ranks.first) as bar:
+                places = {pool.submit(self._ask, place, *request): place for place, request in enumerate(requests)}
+                for done in as_completed(places):
+                    answers[places[done]] = done.result()
+                    bar.update()
+        except KeyboardInterrupt:  # the user's second one: nothing is waited for
+            self._servers = []
+            self.close()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            return [self._sampling.response(answers[i].tokens, answers[i].logprobs) for i in range(len(requests))]
+        except (KeyError, ValueError) as error:
+            raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
+
+    def _ask(self, place: int, tokens: list[int], parameters: dict[str, Any]) -> Answer:
+        """One response, from whatever server is left."""
+        failures: Counter[str] = Counter()
+        while servers := self._servers:
+            server = servers[place % len(servers)]
+            try:
+                answer = server.generate(tokens, parameters)
+            except RefusedRequestError as error:
+                raise RolloutError(f"{server} refused a request: {error}") from error
+            except LostServerError as error:
+                failures[server.address] += 1
+                if error.hung or failures[server.address] == _ATTEMPTS:
+                    self._lose(server, error)
+                else:
+                    time.sleep(_PAUSE_SECONDS)
+            else:
+                check_versions(answer.weight_versions, self._label, str(server))
+                return answer
+        raise RolloutError(f"no vLLM server is left; {self._why_lost}")
+
+    def _on_each(self, call: Callable[[VLLMClient], None]) -> None:
+        """Call something with every server, at the same time."""
+
+        def attempt(server: VLLMClient) -> None:
+            try:
+                call(server)
+            except (LostServerError, RefusedRequestError) as error:
+                self._lose(server, error)
+
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(attempt, self._servers))
+        if not self._servers:
+            raise RolloutError(f"no vLLM server is left; {self._why_lost}")
+
+    def _lose(self, server: VLLMClient, reason: Exception) -> None:
+        with self._lock:
+            if server in self._servers:
+                self._servers = [other for other in self._servers if other is not server]
+                self._why_lost = f"{server} was lost: {reason}"
+                print(f"{self._why_lost}; {len(self._servers)} left", file=sys.stderr, flush=True)

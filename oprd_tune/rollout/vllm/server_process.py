@@ -1,0 +1,105 @@
+"""The command that serves a student with vLLM, and a process of ours that runs it."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from oprd_tune.errors import ConfigError
+from oprd_tune.rollout.vllm.client import VLLMClient
+
+LOOPBACK = "127.0.0.1"
+SERVER_MODULE = (
+    "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs; that command does not start in the CPU build
+)
+_PORTS = range(20_000, 32_000)  # below those that the system hands out in the meantime
+_SHUTDOWN_SECONDS = 10.0
+_LAST_LINES, _LAST_ERRORS = 15, 4
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerProcess:
+    """A local `vllm serve`, on a free port of the loopback interface. It ends with this process, however that ends.
+
+    Args:
+        folder: the model.
+        arguments: of `vllm serve`.
+        environment: what it sees beside this process's own variables.
+        log: a file for its output.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        port = _free_port()
+        self.address = f"http://{LOOPBACK}:{port}"
+        self._log = log
+        module = [sys.executable, "-m", SERVER_MODULE, "--model", str(folder)]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as output:
+            self._process = subprocess.Popen(
+                [*module, *arguments, "--host", LOOPBACK, "--port", str(port)],
+                env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the run, which ends its step and then the server
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        atexit.register(self.close)
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self._process.pid
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Return when it answers.
+
+        Raises:
+            ConfigError: if it ends or is not ready in time, with what its log says.
+        """
+        print(f"Starting vLLM's server at {self.address}; its log is {self._log}", flush=True)
+        client, deadline = VLLMClient(self.address, timeout=5.0), time.monotonic() + timeout
+        while not client.is_ready():
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                self.close()
+                lines = self._log.read_text(errors="replace").splitlines()
+                told = [line for line in lines if "Error: " in line or "error: " in line][-_LAST_ERRORS:]
+                tail = "\n".join(told or lines[-_LAST_LINES:])
+                what = "ended" if ended else f"was not ready within {timeout:g} seconds"
+                raise ConfigError(f"rollout: vLLM's server {what}; from {self._log}:\n{tail}")
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        """Stop it, with all its processes."""
+        atexit.unregister(self.close)
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_SHUTDOWN_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child: have the kernel send SIGTERM when the parent is gone, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_port() -> int:
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex((LOOPBACK, port)):  # nobody listens
+                return port

@@ -1,0 +1,157 @@
+"""Students as Hugging Face folders, which transformers, vLLM and PEFT load."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torchtune.models.convert_weights import tune_to_peft_adapter_weights
+from torchtune.modules.peft import set_trainable_params
+from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
+
+from oprd_tune.config import Component
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
+from oprd_tune.modeling.weights import build_on_meta, load_weights
+from oprd_tune.training.student import torch_dtype
+
+STAGED = ".staged-"
+_REPLACED = ".replaced-"
+CheckpointerFactory = Callable[..., FullModelHFCheckpointer]
+
+
+def export_model(
+    weights: dict[str, Any],
+    model: nn.Module,
+    make_checkpointer: CheckpointerFactory,
+    target: Path,
+    *,
+    dtype: torch.dtype,
+) -> Path:
+    """Write weights in torchtune's names as a Hugging Face folder, config and tokenizer files included.
+
+    LoRA and DoRA adapters are merged, and also written on their own, into the folder `adapter`: `adapter_model.pt` for
+    torchtune, `adapter_model.safetensors` with `adapter_config.json` for PEFT. Beside the merged weights, transformers
+    would find them where PEFT is installed, and apply them once more.
+
+    Args:
+        weights: a full state dict.
+        model: what they belong to; tells which of them are adapters.
+        make_checkpointer: constructs the checkpointer that the model was loaded with, given `output_dir`.
+        target: the folder; an older one of that name is replaced once the new one is complete.
+        dtype: of the merged weights.
+    """
+    with _staged(target) as folder, quiet():
+        checkpointer = make_checkpointer(output_dir=str(folder / "export"))
+        checkpointer.load_checkpoint()  # it writes the files and names that it has read
+        state: dict[str, Any] = {}
+        if adapter_names(model):
+            state[ADAPTER_KEY] = adapter_state(weights)
+            state[ADAPTER_CONFIG] = adapter_config(model)
+        adapters = dict(state.get(ADAPTER_KEY, {}))
+        merged = merge_adapters(weights, model)
+        state[MODEL_KEY] = {key: value.detach().to("cpu", dtype).contiguous() for key, value in merged.items()}
+        checkpointer.save_checkpoint(state, epoch=0)
+        written = folder / "export" / "epoch_0"
+        if adapters:
+            save_file(_peft_weights(adapters), written / "adapter_model.safetensors", metadata={"format": "pt"})
+        for file in written.iterdir():
+            place = folder / "adapter" if file.name.startswith("adapter_") else folder
+            place.mkdir(exist_ok=True)
+            file.rename(place / file.name)
+        shutil.rmtree(folder / "export")
+    return target
+
+
+def _peft_weights(adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters in PEFT's names, as they are.
+
+    torchtune reorders the rows of q and k as Llama's need it, also for Qwen2, whose rows need none. With heads of two
+    rows its reordering changes nothing.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, value in adapters.items():
+        heads = len(value) // 2
+        converted |= tune_to_peft_adapter_weights({key: value}, num_heads=heads, num_kv_heads=heads, head_dim=2)
+    return {key: value.contiguous() for key, value in converted.items()}
+
+
+def export_checkpoint(checkpoint: str, target: str) -> Path:
+    """Write a training checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: a `checkpoints/step_…` folder.
+        target: the folder to write.
+
+    Raises:
+        ConfigError: if `checkpoint` is none, or `target` exists.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "state.pt").is_file():
+        raise ConfigError(f"{folder} is no checkpoint; give a folder OUTPUT_DIR/checkpoints/step_…")
+    if Path(target).exists():
+        raise ConfigError(f"{target} exists already; give a folder that does not")
+    record: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    make_checkpointer = Component.find("checkpointer", record["checkpointer"])
+    build = Component.find("model", record["model"])
+    dtype = torch_dtype(record.get("dtype", "bf16"))
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        files = make_checkpointer(output_dir=scratch)
+        model = build_on_meta(build)
+        if adapters := adapter_names(model):
+            set_trainable_params(model, adapters)
+        trained = torch_dtype(record.get("master_dtype") or record.get("dtype", "bf16"))
+        load_weights(model, files, dtype=dtype, device=torch.device("cpu"), trained_dtype=trained)
+        weights = get_model_state_dict(model)
+        own = {name: weight for name, weight in weights.items() if f"model.{name}" in saved}
+        load_tensors({"model": own}, checkpoint_id=folder, no_dist=True)
+        return export_model(weights, model, make_checkpointer, Path(target), dtype=dtype)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted writing has left in a folder."""
+    for leftover in folder.glob(f"{STAGED}*"):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `target` once it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged, replaced = target.with_name(STAGED + target.name), target.with_name(_REPLACED + target.name)
+    for leftover in (staged, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged.mkdir()
+    yield staged
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(staged, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' remarks about file sizes and single-process use."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

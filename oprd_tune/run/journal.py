@@ -1,0 +1,143 @@
+"""What a run says of itself: metrics of each step, evaluations, progress, and the summary at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from oprd_tune.evaluation.texts import samples_as_markdown
+from oprd_tune.metrics.history import History
+from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
+from oprd_tune.metrics.step import StepResult, rollout_metrics, speed_metrics
+from oprd_tune.protocols import MetricLogger, RichLogger, Tokenizer
+from oprd_tune.ranks import Ranks
+from oprd_tune.run.summary import as_table, summarise, write_summary
+
+_GIB = 2**30
+
+
+class Journal:
+    """Collects what happens and hands it to the logger, the progress bar and the run's folder.
+
+    Args:
+        folder: the run's.
+        ranks: the processes of the run; the first one logs, prints and writes.
+        log_every_n_steps: scalars.
+        log_samples_every_n_steps: prompts and responses as text, where the logger takes text.
+
+    Attributes:
+        history: the course of the run; saved and resumed with it.
+        phase: times the phases of a step.
+        logged: the last finished step's metrics.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, log_every_n_steps: int, log_samples_every_n_steps: int) -> None:
+        self._folder, self._ranks, self._device = folder, ranks, ranks.device
+        self._log_every_n_steps, self._log_samples_every_n_steps = log_every_n_steps, log_samples_every_n_steps
+        self.history = History()
+        self.phase = PhaseTimer(ranks.device)
+        self.logged: dict[str, float] = {}
+        self._logger: MetricLogger | None = None
+        self._once: dict[str, float] = {}  # goes with the first step
+
+    def open(self, logger: MetricLogger | None, tokenizer: Tokenizer, *, first_step: int) -> None:
+        """Start logging.
+
+        Args:
+            logger: of the first rank; None on the others.
+            tokenizer: decodes samples.
+            first_step: the step that is logged next; what a crash left from there on is hidden.
+        """
+        self._logger, self._tokenizer = logger, tokenizer
+        if isinstance(logger, RichLogger):
+            logger.resume_at(first_step)
+
+    def finish_step(self, step: int, result: StepResult) -> None:
+        """Reduce a step's metrics over ranks, and log them. Every rank must call.
+
+        Args:
+            step: optimizer steps done, this one included.
+            result: what it came to.
+        """
+        metrics, history, rollout = result.metrics, self.history, result.rollout
+        history.skipped_steps += result.loss is None
+        seconds = self.phase.take()
+        history.loop_seconds += sum(seconds.values())
+        sampled, read = map(int, self._ranks.total([rollout.response_tokens, int(rollout.lengths_B.sum())]))
+        history.response_tokens += sampled
+        metrics.merge(rollout_metrics(rollout))
+        metrics.merge(speed_metrics(seconds, sampled, read))
+        metrics.set("memory/peak", self._ranks.largest(peak_memory_bytes(self._device)) / _GIB)
+        metrics.set("optimizer/skipped_steps", history.skipped_steps)
+        self.logged = self._once | metrics.reduce(self._ranks)
+        self._once = {}
+        history.add_cosines(step, self.logged)
+        history.add_logprob_gap(self.logged)
+        if self._logger is not None and step % self._log_every_n_steps == 0:
+            self._logger.log_dict(self.logged, step)
+        if isinstance(self._logger, RichLogger) and step % self._log_samples_every_n_steps == 0:
+            self._logger.log_text("rollout/samples", samples_as_markdown(rollout, self._tokenizer), step)
+
+    def add_teacher_errors(self, errors: dict[int, float]) -> None:
+        """Note, by teacher layer, the error of its hidden states that quantisation introduced."""
+        if not errors:
+            return
+        self.history.teacher_errors = errors
+        self._once = {f"teacher/quantization_error_{layer:02d}": error for layer, error in errors.items()}
+        worst = max(errors, key=errors.__getitem__)
+        print(
+            f"Quantised teacher: relative error of its last hidden state {errors[max(errors)]:.2%}, at most "
+            f"{errors[worst]:.2%} (layer {worst})."
+        )
+
+    def add_evaluation(self, step: int, accuracy: float | None, perplexity: float | None) -> bool:
+        """Note and log an evaluation of the student; returns whether it is the best of the trained ones.
+
+        Args:
+            step: optimizer steps done.
+            accuracy: a fraction, or None.
+            perplexity: of reference answers, or None.
+        """
+        history = self.history
+        seconds = history.loop_seconds
+        history.evaluations.append({"step": step, "seconds": seconds, "accuracy": accuracy, "perplexity": perplexity})
+        measured = {
+            "eval/accuracy": accuracy,
+            "eval/perplexity": perplexity,
+            "eval/teacher_accuracy": history.teacher_accuracy,
+            "eval/gap_closed": history.gap_closed(accuracy),
+        }
+        if self._logger is not None:
+            self._logger.log_dict({name: value for name, value in measured.items() if value is not None}, step)
+        if history.cosines and isinstance(self._logger, RichLogger):
+            self._logger.log_figure("layers/cosine", history.cosine_figure(), step)
+        return step > 0 and history.best is history.evaluations[-1]
+
+    def show(self, bar: Any, loss: float | None) -> None:
+        """Advance the progress bar by the finished step."""
+        last = self.history.evaluations[-1] if self.history.evaluations else {}
+        shown = {"loss": "skipped" if loss is None else f"{loss:.3g}", "tok/s": f"{self.logged['speed/step']:.0f}"}
+        shown |= {name: f"{last[name]:.4g}" for name in ("accuracy", "perplexity") if last.get(name) is not None}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+    def close(self) -> None:
+        """Flush and close the logger."""
+        if self._logger is not None:
+            self._logger.close()
+
+    def finish(self, student: Path, **facts: Any) -> None:
+        """Write the summary and its plot, print it, and close. Every rank must call.
+
+        Args:
+            student: where the final student lies.
+            facts: what else the summary records, such as the seed.
+        """
+        facts["peak_memory_bytes"] = int(self._ranks.largest(peak_memory_bytes(self._device)))
+        facts |= {"device": self._device.type, "world_size": self._ranks.world_size}
+        summary = summarise(self.history, **facts)
+        self.close()
+        if not self._ranks.first:
+            return
+        write_summary(self._folder, summary, self.history)
+        print(f"\n{as_table(summary)}\n\n  student     {student}\n  everything  {self._folder}")

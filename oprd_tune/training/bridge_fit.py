@@ -1,0 +1,253 @@
+"""A run's bridge: fitted on rollouts of the student as it starts, or loaded; shown, saved, the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+from tqdm import tqdm
+
+from oprd_tune.config import OPRDSettings
+from oprd_tune.errors import ConfigError, NothingLeftToDo, RolloutError
+from oprd_tune.losses.hidden_mse import HiddenStateLoss
+from oprd_tune.losses.masking import StateSelector
+from oprd_tune.modeling.bridge import Belonging, Bridge, BridgePlan
+from oprd_tune.modeling.moments import PairMoments
+from oprd_tune.modeling.output import evaluating
+from oprd_tune.modeling.projectors import HeldOut, Projectors, fit_projectors, share_projectors
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.preflight.data import RunData
+from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.protocols import RolloutEngine, Teacher
+from oprd_tune.ranks import Ranks
+from oprd_tune.teacher.frozen import FrozenTeacher
+from oprd_tune.torchtune_compat import folder_of, weight_files_of
+from oprd_tune.training.bridge_report import as_table, bridge_figure
+from oprd_tune.training.gradients import split_alike
+from oprd_tune.types import Rollout
+
+FILE, FIGURE = "bridge.safetensors", "bridge.png"
+# Called with a student layer, its states [T, D], the paired teacher states [T, C], and the teacher's final ones.
+OnPair = Callable[[int, Tensor, Tensor, Tensor | None], None]
+_BLOCKS, _BLOCK_BYTES = 64, 4096  # of a weight file, that its fingerprint reads
+
+
+def check_bridge(plan: BridgePlan | None, loss: HiddenStateLoss | None, pair: ModelPair) -> None:
+    """Find out, before weights are read, whether a loss has the bridge that it needs, and whether that can be.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if plan is None:
+        if loss is not None and loss.bridged:
+            name = type(loss).__name__
+            raise ConfigError(f"{name} needs a bridge; give the section `bridge`, see docs/bridge.md")
+        return
+    if loss is None or loss.bridged is False:
+        raise ConfigError("there is a section `bridge`, but no loss that uses it: give oprd_tune.losses.BridgedMSE")
+    if plan.rank > pair.teacher_width:
+        raise ConfigError(f"bridge.rank is {plan.rank}, but the teacher is {pair.teacher_width} wide: at most that")
+    if plan.file is not None:
+        bridge = Bridge.load(Path(plan.file).expanduser(), device=torch.device("cpu"))
+        bridge.check(pair.layers, Belonging(**_models(pair), conventions={}), plan)
+
+
+def fit_or_load(
+    plan: BridgePlan | None,
+    settings: OPRDSettings,
+    pair: ModelPair,
+    data: RunData,
+    engine: RolloutEngine,
+    student: TransformerDecoder,
+    teacher: TransformerDecoder,
+    select: StateSelector,
+) -> Bridge | None:
+    """The bridge of a run: the one in its folder if it resumes, the one of a file, or a new one. Every rank calls.
+
+    A new one is fitted on responses that the student samples as it is. It is shown, and saved in the run's folder.
+
+    Args:
+        plan: which bridge; None for no bridge.
+        settings: of the run.
+        pair: the models' files and layers.
+        data: of the run.
+        engine: samples.
+        student: as it trains.
+        teacher: loaded, and whole if the plan needs its final state.
+        select: a microbatch's states, as in training.
+
+    Raises:
+        ConfigError: if an existing bridge does not belong to this run.
+        NothingLeftToDo: if the bridge was all that was asked for.
+    """
+    if plan is None:
+        return None
+    fit = _Fit(settings, pair, data, engine, student, teacher, select, data.ranks)
+    folder = Path(settings.output_dir)
+    bridge = fit.find_or_make(plan, folder)
+    if plan.fit_only:
+        engine.close()
+        raise NothingLeftToDo(f"bridge.fit_only: it lies in {folder / FILE}; bridge.file takes it")
+    return bridge
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Everything that a fit takes; see `fit_or_load`."""
+
+    settings: OPRDSettings
+    pair: ModelPair
+    data: RunData
+    engine: RolloutEngine
+    student: TransformerDecoder
+    teacher: TransformerDecoder
+    select: StateSelector
+    ranks: Ranks
+
+    def find_or_make(self, plan: BridgePlan, folder: Path) -> Bridge:
+        own, device = folder / FILE, self.ranks.device
+        belongs = self.belonging()
+        if there := self.settings.resume and own.is_file():
+            bridge = Bridge.load(own, device=device)
+            bridge.check(self.pair.layers, belongs, plan)
+            if plan.file is None and bridge.plan != plan.fitting:
+                raise ConfigError(f"{own} was fitted as {bridge.plan}, not as {plan.fitting}; give another output_dir")
+        elif plan.file is not None:
+            bridge = Bridge.load(Path(plan.file).expanduser(), device=device)
+            bridge.check(self.pair.layers, belongs, plan)
+        else:
+            bridge = self.fit(plan, belongs)
+        if self.ranks.first:
+            print(as_table(bridge))
+        if self.ranks.first and not there:
+            folder.mkdir(parents=True, exist_ok=True)
+            bridge_figure(bridge).savefig(folder / FIGURE, dpi=150)
+            bridge.save(own)
+        self.ranks.wait()
+        return bridge
+
+    def belonging(self) -> Belonging:
+        """Which models and states a bridge of this run is for."""
+        s = self.settings
+        return Belonging(
+            **_models(self.pair),
+            conventions={
+                "positions": s.positions,
+                "positions_k": s.positions_k,
+                "anchor": s.anchor,
+                "own_tokens": self.data.reader is not None,
+            },
+        )
+
+    def fit(self, plan: BridgePlan, belongs: Belonging) -> Bridge:
+        """Sample, accumulate moments, solve, and measure the result on further rollouts."""
+        device = torch.device(plan.moments_device) if plan.moments_device else self.ranks.device
+        pairs, per_step = self.pair.layers, self.settings.prompts_per_step
+        steps, held_out = ceil(plan.prompts / per_step), ceil(plan.held_out_prompts / per_step)
+        final = plan.needs_final_state
+        teacher = FrozenTeacher(self.teacher, pairs, final=True)  # whole states; training may need more
+        moments = {
+            pair.student: PairMoments(
+                self.pair.width,
+                self.pair.teacher_width,
+                outcome_width=self.pair.teacher_width if final else None,
+                dtype=plan.dtype,
+                device=device,
+            )
+            for pair in pairs
+        }
+        self.engine.sync_weights(0)
+        bar = tqdm(desc="Bridge", unit="prompt", total=steps * per_step, disable=not self.ranks.first)
+        with bar:
+            for micro in self._rollouts(range(steps), bar):
+                self._observe(teacher, micro, lambda layer, *states: moments[layer].add(*states), final=final)
+        fits = self._solve(plan, moments)
+        check = HeldOut(fits, plan.rank)
+        with tqdm(desc="Held out", unit="prompt", total=held_out * per_step, disable=not self.ranks.first) as bar:
+            for micro in self._rollouts(range(steps, steps + held_out), bar):
+                self._observe(teacher, micro, lambda layer, h_TD, g_TC, _: check.add(layer, h_TD, g_TC), final=False)
+        bridge = Bridge(pairs, plan.rank, plan.fitting, belongs, check.report(self.ranks))
+        for layer, fit in fits.items():
+            bridge.set(layer, fit, device=self.ranks.device)
+        return bridge
+
+    def _solve(self, plan: BridgePlan, moments: dict[int, PairMoments]) -> dict[int, Projectors]:
+        """Every rank solves some of the pairs, on its device, and gives the others the result."""
+        fits = {}
+        for place, layer in enumerate(tqdm(list(moments), desc="Solving", unit="layer", disable=not self.ranks.first)):
+            own = moments.pop(layer)
+            own.merge(self.ranks)
+            if not own.hh.count:
+                raise RolloutError("no state was selected on the bridge's prompts, so there is nothing to fit it on")
+            owner = place % self.ranks.world_size
+            fit = None
+            if owner == self.ranks.rank:
+                fit = fit_projectors(
+                    own,
+                    basis=plan.basis,
+                    intercept=plan.intercept,
+                    ridge=plan.ridge,
+                    ridge_scale=plan.ridge_scale,
+                    device=self.ranks.device,
+                )
+            fits[layer] = share_projectors(fit, own, owner, self.ranks)
+        self._warn_of_few(own.hh.count)
+        return fits
+
+    def _rollouts(self, steps: Iterable[int], bar: Any) -> Iterable[Rollout]:
+        """Microbatches of those steps' prompts; every rank gets as many."""
+        s = self.settings
+        for step in steps:
+            prompts = self.data.prompts.at_step(step)
+            rollout = self.engine.generate(prompts, stream=step)
+            rollout = self.data.read(rollout, prompts).without_truncated(s.truncated_responses)
+            yield from split_alike(rollout, s.tokens_per_micro_batch, self.ranks)
+            bar.update(s.prompts_per_step)
+
+    @torch.no_grad()
+    def _observe(self, teacher: Teacher, micro: Rollout, on_pair: OnPair, *, final: bool) -> None:
+        """Run both models over a microbatch and hand over the states of each pair as they appear."""
+        selection = self.select(micro)
+        where_T = selection.teacher_index_T
+        targets = teacher.targets(micro.teacher_tokens, where_T, where_T if final else None)
+
+        def tap(layer: int, state_BSD: Tensor) -> Tensor:
+            on_pair(layer, state_BSD.flatten(0, 1)[selection.index_T], targets.states.pop(layer), targets.final_TC)
+            return state_BSD.new_zeros(())
+
+        with evaluating(self.student), layer_taps(self.student, [pair.student for pair in self.pair.layers], tap):
+            self.student(micro.tokens_BS)
+
+    def _warn_of_few(self, rows: int) -> None:
+        if self.ranks.first and rows < 2 * self.pair.width:
+            print(
+                f"Bridge: {rows:,} states are few for a regression on {self.pair.width:,} coordinates, so it will not "
+                "hold for others; raise bridge.prompts."
+            )
+
+
+def _models(pair: ModelPair) -> dict[str, dict[str, Any]]:
+    return {
+        "student": _facts(pair.student_files, pair.depth, pair.width),
+        "teacher": _facts(pair.teacher_files, pair.teacher_depth, pair.teacher_width),
+    }
+
+
+def _facts(files: Any, depth: int, width: int) -> dict[str, Any]:
+    """What identifies a model."""
+    digest = sha256()
+    for path in sorted(weight_files_of(files)):
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            for block in range(_BLOCKS):
+                file.seek(max(0, size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return {"name": folder_of(files).name, "depth": depth, "width": width, "fingerprint": digest.hexdigest()}
