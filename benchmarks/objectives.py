@@ -98,7 +98,8 @@ def _train(case: Case, rate: float, seed: int, steps: int, folder: Path, words: 
     words += [f"max_steps={steps}", f"checkpoint_every_n_steps={steps}", f"metric_logger.log_dir={folder}"]
     recipe = case.recipe or recipe_files()[str(recipe_named_in(config))]
     command = [sys.executable, str(recipe), "--config", str(config), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    own_modules = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": own_modules}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if "not finite" in result.stderr:
         return DIVERGED

@@ -61,19 +61,19 @@ def load(folder: str | None, dtype: str) -> tuple[Any, Any]:
 
 def make_engine(args: argparse.Namespace, model: Any, files: Any) -> Any:
     """One of ours; None for torchtune's function."""
+    from oprd_tune.protocols import Policy
     from oprd_tune.ranks import Ranks
     from oprd_tune.rollout import NativeEngine, VLLMColocated
-    from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
+    from oprd_tune.types import SamplingRequest
 
-    sizes = {"pad_id": 0, "max_new_tokens": args.new_tokens}
-    if args.engine == "native":
-        return NativeEngine(model, stop_tokens=[NO_STOP_TOKEN], **sizes)
-    if args.engine == "vllm":
-        weight = model.tok_embeddings.weight
-        ranks = Ranks(device=weight.device)
-        weights = PolicyWeights(model, files, dtype=weight.dtype, vocabulary=len(weight), ranks=ranks)
-        return VLLMColocated(model, weights=weights, stop_tokens=[], max_prompt_tokens=args.prompt_tokens, **sizes)
-    return None
+    if args.engine == "torchtune":
+        return None
+    weight = model.tok_embeddings.weight
+    policy = Policy(model, files, weight.dtype, len(weight), Ranks(device=weight.device), RESULTS)
+    stops = [NO_STOP_TOKEN] if args.engine == "native" else []
+    engine = NativeEngine() if args.engine == "native" else VLLMColocated()
+    engine.start(policy, SamplingRequest(stops, 0, args.prompt_tokens, args.new_tokens))
+    return engine
 
 
 def sample_with_torchtune(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> int:

@@ -141,7 +141,7 @@ def ours(case: Case, objective: str) -> Callable[[], float]:
             stream = loss.stream([LayerPair(layer, layer) for layer in layers], targets.states, selection)
         else:
             final_TC = teacher.targets(case.tokens_BS, selection.index_T, tokens.index_T).final_TC
-            stream = loss.stream(case.depth, heads, final_TC, tokens)
+            stream = loss.stream(heads, final_TC, tokens)
         with layer_taps(case.student, layers or [case.depth], stream):
             total = case.student(case.tokens_BS)
         backward(total, len(tokens))

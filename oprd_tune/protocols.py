@@ -148,16 +148,6 @@ class LossStream(Protocol):
         """Take one layer's output; the last call returns the sum, or those of several parts, with a graph."""
 
 
-class Stateful(Protocol):
-    """A part of a run that a checkpoint has to remember."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Plain data and tensors."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Take it back."""
-
-
 # ---- data and evaluation ----
 
 

@@ -170,7 +170,7 @@ def rehearse(cfg):
 
     recipe._save = measure_and_save
     status = recipe.train()
-    logged = recipe._journal.logged
+    logged = recipe.run.journal.logged
     return {
         "status": status,
         "loss": logged["loss/total"],

@@ -43,6 +43,7 @@ class Parts:
     task_accuracy: Component | None = None
     reference_perplexity: Component | None = None
     teacher_tokenizer: Component | None = None
+    reader: Component | None = None
     bridge: Component | None = None
 
     def components(self) -> list[Component]:

@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import Dataset, Features, Value, load_dataset
 from torchtune.data import Message
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.protocols import Tokenizer
 
 _LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEXTS = Features({"prompt": Value("string"), "answer": Value("string")})
 PLACEHOLDER = "{prompt}"
 CHAT = "chat"
-
-
-class PromptTokenizer(Protocol):
-    """What the data needs of a tokenizer; torchtune's and ours have it."""
-
-    eos_id: int
-
-    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]: ...
-
-    def tokenize_messages(self, messages: list[Message], *, add_eos: bool) -> tuple[list[int], list[bool]]: ...
 
 
 class PromptDataset:
@@ -54,12 +45,12 @@ class PromptDataset:
     def __init__(
         self,
         rows: Dataset,
-        tokenizer: PromptTokenizer,
+        tokenizer: Tokenizer,
         *,
         max_prompt_tokens: int | None = None,
         prompt_template: str | None = None,
         system_prompt: str | None = None,
-        teacher_tokenizer: PromptTokenizer | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
         teacher_prompt_template: str | None = None,
     ) -> None:
         if teacher_prompt_template is not None and teacher_tokenizer is None:
@@ -128,7 +119,7 @@ class PromptDataset:
         prompt = row["prompt"]
         return {name: self._read(prompt, *reader) if prompt else [] for name, reader in self._readers.items()}
 
-    def _read(self, prompt: str, tokenizer: PromptTokenizer, template: str | None) -> list[int]:
+    def _read(self, prompt: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
         if template is not None:
             return tokenizer.encode(template.replace(PLACEHOLDER, prompt), add_bos=False, add_eos=False)
         messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
@@ -147,7 +138,7 @@ def _fits(row: Mapping[str, Any], longest: int) -> bool:
 
 
 def prompt_dataset(
-    tokenizer: PromptTokenizer,
+    tokenizer: Tokenizer,
     *,
     source: str,
     prompt_column: str,
@@ -158,7 +149,7 @@ def prompt_dataset(
     max_prompt_tokens: int | None = None,
     prompt_template: str | None = None,
     system_prompt: str | None = None,
-    teacher_tokenizer: PromptTokenizer | None = None,
+    teacher_tokenizer: Tokenizer | None = None,
     teacher_prompt_template: str | None = None,
 ) -> PromptDataset:
     """Load prompts from the hub or from a local file.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from oprd_tune.config.checks import check_whole
@@ -12,41 +14,25 @@ from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import RolloutEngine
 
 
+@dataclass(kw_only=True, eq=False)
 class ControlVariateReverseKL(SampledReverseKL):
     """loss = −w · A · log p(y) with the advantage A = r + baseline, which carries no gradient.
 
     E_y r = −KL(p‖q) at a position. Adding the KL back leaves the expectation of the gradient as it is, since the
     baseline does not depend on y; with the exact KL, E_y A = 0 and E_y A² ≤ E_y r².
 
-    Args:
+    Attributes:
         baseline_k: None takes the exact KL over the vocabulary; a number the KL between both distributions
-            renormalised on the student's top-k, as published. Either is unbiased.
-        others: see `SampledReverseKL`. A clipped reward meets the unclipped baseline.
-
-    Raises:
-        ConfigError: for a value out of range.
+            renormalised on the student's top-k, as published. Either is unbiased. A clipped reward meets the unclipped
+            baseline.
     """
 
-    def __init__(
-        self,
-        *,
-        baseline_k: int | None = None,
-        reward_clip: float | None = None,
-        importance_ratio_cap: float | None = None,
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
-        chunk_tokens: int = 512,
-    ) -> None:
-        super().__init__(
-            reward_clip=reward_clip,
-            importance_ratio_cap=importance_ratio_cap,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            chunk_tokens=chunk_tokens,
-        )
-        if baseline_k is not None:
-            check_whole("loss.baseline_k", baseline_k, at_least=2)
-        self.baseline_k = baseline_k
+    baseline_k: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline_k is not None:
+            check_whole("loss.baseline_k", self.baseline_k, at_least=2)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,34 +17,28 @@ from oprd_tune.metrics.step import Metrics
 TokenError = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(kw_only=True, eq=False)
 class PerTokenLoss(DenseTokenLoss):
     """Any differentiable function of the student's and the teacher's log-probabilities.
 
     It runs on `chunk_tokens` tokens at a time, and autograd differentiates it there and then. So nothing of size
     tokens × vocabulary outlives a chunk, however many tokens there are.
 
-    Args:
+    Attributes:
         per_token: a function of `log_p_TV`, the student's, and `log_q_TV`, the teacher's, that returns [T]; or its
             dotted path. Forward KL is `lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(-1)`.
-        temperatures: see `TokenLoss`.
         chunk_tokens: see `TokenLoss`; the function's own intermediates come on top of the usual three [chunk, V].
 
     Raises:
         ConfigError: if there is no such function; in the first step, if it returns something else.
     """
 
-    def __init__(
-        self,
-        per_token: TokenError | str,
-        *,
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
-        chunk_tokens: int = 256,
-    ) -> None:
-        super().__init__(
-            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
-        )
-        self.per_token: TokenError = find_function("loss.per_token", per_token)
+    per_token: TokenError | str
+    chunk_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._function: TokenError = find_function("loss.per_token", self.per_token)
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
         """See `TokenLoss.working_bytes`; autograd is taken to keep four tensors of a chunk."""
@@ -58,12 +53,10 @@ class PerTokenLoss(DenseTokenLoss):
         log_q_TV = torch.sub(log_p_TV, chunk.log_ratio_TV, out=chunk.log_ratio_TV)
         with torch.enable_grad():
             leaf_TV = log_p_TV.requires_grad_()
-            loss_T = self.per_token(leaf_TV, log_q_TV)
+            loss_T = self._function(leaf_TV, log_q_TV)
             if not isinstance(loss_T, Tensor) or loss_T.shape != leaf_TV.shape[:1]:
                 got = tuple(loss_T.shape) if isinstance(loss_T, Tensor) else type(loss_T).__name__
-                raise ConfigError(
-                    f"loss.per_token returned {got}; it must return one loss a token, {len(leaf_TV)} here"
-                )
+                raise ConfigError(f"loss.per_token returned {got}; it must return one loss a token: ({len(leaf_TV)},)")
             if not loss_T.requires_grad:
                 raise ConfigError("loss.per_token does not depend on the student's log-probabilities")
             total = loss_T.sum()

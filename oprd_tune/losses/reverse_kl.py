@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,39 +26,27 @@ class FullReverseKL(DenseTokenLoss):
         return kl_T.sum(), chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
 
 
+@dataclass(kw_only=True, eq=False)
 class SampledReverseKL(DenseTokenLoss):
     """The score-function estimate of ∇KL(p‖q) from the sampled token y (Eq. 3).
 
     loss = −w · r · log p(y) with the reward r = log q(y) − log p(y); w and r carry no gradient. Unbiased where y was
     sampled from p, so `student_temperature` has to be the sampler's temperature.
 
-    Args:
+    Attributes:
         reward_clip: limits r to ±reward_clip, at the price of a bias; None leaves it alone.
         importance_ratio_cap: weighs each token by w = min(p(y)/μ(y), importance_ratio_cap), where μ is the probability
             that the sampler reported: for a sampler that is another engine. None means w = 1.
-        temperatures: see `TokenLoss`.
-
-    Raises:
-        ConfigError: for a value out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        reward_clip: float | None = None,
-        importance_ratio_cap: float | None = None,
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
-        chunk_tokens: int = 512,
-    ) -> None:
-        super().__init__(
-            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
-        )
-        for name, value in (("reward_clip", reward_clip), ("importance_ratio_cap", importance_ratio_cap)):
-            if value is not None:
+    reward_clip: float | None = None
+    importance_ratio_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("reward_clip", "importance_ratio_cap"):
+            if (value := getattr(self, name)) is not None:
                 check_positive(f"loss.{name}", value)
-        self.reward_clip = reward_clip
-        self.importance_ratio_cap = importance_ratio_cap
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""

@@ -7,7 +7,7 @@ field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,31 +45,30 @@ class Side:
         return gathered_logits(self.state_TD, self.weight_VD, ids_TK).div_(self.temperature)
 
 
+@dataclass(kw_only=True, eq=False)
 class TokenLoss:
     """Base of the losses that compare next-token distributions.
 
-    Args:
+    Attributes:
         student_temperature: divides the student's logits.
         teacher_temperature: divides the teacher's. The loss is not rescaled by either.
         chunk_tokens: tokens whose logits exist at once; each takes 4·V bytes, once or twice. Bounds memory, never
             changes the loss.
+        sampler_top_k: how many of the sampler's top tokens the loss wants with the rollout.
 
     Raises:
         ConfigError: for a temperature that is not positive, or an empty chunk.
     """
 
-    def __init__(
-        self, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0, chunk_tokens: int = 512
-    ) -> None:
-        check_positive("loss.student_temperature", student_temperature)
-        check_positive("loss.teacher_temperature", teacher_temperature)
-        check_whole("loss.chunk_tokens", chunk_tokens)
-        self.student_temperature = student_temperature
-        self.teacher_temperature = teacher_temperature
-        self.chunk_tokens = chunk_tokens
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    chunk_tokens: int = 512
+    sampler_top_k: int = field(default=0, init=False)
 
-    # How many of the sampler's top tokens the loss wants with the rollout.
-    sampler_top_k: int = 0
+    def __post_init__(self) -> None:
+        check_positive("loss.student_temperature", self.student_temperature)
+        check_positive("loss.teacher_temperature", self.teacher_temperature)
+        check_whole("loss.chunk_tokens", self.chunk_tokens)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """Raise ConfigError if the loss does not suit the models or the engine.

@@ -79,6 +79,7 @@ SUPPORTS: dict[str, Callable[[Side, Side, ResponseTokens, int], Support]] = {
 }
 
 
+@dataclass(kw_only=True, eq=False)
 class TopKReverseKL(TokenLoss):
     """KL(p̄‖q̄), both renormalised on a support 𝒮 of K tokens, with its exact gradient (Eq. 5).
 
@@ -86,34 +87,26 @@ class TopKReverseKL(TokenLoss):
     teacher's does. Beyond choosing 𝒮, both models' logits are K dot products a token, and the gradient reaches K rows
     of the head.
 
-    Args:
+    Attributes:
         k: size of the support, at least 2; a single token renormalised says nothing.
         support: `student` (its top-k), `teacher`, `union`, or `sampler` (the top-k that the rollout engine returns; no
             head runs at all, and with another engine it may differ from the student's own).
-        temperatures: see `TokenLoss`.
 
     Raises:
         ConfigError: for a k below 2 or an unknown support.
     """
 
-    def __init__(
-        self,
-        *,
-        k: int = 16,
-        support: str = "student",
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
-        chunk_tokens: int = 256,
-    ) -> None:
-        super().__init__(
-            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
-        )
-        check_whole("loss.k", k, at_least=2)
-        if support not in SUPPORTS:
-            raise ConfigError(f"loss.support is {support!r}; allowed are {', '.join(SUPPORTS)}")
-        self.k = k
-        self._choose = SUPPORTS[support]
-        self.sampler_top_k = k if support == "sampler" else 0
+    k: int = 16
+    support: str = "student"
+    chunk_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("loss.k", self.k, at_least=2)
+        if self.support not in SUPPORTS:
+            raise ConfigError(f"loss.support is {self.support!r}; allowed are {', '.join(SUPPORTS)}")
+        self._choose = SUPPORTS[self.support]
+        self.sampler_top_k = self.k if self.support == "sampler" else 0
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""
@@ -148,6 +141,7 @@ class TopKReverseKL(TokenLoss):
         return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
 
 
+@dataclass(kw_only=True, eq=False)
 class DetachedTopKReverseKL(DenseTokenLoss):
     """The top-k loss of the OPRD authors' published baseline: detached weights, full-vocabulary log-probabilities.
 
@@ -155,27 +149,15 @@ class DetachedTopKReverseKL(DenseTokenLoss):
     `TopKReverseKL` plus D̄ · ∇log P(𝒮), D̄ = KL(p̄‖q̄) + log(P(𝒮)/Q(𝒮)): mass leaks out of 𝒮 wherever D̄ > 0. Here for
     fair comparisons with published numbers.
 
-    Args:
+    Attributes:
         k: size of the support; at least 2.
-        others: see `TokenLoss`.
-
-    Raises:
-        ConfigError: for a value out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        k: int = 16,
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
-        chunk_tokens: int = 512,
-    ) -> None:
-        super().__init__(
-            student_temperature=student_temperature, teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens
-        )
-        check_whole("loss.k", k, at_least=2)
-        self.k = k
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("loss.k", self.k, at_least=2)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """See `TokenLoss.check`."""

@@ -1,9 +1,14 @@
-"""Every metric that is logged: its unit, how it is reduced, and what it means. docs/metrics.md is made from here."""
+"""Our metrics: their units, how they are reduced, and what they mean. A recipe or a loss may log any other name too.
+
+python -m oprd_tune.metrics.names docs/metrics.md     writes the table of that page
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,25 @@ METRICS = [
 ]
 # Where several token losses make a composite, theirs are called token/<part>/….
 _PATTERNS = [re.compile(re.sub(r"<\w+>", r"\\w+", m.name).replace("token/", r"token/(\w+/)?") + r"\Z") for m in METRICS]
+_HEAD = "| name | unit | reduction | meaning |\n|---|---|---|---|\n"
 
 
-def check_names(names: object) -> None:
-    """Raise KeyError for a metric that is not listed here."""
-    for name in names:  # type: ignore[attr-defined]
-        if not any(p.match(name) for p in _PATTERNS):
-            raise KeyError(f"metric {name!r} is not described in oprd_tune/metrics/names.py")
+def is_described(name: str) -> bool:
+    """Whether a metric is one of ours. Any other may be logged too; see CONTRIBUTING.md."""
+    return any(pattern.match(name) for pattern in _PATTERNS)
 
 
 def as_markdown() -> str:
     """The table of docs/metrics.md."""
-    rows = [f"| `{m.name}` | {m.unit} | {m.reduction} | {m.meaning} |" for m in METRICS]
-    return "\n".join(["| name | unit | reduction | meaning |", "|---|---|---|---|", *rows])
+    return _HEAD + "".join(f"| `{m.name}` | {m.unit} | {m.reduction} | {m.meaning} |\n" for m in METRICS)
+
+
+def write_page(page: Path) -> None:
+    """Put the table into a page, in the place of the one that is there."""
+    before, _, rest = page.read_text().partition(_HEAD)
+    after = rest.partition("\n\n")[2]
+    page.write_text(before + as_markdown() + ("\n" + after if after else ""))
+
+
+if __name__ == "__main__":
+    write_page(Path(sys.argv[1]))

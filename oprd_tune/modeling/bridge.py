@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,8 @@ class BridgePlan:
     Raises:
         ConfigError: for a value that is none of these.
     """
+
+    free_on_resume: ClassVar[tuple[str, ...]] = ("fit_only", "held_out_prompts", "moments_device")
 
     rank: int = 8
     basis: str = "pca"

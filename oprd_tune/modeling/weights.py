@@ -15,6 +15,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 from torchtune.training.checkpointing import ModelType
 
+from oprd_tune.config.components import Component
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
 from oprd_tune.modeling.families import FAMILIES, Family
@@ -69,18 +70,19 @@ def hugging_face_checkpointer(
     return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
 
 
-def open_checkpointer(name: str, make: Callable[[], FullModelHFCheckpointer]) -> FullModelHFCheckpointer:
+def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheckpointer:
     """Construct a checkpointer, which looks at its folder but reads no weights.
 
     Args:
-        name: its config key, for messages.
-        make: constructs it.
+        component: of the config.
+        output_dir: where exports go.
 
     Raises:
         ConfigError: if the folder is missing or incomplete.
     """
+    name = component.name
     try:
-        return make()
+        return component.plainly(output_dir=output_dir)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

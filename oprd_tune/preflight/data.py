@@ -7,7 +7,7 @@ from typing import Any
 
 from oprd_tune.config import OPRDSettings, Parts, construct
 from oprd_tune.data import PromptStream, Reader
-from oprd_tune.errors import RolloutError
+from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.evaluation import ReferencePerplexity, TaskAccuracy
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import PromptSource, Tokenizer
@@ -91,8 +91,10 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
     accuracy = construct(parts.task_accuracy, held_out, tokenizer, **evaluator)
     perplexity = construct(parts.reference_perplexity, held_out, tokenizer, **evaluator)
     reader, teacher_accuracy = None, accuracy
+    if parts.reader is not None and teacher_tokenizer is None:
+        raise ConfigError("reader aligns a teacher's own tokens with the student's; give teacher_tokenizer too")
     if teacher_tokenizer is not None:
-        reader = Reader(tokenizer, teacher_tokenizer)
+        reader = construct(parts.reader, tokenizer, teacher_tokenizer) or Reader(tokenizer, teacher_tokenizer)
         pair.check_teacher_tokens(teacher_tokenizer, train)
         if held_out is not None:
             evaluator["vocabulary"] = pair.teacher_vocabulary

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torchtune.training import FullModelHFCheckpointer
@@ -16,7 +15,7 @@ from oprd_tune.modeling.adapters import adapter_names, check_adapters
 from oprd_tune.modeling.bridge import BridgePlan
 from oprd_tune.modeling.heads import LMHead
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
-from oprd_tune.modeling.weights import Builder, build_on_meta, check_weights, open_checkpointer, width_of
+from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkpointer, width_of
 from oprd_tune.protocols import PromptSource, Tokenizer
 from oprd_tune.torchtune_compat import folder_of
 from oprd_tune.types import LayerPair
@@ -91,72 +90,36 @@ class ModelPair:
 
 
 def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False) -> ModelPair:
-    """Check the models of a run; see `check_pair`.
+    """Check that both models fit each other, the losses, and their checkpoint files. They are built without weights.
 
     Args:
         parts: of the run.
         settings: of the run.
-        hidden_loss: whether a loss reads hidden states.
-        token_loss: whether one reads both LM heads.
-    """
-    if token_loss and parts.teacher_tokenizer is not None:
-        raise ConfigError(
-            "teacher_tokenizer: token losses compare the models token by token, so both read the same tokens; leave it "
-            "out, or compare hidden states alone, by oprd_distributed"
-        )
-    return check_pair(
-        parts.model,
-        parts.teacher_model,
-        partial(parts.checkpointer.plainly, output_dir=settings.output_dir),
-        partial(parts.teacher_checkpointer.plainly, output_dir=settings.output_dir),
-        layers=settings.layers if hidden_loss else None,
-        layer_pairs=settings.layer_pairs,
-        token_loss=token_loss,
-        bridged=parts.bridge is not None,
-        own_tokens=parts.teacher_tokenizer is not None,
-    )
-
-
-def check_pair(
-    build: Builder,
-    build_teacher: Builder,
-    open_student: Callable[[], FullModelHFCheckpointer],
-    open_teacher: Callable[[], FullModelHFCheckpointer],
-    *,
-    layers: str | Sequence[int] | None,
-    layer_pairs: Sequence[Sequence[int]] | None,
-    token_loss: bool = False,
-    bridged: bool = False,
-    own_tokens: bool = False,
-) -> ModelPair:
-    """Check that two models fit each other, the losses, and their checkpoint files.
-
-    Args:
-        build: builds the student; called on the meta device.
-        build_teacher: builds the teacher.
-        open_student: constructs the student's checkpointer.
-        open_teacher: constructs the teacher's.
-        layers: see `pair_layers`; None without a hidden-state loss, which then asks nothing of widths and depths.
-        layer_pairs: see `pair_layers`.
+        hidden_loss: whether a loss reads hidden states; without one, widths and depths may differ.
         token_loss: whether a loss reads both LM heads.
-        bridged: whether a bridge joins the layers.
-        own_tokens: whether the teacher has a tokenizer of its own.
 
     Raises:
         ConfigError: if they do not.
     """
-    student_files = open_checkpointer("checkpointer", open_student)
-    teacher_files = open_checkpointer("teacher_checkpointer", open_teacher)
-    student, teacher = build_on_meta(build), build_on_meta(build_teacher)
+    bridged, own_tokens = parts.bridge is not None, parts.teacher_tokenizer is not None
+    if token_loss and own_tokens:
+        raise ConfigError(
+            "teacher_tokenizer: token losses compare the models token by token, so both read the same tokens; leave it "
+            "out, or compare hidden states alone, by oprd_distributed"
+        )
+    out = settings.output_dir
+    student_files = open_checkpointer(parts.checkpointer, out)
+    teacher_files = open_checkpointer(parts.teacher_checkpointer, out)
+    student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
     check_adapters("model", student)
     if adapter_names(teacher):
         raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
     pairs: list[LayerPair] = []
-    if layers is not None:
+    if hidden_loss:
         if not bridged:
             check_widths(width_of(student), width_of(teacher))
         depths = {"student_depth": len(student.layers), "teacher_depth": len(teacher.layers)}
-        pairs = pair_layers(layers, layer_pairs, **depths, bridged=bridged)
+        pairs = pair_layers(settings.layers, settings.layer_pairs, **depths, bridged=bridged)
     if token_loss:
         LMHead(student, "model")
         LMHead(teacher, "teacher_model")

@@ -1,7 +1,7 @@
 """A run from its first line on the terminal to its last: processes, loop, checkpoints, exports, journal."""
 
-from oprd_tune.run.launch import launch
+from oprd_tune.run.launch import launch, load_recipe
 from oprd_tune.run.process import join_run
 from oprd_tune.run.run import Run
 
-__all__ = ["Run", "join_run", "launch"]
+__all__ = ["Run", "join_run", "launch", "load_recipe"]

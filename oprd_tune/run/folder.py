@@ -41,7 +41,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training
 
 from oprd_tune.errors import CheckpointError, ConfigError
-from oprd_tune.protocols import Stateful
 from oprd_tune.ranks import PATIENCE, Ranks
 from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
 from oprd_tune.training.schedules import restore_schedule
@@ -127,7 +126,7 @@ class RunFolder:
         """The newest complete checkpoint."""
         return max(self._checkpoints.glob("step_*"), default=None)
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, parts: Mapping[str, Stateful | None]) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, parts: Mapping[str, Any]) -> None:
         """Copy what trains to CPU memory and write it in the background, as the checkpoint of `step`.
 
         It appears in the folder once it is complete; those beyond `keep` are then removed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import runpy
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from datasets import disable_progress_bars
 from omegaconf import DictConfig
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
-from oprd_tune.registry import asked_for_one_process
+from oprd_tune.registry import asked_for_one_process, recipe_files
 
 _USER_ERROR = 2
 _LATER_SECONDS = 3.0
@@ -106,6 +107,13 @@ def _save_and_tell(recipe: Recipe, reason: RolloutError) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {reason}\n{saved}", file=sys.stderr)
     return 1
+
+
+def load_recipe(name: str) -> type[Recipe]:
+    """The class of one of our recipes: construct it, call `setup`, exchange a part such as `teacher`, then `train`."""
+    names = runpy.run_path(str(recipe_files()[name]), run_name="recipe")
+    (found,) = (v for v in names.values() if isinstance(v, type) and v.__module__ == "recipe")
+    return found
 
 
 def _processes_for(device: str | None) -> int:

@@ -16,7 +16,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.step import StepResult
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair
-from oprd_tune.protocols import RolloutEngine, Stateful
+from oprd_tune.protocols import RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
 from oprd_tune.run.folder import RunFolder, load_checkpoint, read_config
@@ -102,14 +102,14 @@ class Run:
             self.journal.history.teacher_accuracy = measure(teacher)
         return teacher
 
-    def begin(self, student: Student, data: RunData, engine: RolloutEngine, **stateful: Stateful | None) -> None:
+    def begin(self, student: Student, data: RunData, engine: RolloutEngine, **stateful: Any) -> None:
         """Go back to the checkpoint if the run resumes, and start logging. Call it when everything is set up.
 
         Args:
             student: what trains.
             data: measures it.
             engine: closed at the end.
-            stateful: what else a checkpoint has to remember, by name; None is nothing.
+            stateful: what else a checkpoint has to remember: objects with `state_dict` and `load_state_dict`, by name.
         """
         self._student, self._data, self._engine = student, data, engine
         self._stateful = {

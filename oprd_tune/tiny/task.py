@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 
-from oprd_tune.data.prompts import PromptDataset, PromptTokenizer, in_memory
+from oprd_tune.data.prompts import PromptDataset, in_memory
+from oprd_tune.protocols import Tokenizer
 
 MAX_DIGITS = 3
 _HELD_OUT_IN_1000 = 50
@@ -51,13 +52,13 @@ def _operand(rng: random.Random) -> int:
 
 
 def addition(
-    tokenizer: PromptTokenizer,
+    tokenizer: Tokenizer,
     *,
     split: str,
     count: int,
     seed: int = 0,
     max_prompt_tokens: int | None = None,
-    teacher_tokenizer: PromptTokenizer | None = None,
+    teacher_tokenizer: Tokenizer | None = None,
 ) -> PromptDataset:
     """Addition problems as a data set of prompts and answers.
 

@@ -111,19 +111,9 @@ class Student:
             trains_head: whether a loss reaches the LM head.
         """
         s = settings
+        sharding = choose_sharding(s, ranks)
         model = load_student(
-            parts.model,
-            files,
-            top=top,
-            trains_head=trains_head,
-            freeze_embedding=s.freeze_embedding,
-            activation_checkpointing=s.activation_checkpointing,
-            compile=s.compile,
-            seed=s.seed,
-            dtype=torch_dtype(s.dtype),
-            device=ranks.device,
-            master_dtype=master_dtype_of(s),
-            sharding=choose_sharding(s, ranks),
+            parts.model, files, s, top=top, trains_head=trains_head, device=ranks.device, sharding=sharding
         )
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = parts.optimizer(trainable)
@@ -193,56 +183,48 @@ class Student:
 
 def load_student(
     build: Builder,
-    checkpointer: FullModelHFCheckpointer,
+    files: FullModelHFCheckpointer,
+    settings: OPRDSettings,
     *,
     top: int,
     trains_head: bool,
-    freeze_embedding: bool,
-    activation_checkpointing: bool | int,
-    compile: bool,
-    seed: int,
-    dtype: torch.dtype,
     device: torch.device,
-    master_dtype: torch.dtype | None = None,
     sharding: Sharding | None = None,
 ) -> TransformerDecoder:
     """Load a student, ready to train. What stays frozen is told to the user.
 
     Args:
         build: builds it; with LoRA or DoRA, only the adapters train.
-        checkpointer: where its weights are.
+        files: the checkpointer of its weights.
+        settings: precision, what is frozen, recomputed and compiled, and the seed of adapters' first values.
         top: the highest tapped layer, from 1.
         trains_head: whether the loss reaches the LM head. A tied head is its embedding and trains with it.
-        freeze_embedding: keep the embedding, and with it a tied head, as it is.
-        activation_checkpointing: recompute every block in the backward pass (True), every n-th (n), or none (False).
-        compile: compile each block.
-        seed: of adapters' first values; the same on all ranks.
-        dtype: of the parameters.
-        device: where they go.
-        master_dtype: of those that train; None for `dtype`.
+        device: where it goes.
         sharding: how to spread it over ranks, each block as soon as it is loaded; None leaves it whole.
     """
+    s, every = settings, settings.activation_checkpointing
     model = build_on_meta(build)
-    if activation_checkpointing > len(model.layers):
+    if every > len(model.layers):
         raise ConfigError(
-            f"activation_checkpointing is {activation_checkpointing}, but the student has {len(model.layers)} blocks, "
+            f"activation_checkpointing is {every}, but the student has {len(model.layers)} blocks, "
             "so none would be recomputed; give true, or a smaller number"
         )
-    if frozen := freeze(model, top=top, trains_head=trains_head, freeze_embedding=freeze_embedding):
+    if frozen := freeze(model, top=top, trains_head=trains_head, freeze_embedding=s.freeze_embedding):
         print(frozen)
 
     def prepare(number: int, block: nn.Module) -> nn.Module:
-        if compile:
+        if s.compile:
             block.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))  # torchtune's variable
-        if activation_checkpointing and number % activation_checkpointing == 0:
+        if every and number % every == 0:
             block = checkpoint_wrapper(block, preserve_rng_state=_draws_noise(block))
         if sharding is not None:
             sharding.block(block)
         return block
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        load_weights(model, checkpointer, dtype=dtype, device=device, trained_dtype=master_dtype, on_block=prepare)
+        torch.manual_seed(s.seed)
+        precision = {"dtype": torch_dtype(s.dtype), "trained_dtype": master_dtype_of(s)}
+        load_weights(model, files, device=device, on_block=prepare, **precision)
     if sharding is not None:
         sharding.rest(model, gathered_head=trains_head)
     return model.train()

@@ -15,7 +15,7 @@ from oprd_tune.rollout.vllm.fingerprints import Digests, Fingerprints
 from oprd_tune.rollout.vllm.proof import prove_on_policy
 from tests.conftest import VOCAB
 from tests.distributed.spawn import run_ranks
-from tests.rollout.test_native import engine, make_prompts
+from tests.rollout.test_native import make_prompts, sampler
 from tests.rollout.test_policy_weights import KINDS, assert_equal, make_student, policy_weights, sent
 
 
@@ -69,12 +69,12 @@ def check_proof(rank, folder):
     for kind in KINDS:
         for tied, gathered_head in ((True, False), (True, True), (False, False), (False, True)):
             whole = make_student(kind, tied)
-            rollout = engine(whole, samples_per_prompt=2 + rank).generate(make_prompts(first_position=5 * rank))
+            rollout = sampler(whole, samples_per_prompt=2 + rank).sample(make_prompts(first_position=5 * rank))
             model = spread(make_student(kind, tied), ranks, compute_dtype=None, gathered_head=gathered_head)
             weights = policy_weights(model, folder / f"{rank} {kind} {tied} {gathered_head}", ranks=ranks)
             gap = prove_on_policy(rollout, weights, None).logprob_gap
             assert gap.mean <= gap.largest < 1e-5
-            own = engine(model, samples_per_prompt=2 + rank).generate(make_prompts(first_position=5 * rank))
+            own = sampler(model, samples_per_prompt=2 + rank).sample(make_prompts(first_position=5 * rank))
             torch.testing.assert_close(prove_on_policy(own, weights, None).sampler_logprobs_BS, own.sampler_logprobs_BS)
             counts = rollout.response_mask_BS.sum(1)
             chosen = (rollout.lengths_B - counts).sort(stable=True).indices[:4]  # the shortest prompts

@@ -22,7 +22,7 @@ def run(rank, folder):
     recipe = recipe_class("oprd_distributed")(cfg)
     recipe.setup()
     assert recipe.train() == 0
-    accuracies = [e["accuracy"] for e in recipe._journal.history.evaluations]
+    accuracies = [e["accuracy"] for e in recipe.run.journal.history.evaluations]
     assert set(accuracies) <= {0.0, 1.0}
     assert Ranks(rank, 2).collect(accuracies) == [accuracies] * 2
 

@@ -21,19 +21,13 @@ def states(layers, lengths, width, seed=0):
     return {layer: torch.randn(*lengths, width, generator=generator, dtype=torch.float64) for layer in layers}
 
 
-def make_loss(normalisation, bridge, coefficient=1.0):
-    loss = BridgedMSE(normalisation, coefficient)
-    loss.bridge = bridge
-    return loss
-
-
-def streamed(loss, student, teacher, selection, pairs=PAIRS):
+def streamed(loss, bridge, student, teacher, selection):
     targets = {
-        pair.student: loss.bridge.teacher(pair.student, teacher[pair.teacher].flatten(0, 1)[selection.teacher_index_T])
-        for pair in pairs
+        pair.student: bridge.teacher(pair.student, teacher[pair.teacher].flatten(0, 1)[selection.teacher_index_T])
+        for pair in PAIRS
     }
-    stream = loss.stream(pairs, targets, selection)
-    for pair in pairs:
+    stream = loss.stream(PAIRS, targets, selection, bridge)
+    for pair in PAIRS:
         stream(pair.student, student[pair.student])
     return stream
 
@@ -68,7 +62,7 @@ def test_value_and_gradient_equal_the_formula(normalisation, lengths):
 
     expected = plain(normalisation, bridge, student, teacher, selection.index_T)
     wanted = torch.autograd.grad(3.7 * expected, list(student.values()))
-    stream = streamed(make_loss(normalisation, bridge), student, teacher, selection)
+    stream = streamed(BridgedMSE(normalisation), bridge, student, teacher, selection)
     got = torch.autograd.grad(3.7 * stream.total, list(student.values()))
 
     precision = 1e-6 if normalisation == "variance" else 1e-11  # the variance is kept in fp32
@@ -85,7 +79,7 @@ def test_bf16_states_agree_with_fp64_to_bf16_precision(normalisation):
     for dtype in (torch.bfloat16, torch.float64):
         teacher = {k: v.bfloat16().to(dtype) for k, v in states([2, 6], (2, 11), C, seed=1).items()}
         student = {k: v.bfloat16().to(dtype).requires_grad_() for k, v in states([1, 3, 4], (2, 11), D).items()}
-        total = streamed(make_loss(normalisation, bridge), student, teacher, selection).total
+        total = streamed(BridgedMSE(normalisation), bridge, student, teacher, selection).total
         results[dtype] = (total, *torch.autograd.grad(total, list(student.values())))
     torch.testing.assert_close(results[torch.bfloat16][0].double(), results[torch.float64][0], rtol=1e-5, atol=0)
     for low, high in zip(results[torch.bfloat16], results[torch.float64], strict=True):
@@ -96,8 +90,8 @@ def test_bf16_states_agree_with_fp64_to_bf16_precision(normalisation):
 def test_an_empty_selection_still_has_a_graph(normalisation):
     selection = select_states(torch.zeros(2, 5, dtype=torch.bool))
     student = {k: v.requires_grad_() for k, v in states([1, 3, 4], (2, 5), D).items()}
-    loss = make_loss(normalisation, make_bridge(PAIRS, D, C, rank=R))
-    total = streamed(loss, student, states([2, 6], (2, 5), C), selection).total
+    bridge = make_bridge(PAIRS, D, C, rank=R)
+    total = streamed(BridgedMSE(normalisation), bridge, student, states([2, 6], (2, 5), C), selection).total
     assert total.item() == 0
     assert all(g.abs().max() == 0 for g in torch.autograd.grad(total, list(student.values())))
 
@@ -106,12 +100,12 @@ def test_an_empty_selection_still_has_a_graph(normalisation):
 def test_the_sum_does_not_depend_on_the_split_into_microbatches(normalisation):
     mask = torch.rand(6, 10) < 0.5
     student, teacher = states([1, 3, 4], (6, 10), D), states([2, 6], (6, 10), C, seed=1)
-    loss = make_loss(normalisation, make_bridge(PAIRS, D, C, rank=R))
+    loss, bridge = BridgedMSE(normalisation), make_bridge(PAIRS, D, C, rank=R)
 
     def total(rows):
         selection = select_states(mask[rows], anchor="consume")
         own, its = ({k: v[rows] for k, v in part.items()} for part in (student, teacher))
-        return streamed(loss, own, its, selection).total
+        return streamed(loss, bridge, own, its, selection).total
 
     torch.testing.assert_close(total(slice(0, 1)) + total(slice(1, 6)), total(slice(None)), rtol=1e-12, atol=0)
 
@@ -121,19 +115,20 @@ def test_over_a_bridge_that_only_shifts_the_shifted_teacher_has_no_loss_and_no_g
     selection = select_states(torch.ones(2, 5, dtype=torch.bool), anchor="consume")
     teacher = states([2, 6], (2, 5), D)
     student = {p.student: (teacher[p.teacher] - 4).requires_grad_() for p in PAIRS}
-    total = streamed(make_loss(normalisation, identity_bridge(PAIRS, D)), student, teacher, selection).total
+    loss, bridge = BridgedMSE(normalisation), identity_bridge(PAIRS, D)
+    total = streamed(loss, bridge, student, teacher, selection).total
     assert total.item() < 1e-10
     assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(total, list(student.values())))
     far = {layer: (state + torch.randn_like(state)).detach() for layer, state in student.items()}
-    assert streamed(make_loss(normalisation, identity_bridge(PAIRS, D)), far, teacher, selection).total > 0.1
+    assert streamed(loss, bridge, far, teacher, selection).total > 0.1
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_the_gradient_depends_on_the_teacher(normalisation):
     selection = select_states(torch.ones(2, 5, dtype=torch.bool), anchor="consume")
     student = {k: v.requires_grad_() for k, v in states([1, 3, 4], (2, 5), D).items()}
-    loss = make_loss(normalisation, make_bridge(PAIRS, D, C, rank=R))
-    totals = [streamed(loss, student, states([2, 6], (2, 5), C, seed=seed), selection).total for seed in (1, 2)]
+    loss, bridge = BridgedMSE(normalisation), make_bridge(PAIRS, D, C, rank=R)
+    totals = [streamed(loss, bridge, student, states([2, 6], (2, 5), C, seed=seed), selection).total for seed in (1, 2)]
     one, other = (torch.autograd.grad(total, student[1])[0] for total in totals)
     assert (one - other).abs().max() > 1e-2
 
@@ -151,17 +146,17 @@ def test_a_guess_of_the_mean_costs_one_under_variance_and_two_unit_vectors_at_mo
         z = z * (spectrum_R.sum() / z.square().sum(-1).mean()).sqrt()
         targets[layer] = bridge.teacher(layer, z @ directions_RC + fit[layer]["teacher_mean_C"])
         torch.testing.assert_close(targets[layer], z, rtol=1e-4, atol=1e-4)
-    stream = make_loss("variance", bridge).stream(PAIRS, dict(targets), selection)
+    stream = BridgedMSE("variance").stream(PAIRS, dict(targets), selection, bridge)
     for pair in PAIRS:
         stream(pair.student, student[pair.student])
     assert stream.total.item() / 400 == pytest.approx(1, rel=1e-4)
-    opposite = make_loss("l2", identity_bridge(PAIRS, D))
+    opposite = identity_bridge(PAIRS, D)
     teacher = states([2, 6], (1, 9), D)
     away = {p.student: -(teacher[p.teacher] - 4) for p in PAIRS}
-    means = {p.student: vars(opposite.bridge._layers[p.student])["student_mean_D"].double() for p in PAIRS}
+    means = {p.student: vars(opposite._layers[p.student])["student_mean_D"].double() for p in PAIRS}
     away = {layer: state + 2 * means[layer] for layer, state in away.items()}
     selection = select_states(torch.ones(1, 9, dtype=torch.bool), anchor="consume")
-    assert streamed(opposite, away, teacher, selection).total.item() / 9 == pytest.approx(4, rel=1e-6)
+    assert streamed(BridgedMSE("l2"), opposite, away, teacher, selection).total.item() / 9 == pytest.approx(4, rel=1e-6)
 
 
 def test_nothing_of_a_bridge_trains():
@@ -172,7 +167,7 @@ def test_nothing_of_a_bridge_trains():
     selection = select_states(torch.ones(1, 4, dtype=torch.bool), anchor="consume")
     teacher = {layer: state.requires_grad_() for layer, state in states([2, 6], (1, 4), C).items()}
     student = {layer: state.requires_grad_() for layer, state in states([1, 3, 4], (1, 4), D).items()}
-    streamed(make_loss("none", bridge), student, teacher, selection).total.backward()
+    streamed(BridgedMSE("none"), bridge, student, teacher, selection).total.backward()
     assert all(state.grad is None for state in teacher.values())
     assert all(tensor.grad is None for tensor in tensors)
     assert all(state.grad.count_nonzero() for state in student.values())
@@ -182,11 +177,11 @@ def test_coefficient_scales_and_constructor_explains():
     selection = select_states(torch.ones(1, 3, dtype=torch.bool), anchor="consume")
     student, teacher = states([1, 3, 4], (1, 3), D), states([2, 6], (1, 3), C)
     bridge = make_bridge(PAIRS, D, C, rank=R)
-    one, five = (streamed(make_loss("l2", bridge, c), student, teacher, selection).total for c in (1, 5))
+    one, five = (streamed(BridgedMSE("l2", c), bridge, student, teacher, selection).total for c in (1, 5))
     torch.testing.assert_close(5 * one, five)
     with pytest.raises(ConfigError, match="'rms'; allowed are l2, variance, none"):
         BridgedMSE("rms")
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a number that is not negative"):
         BridgedMSE(coefficient=-1)
     assert not any(BridgedMSE(normalisation).needs_calibration for normalisation in NORMALISATIONS)
 
@@ -198,9 +193,8 @@ def test_a_teacher_projects_what_it_would_have_given_whole(final):
     tokens = torch.randint(0, VOCAB, (2, 7))
     index_T, final_index_T = torch.tensor([0, 3, 12]), torch.tensor([1, 2])
     whole = collect_states(make_model(), tokens, [(2, index_T, None), (DEPTH, index_T, None)])
-    teacher = FrozenTeacher(make_model(), pairs, final=final)
-    unbridged = teacher.targets(tokens, index_T)
-    teacher.bridge = bridge
+    unbridged = FrozenTeacher(make_model(), pairs, final=final).targets(tokens, index_T)
+    teacher = FrozenTeacher(make_model(), pairs, final=final, bridge=bridge)
     targets = teacher.targets(tokens, index_T, final_index_T if final else None)
     assert list(targets.states) == list(unbridged.states) == [1, 2, 4]
     for layer, state_TC in zip((1, 2, 4), (whole[0], whole[0], whole[1]), strict=True):

@@ -4,19 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oprd_tune.metrics.buffer import MetricBuffer
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses import Composite, FullReverseKL, HiddenStateMSE, TopKReverseKL
+from oprd_tune.losses import BridgedMSE, Composite, FullReverseKL, HiddenStateMSE, SampledReverseKL, TopKReverseKL
 from oprd_tune.losses.composite import as_composite
-from oprd_tune.losses.masking import response_tokens, select_states
+from oprd_tune.losses.diagnostics import Probe
+from oprd_tune.losses.masking import StateSelector, response_tokens
 from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.ranks import Ranks
+from oprd_tune.rollout import NativeEngine
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
 from oprd_tune.types import LayerPair, Rollout
-from tests.conftest import DEPTH, VOCAB, make_model
+from tests.conftest import DEPTH, VOCAB, WIDTH, make_model
+from tests.modeling.bridges import make_bridge
 
 PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
 
@@ -36,16 +38,16 @@ def rollout():
     )
 
 
-def gradients(loss, *, tied=True, positions="all", pairs=PAIRS):
+def gradients(loss, *, tied=True, positions="all", pairs=PAIRS, bridge=None):
     """The student's parameter gradients and the parts' sums."""
     student, teacher = make_model(tied=tied), make_model(tied=tied, seed=1)
     heads = Heads(LMHead(student), LMHead(teacher), VOCAB)
-    frozen = FrozenTeacher(teacher, pairs, final=True)
-    batch = rollout()
-    tokens, selection = response_tokens(batch), select_states(batch.response_mask_BS, positions=positions)
+    frozen = FrozenTeacher(teacher, pairs, final=True, bridge=bridge)
+    batch, select = rollout(), StateSelector(positions, 1)
+    tokens, selection = response_tokens(batch), select(batch)
     targets = frozen.targets(batch.tokens_BS, selection.index_T, tokens.index_T)
-    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=pairs, top=DEPTH)
-    counts_P = torch.tensor(loss.counts(batch, positions=positions, positions_k=1))
+    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=pairs, bridge=bridge)
+    counts_P = torch.tensor(loss.counts(batch, select))
     with layer_taps(student, stream.layers, stream):
         sums_P = student(batch.tokens_BS)
     backward(sums_P, counts_P)
@@ -96,19 +98,47 @@ def test_response_tokens_stand_one_place_after_the_states_that_predict_them():
     assert torch.equal(tokens.sampler_top_mass_T, (top_ids[..., 0] / 100).flatten()[at])
 
 
-def test_metrics_of_several_token_parts_are_kept_apart():
+def test_a_hidden_part_may_compare_over_a_bridge():
+    bridge = make_bridge(PAIRS, WIDTH, WIDTH)
+    hidden = BridgedMSE("variance")
+    _, (_, bridged), (_, count) = gradients(Composite({"opd": FullReverseKL(), "oprd": hidden}), bridge=bridge)
+    student, teacher = make_model(), FrozenTeacher(make_model(seed=1), PAIRS, bridge=bridge)
+    selection = StateSelector()(rollout())
+    targets = teacher.targets(rollout().tokens_BS, selection.index_T)
+    stream = hidden.stream(PAIRS, targets.states, selection, bridge)
+    with layer_taps(student, stream.layers, stream):
+        total = student(rollout().tokens_BS)
+    assert bridged == total > 0
+    assert count == len(selection) == 8
+
+
+def measured(loss, *, pairs=(), probed=False):
+    """What a composite logs."""
     student, teacher = make_model(), make_model(seed=1)
     heads, batch = Heads(LMHead(student), LMHead(teacher), VOCAB), rollout()
-    tokens, selection = response_tokens(batch), select_states(batch.response_mask_BS)
-    targets = FrozenTeacher(teacher, [], final=True).targets(batch.tokens_BS, selection.index_T, tokens.index_T)
-    loss = Composite({"few": TopKReverseKL(k=2), "many": TopKReverseKL(k=9)})
-    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=[], top=DEPTH)
+    tokens, selection = response_tokens(batch), StateSelector()(batch)
+    frozen = FrozenTeacher(teacher, pairs, final=True)
+    targets = frozen.targets(batch.tokens_BS, selection.index_T, tokens.index_T)
+    probe = Probe(heads, targets.final_TC, tokens, count=len(tokens), k=9) if probed else None
+    stream = loss.stream(targets, tokens, selection, heads=heads, pairs=pairs, probe=probe)
     with layer_taps(student, stream.layers, stream):
         student(batch.tokens_BS)
-    buffer = MetricBuffer()
-    buffer.add_composite(stream, selection)
-    logged = buffer.finish(Ranks())
+    return stream.metrics.reduce(Ranks())
+
+
+def test_metrics_of_several_token_parts_are_kept_apart():
+    logged = measured(Composite({"few": TopKReverseKL(k=2), "many": TopKReverseKL(k=9)}))
     assert 0 < logged["token/few/student_mass"] < logged["token/many/student_mass"] < 1
+    assert not any(name.startswith("token/s") for name in logged)
+
+
+def test_metrics_are_those_of_all_parts_and_the_probe():
+    loss = Composite({"opd": TopKReverseKL(k=9), "oprd": HiddenStateMSE()})
+    logged = measured(loss, pairs=PAIRS, probed=True)
+    assert logged["diagnostics/student_mass"] == pytest.approx(logged["token/student_mass"], rel=1e-5)
+    assert {f"layers/{kind}_0{layer}" for kind in ("mse", "cosine") for layer in (1, DEPTH)} < logged.keys()
+    assert logged.items() > measured(loss, pairs=PAIRS).items()
+    assert not any(name.startswith("diagnostics") for name in measured(loss, pairs=PAIRS))
 
 
 def test_a_hidden_part_below_the_top_reaches_the_loss_too():
@@ -125,24 +155,23 @@ def test_wants_as_many_of_the_sampler_s_tokens_as_its_hungriest_part():
         "c": FullReverseKL(),
     }
     assert Composite(parts).sampler_top_k == 5
-    assert Composite({"c": FullReverseKL()}).sampler_top_k is None
+    assert Composite({"c": FullReverseKL()}).sampler_top_k == Composite({"h": HiddenStateMSE()}).sampler_top_k == 0
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Composite({}), "loss.parts is empty"),
-        (lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}), "loss.weights.a is -1.0; a weight must not"),
+        (lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}), "loss.weights.a is -1.0; it must be a number that is not neg"),
         (lambda: Composite({"a": FullReverseKL()}, {"b": 1.0}), "loss.weights names b; the parts are a"),
         (lambda: Composite({"a": 3}), "loss.parts.a is no loss but 3"),
         (lambda: Composite({"top-k": FullReverseKL()}), "loss.parts has 'top-k'; a name is letters, digits and _"),
         (lambda: Composite({"total": FullReverseKL()}), "and not `total`"),
         (lambda: Composite({"a": HiddenStateMSE(), "b": HiddenStateMSE()}), "more than one loss on hidden states"),
-        (lambda: Composite({"a": TopKReverseKL(k=16)}).check(
-            vocabulary=8, sampler_temperature=1.0, sampler_is_student=True
-        ), "k is 16"),
+        (lambda: Composite({"a": TopKReverseKL(k=16)}).check(8, NativeEngine()), "k is 16"),
+        (lambda: Composite({"a": SampledReverseKL()}).check(8, NativeEngine(temperature=0.5)), "rollout.temperature 0.5"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_explained(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

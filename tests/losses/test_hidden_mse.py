@@ -7,6 +7,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import select_states
 from oprd_tune.losses.streaming import streamed_sum
+from oprd_tune.ranks import Ranks
 from oprd_tune.types import LayerPair, Selection
 
 D = 6
@@ -160,9 +161,19 @@ def test_measures_cosine_and_error_whatever_the_normalisation():
     stream = streamed(HiddenStateMSE("l2"), student, teacher, selection)
     h, g = student[4][0], teacher[5][0]
     cosines = (h * g).sum(-1) / h.norm(dim=-1) / g.norm(dim=-1)
-    torch.testing.assert_close(stream.cosines[4], cosines.sum())
-    torch.testing.assert_close(stream.squared_errors[4], ((h - g) ** 2).sum() / D)
-    torch.testing.assert_close(stream.quarter_cosines.sum(), sum(stream.cosines.values()).float())
+    means = stream.metrics.reduce(Ranks())
+    assert means["layers/cosine_04"] == pytest.approx(cosines.mean().item())
+    assert means["layers/mse_04"] == pytest.approx(((h - g) ** 2).mean().item())
+    quarters = [means.pop(f"positions/cosine_quarter_{n}") for n in (1, 4)]  # of two tokens each, in three layers
+    layers = [means.pop(f"layers/cosine_0{pair.student}") for pair in PAIRS]
+    assert 6 * sum(quarters) == pytest.approx(4 * sum(layers), rel=1e-5)
+    assert means.keys() == {"layers/mse_01", "layers/mse_03", "layers/mse_04"}
+    targets = {pair.student: teacher[pair.teacher].flatten(0, 1) for pair in PAIRS}
+    unmeasured = HiddenStateMSE("l2").stream(PAIRS, targets, selection, measured=False)
+    for pair in PAIRS:
+        unmeasured(pair.student, student[pair.student])
+    assert unmeasured.metrics.reduce(Ranks()) == {}
+    assert torch.equal(unmeasured.total, stream.total)
 
 
 def test_coefficient_scales_and_constructor_explains():
@@ -172,7 +183,7 @@ def test_coefficient_scales_and_constructor_explains():
     torch.testing.assert_close(2 * one, two)
     with pytest.raises(ConfigError, match="'unit'; allowed are none, l2, rms"):
         HiddenStateMSE("unit")
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a number that is not negative"):
         HiddenStateMSE(coefficient=-1)
 
 

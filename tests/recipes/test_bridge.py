@@ -72,12 +72,12 @@ def fitted(tmp_path_factory):
     """The folder of a run that fitted a bridge and trained on it."""
     folder = tmp_path_factory.mktemp("fitted")
     recipe = run(folder / "run", **{"checkpoint_every_n_steps": 2})
-    held = {id(tensor) for own in recipe._loss.bridge._layers.values() for tensor in vars(own).values()}
-    trained = {id(p) for group in recipe._optimizer.param_groups for p in group["params"]}
+    held = {id(tensor) for own in recipe.loss.bridge._layers.values() for tensor in vars(own).values()}
+    trained = {id(p) for group in recipe.student.optimizer.param_groups for p in group["params"]}
     assert len(held) == 5 * 4
     assert not held & trained
-    assert len(trained) == len(list(recipe._model.parameters()))
-    recipe._loss.bridge.save(folder / "after.safetensors")
+    assert len(trained) == len(list(recipe.student.model.parameters()))
+    recipe.loss.bridge.save(folder / "after.safetensors")
     return folder / "run"
 
 
@@ -168,9 +168,9 @@ def test_the_first_loss_is_what_the_report_says_of_unseen_rows(tmp_path):
 @pytest.mark.parametrize("basis", ["pca", "predictive"])
 def test_a_teacher_keeps_its_top_only_where_the_basis_asks_for_it(basis, out, capsys):
     recipe = prepared(out, layers="[1,2]", **{"bridge.basis": basis})
-    assert [(p.student, p.teacher) for p in recipe._pairs] == [(1, 1), (2, 3)]
-    assert len(recipe._teacher._model.layers) == (6 if basis == "predictive" else 3)
-    assert 0 < recipe.train_step(recipe._data.prompts.at_step(0)) < 1
+    assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 3)]
+    assert len(recipe.teacher._model.layers) == (6 if basis == "predictive" else 3)
+    assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)) < 1
     needed = capsys.readouterr().out
     assert f"teacher {'9.9' if basis == 'predictive' else '5.0'} MiB" in needed
 
@@ -179,12 +179,12 @@ def test_pairs_may_be_given_and_share_a_teacher_layer(out):
     recipe = prepared(out, layer_pairs="[[1,2],[2,2],[4,6]]", dtype="bf16", **{"bridge.basis": "reduced_rank"})
     bridge = Bridge.load(out / FILE, device=CPU)
     assert [(p.student, p.teacher) for p in bridge.pairs] == [(1, 2), (2, 2), (4, 6)]
-    layers = recipe._loss.bridge._layers
+    layers = recipe.loss.bridge._layers
     assert torch.equal(layers[1].teacher_mean_C, layers[2].teacher_mean_C)
     assert not torch.equal(layers[1].teacher_RC, layers[2].teacher_RC)
     assert not torch.equal(layers[2].teacher_mean_C, layers[4].teacher_mean_C)
-    assert 0 < recipe.train_step(recipe._data.prompts.at_step(0)) < 1
-    assert set(recipe._teacher.targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {1, 2, 4}
+    assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)) < 1
+    assert set(recipe.teacher.targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {1, 2, 4}
 
 
 def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
@@ -201,10 +201,10 @@ def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
 
     monkeypatch.setattr(BridgeBuilder, "_observe", observe)
     recipe = prepared(out, positions="last_k", positions_k=2, prompts_per_step=16, tokens_per_micro_batch=60)
-    rollout = recipe._engine.generate(recipe._data.prompts.at_step(0))
+    rollout = recipe.engine.generate(recipe.data.prompts.at_step(0))
     selection = recipe._select(rollout)
-    recipe._teacher.bridge = None
-    targets = recipe._teacher.targets(rollout.tokens_BS, selection.index_T, selection.index_T)
+    recipe.teacher.bridge = None
+    targets = recipe.teacher.targets(rollout.tokens_BS, selection.index_T, selection.index_T)
     assert sorted(seen) == [1, 2, 3, 4]
     for layer, batches in seen.items():
         h, g, f = map(torch.cat, zip(*batches, strict=True))
@@ -213,8 +213,8 @@ def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
         first = len(selection)
         for mine, wanted in ((g[:first], targets.states[layer]), (f[:first], targets.final_TC)):
             torch.testing.assert_close(mine.sum(0), wanted.sum(0), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(recipe._loss.bridge._layers[layer].student_mean_D, h.mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(recipe._loss.bridge._layers[layer].teacher_mean_C, g.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recipe.loss.bridge._layers[layer].student_mean_D, h.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recipe.loss.bridge._layers[layer].teacher_mean_C, g.mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_every_setting_of_a_fit_reaches_it(fitted, tmp_path, capsys):
@@ -239,12 +239,12 @@ def test_every_setting_of_a_fit_reaches_it(fitted, tmp_path, capsys):
 
 def test_a_bridge_beside_a_token_loss(out):
     recipe = run(out, "opd_topk_single_device", "tiny/bridge_plus_opd", max_steps=1, **{"bridge.rank": 16})
-    logged = recipe._journal.logged
+    logged = recipe.run.journal.logged
     assert logged["loss/total"] == pytest.approx(logged["loss/opd"] + logged["loss/bridge"], rel=1e-5)
     assert 1 < logged["loss/bridge"] < 30  # 100 times what the bridge leaves unexplained
     assert logged["loss/opd"] > 0.1
     assert Bridge.load(out / FILE, device=CPU).rank == 16
-    assert recipe._loss.hidden.bridge is recipe._teacher.bridge
+    assert recipe.loss.hidden.bridge is recipe.teacher.bridge
 
 
 def test_without_a_single_state_there_is_no_bridge(out, capsys):

@@ -17,11 +17,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import start_adapters
-from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.run.export import export_model
 from tests.conftest import DEPTH, VOCAB, WIDTH, make_model
 from tests.modeling.test_adapters import randomised
+from tests.rollout.test_native import policy
 
 KINDS = ("plain", "lora", "dora")
 LINEARS = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -53,7 +53,7 @@ def open_files(folder, tied, depth=DEPTH, model_type="QWEN2"):
 
 def policy_weights(model, folder, *, dtype=torch.float32, vocabulary=VOCAB, ranks=None, **kwargs):
     files = open_files(folder / "files", isinstance(model.output, TiedLinear), **kwargs)(str(folder / "exports"))
-    return PolicyWeights(model, files, dtype=dtype, vocabulary=vocabulary, ranks=ranks or Ranks())
+    return PolicyWeights(policy(model, files=files, dtype=dtype, vocabulary=vocabulary, ranks=ranks))
 
 
 def sent(weights):

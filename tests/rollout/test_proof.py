@@ -10,7 +10,7 @@ from oprd_tune.errors import RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.vllm.proof import measure_gap, prove_on_policy
 from tests.conftest import VOCAB, make_model
-from tests.rollout.test_native import engine, make_prompts
+from tests.rollout.test_native import make_prompts, sampler
 from tests.rollout.test_policy_weights import KINDS, make_student, policy_weights
 
 GROUPS = (
@@ -30,7 +30,7 @@ def moved(rollout, at_BS, change):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_students_own_rollout_passes(kind, tied, tmp_path):
     model = make_student(kind, tied).train()
-    rollout = engine(model, samples_per_prompt=2).generate(make_prompts())
+    rollout = sampler(model, samples_per_prompt=2).sample(make_prompts())
     proven = prove_on_policy(rollout, policy_weights(model, tmp_path), None)
     gap = proven.logprob_gap
     assert 0 <= gap.mean <= gap.largest < 1e-5
@@ -43,7 +43,7 @@ def test_the_students_own_rollout_passes(kind, tied, tmp_path):
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_changed_weight_fails(group, tmp_path):
     model = make_model(tied=False)
-    rollout = engine(model, samples_per_prompt=2).generate(make_prompts())
+    rollout = sampler(model, samples_per_prompt=2).sample(make_prompts())
     weights = policy_weights(model, tmp_path)
     changed = [p for name, p in model.named_parameters() if group in name]
     assert changed
@@ -60,8 +60,7 @@ def test_every_changed_weight_fails(group, tmp_path):
 def long_rollout():
     """Ten rows of 70 to 80 response tokens, and their student."""
     model = make_model(build=lambda **shape: qwen2(**{**shape, "max_seq_len": 128}))
-    sampler = engine(model, samples_per_prompt=2, stop_tokens=[999], max_new_tokens=80)
-    return model, sampler.generate(make_prompts())
+    return model, sampler(model, samples_per_prompt=2, stop_tokens=[999], max_new_tokens=80).sample(make_prompts())
 
 
 def judged(rollout):
@@ -116,14 +115,14 @@ def test_long_prompts_leave_room_for_fewer_rows():
     """192 columns in all, but always one row."""
     model = make_model(build=lambda **shape: qwen2(**{**shape, "max_seq_len": 512}))
     for lengths, rows in (((100, 90, 80), 1), ((300,), 1), ((60, 62, 64), 2), ((10, 11, 80, 90), 2)):
-        rollout = engine(model, stop_tokens=[999], max_new_tokens=40).generate(make_prompts(lengths))
+        rollout = sampler(model, stop_tokens=[999], max_new_tokens=40).sample(make_prompts(lengths))
         assert measure_gap(rollout, model, Ranks()).tokens == rows * 32
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_few_rows_are_all_looked_at(samples):
     model = make_model()
-    rollout = engine(model, samples_per_prompt=samples).generate(make_prompts((3,)))
+    rollout = sampler(model, samples_per_prompt=samples).sample(make_prompts((3,)))
     gap = measure_gap(moved(rollout, rollout.response_mask_BS, 0.25), model, Ranks())
     assert gap.tokens == rollout.response_tokens
     assert gap.mean == pytest.approx(0.25, abs=1e-5)
@@ -142,7 +141,7 @@ def test_few_rows_are_all_looked_at(samples):
 )
 def test_the_limit_is_the_precisions_unless_given(dtype, limit, change, passes, tmp_path):
     model = make_model()
-    rollout = engine(model).generate(make_prompts())
+    rollout = sampler(model).sample(make_prompts())
     shifted = moved(rollout, rollout.response_mask_BS, change)
     weights = policy_weights(model, tmp_path, dtype=dtype)
     if passes:
@@ -156,7 +155,7 @@ def test_the_limit_is_the_precisions_unless_given(dtype, limit, change, passes, 
 @pytest.mark.parametrize("limit", [None, 1e9])
 def test_what_is_no_number_fails(value, limit, tmp_path):
     model = make_model()
-    rollout = engine(model).generate(make_prompts())
+    rollout = sampler(model).sample(make_prompts())
     weights = policy_weights(model, tmp_path)
     broken = rollout.sampler_logprobs_BS.clone()
     broken[0, int(rollout.response_mask_BS[0].nonzero()[0])] = value
@@ -170,7 +169,7 @@ def test_what_is_no_number_fails(value, limit, tmp_path):
 
 def test_both_sides_leave_the_same_tokens_out(tmp_path):
     model = make_model()
-    rollout = engine(model, vocabulary=7, samples_per_prompt=2).generate(make_prompts())
+    rollout = sampler(model, vocabulary=7, samples_per_prompt=2).sample(make_prompts())
     assert prove_on_policy(rollout, policy_weights(model, tmp_path / "7", vocabulary=7), None).logprob_gap.mean < 1e-5
     with pytest.raises(RolloutError, match="is not the student's"):
         prove_on_policy(rollout, policy_weights(model, tmp_path / "all"), None)

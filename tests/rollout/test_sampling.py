@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from oprd_tune.errors import ConfigError, RolloutError
+from oprd_tune.rollout import VLLMColocated, VLLMServer
 from oprd_tune.rollout.vllm.requests import Sampling, check_versions
 from oprd_tune.types import Prompts
 from tests.conftest import VOCAB, make_model
-from tests.rollout.test_native import PAD, STOP, engine, make_prompts
+from tests.rollout.test_native import make_prompts, request, sampler
 
 CPU = torch.device("cpu")
 
 
-def sampling(**kwargs):
-    defaults = {"stop_tokens": [STOP], "pad_id": PAD, "max_new_tokens": 12, "samples_per_prompt": 1}
-    return Sampling(**{**defaults, "temperature": 1.0, "seed": 0, "vocabulary": VOCAB, "top_k_ids": None, **kwargs})
+def sampling(*, temperature=1.0, **kwargs):
+    return Sampling(request(**kwargs), VOCAB, temperature)
 
 
 def seeds(prompts, stream=0, **kwargs):
@@ -52,7 +52,7 @@ def test_ranks_ask_for_what_one_process_would(world_size):
     assert [tokens for tokens, _ in wanted] == [list(tokens) for tokens in whole.tokens for _ in range(2)]
 
 
-@pytest.mark.parametrize(("top_k_ids", "logprobs"), [(None, 0), (1, 2), (4, 5)])
+@pytest.mark.parametrize(("top_k_ids", "logprobs"), [(0, 0), (1, 2), (4, 5)])
 def test_requests_say_what_to_sample(top_k_ids, logprobs):
     ((tokens, parameters),) = sampling(stop_tokens={9, 1, 5}, temperature=0.5, top_k_ids=top_k_ids).requests(
         Prompts(((4, 2),), (0,), (None,)), stream=0
@@ -98,11 +98,11 @@ def test_a_response_and_its_log_probabilities_are_equally_long():
         sampling().response([9, 1], [logs(t9=0.5)])
 
 
-@pytest.mark.parametrize("k", [None, 1, 3])
+@pytest.mark.parametrize("k", [0, 1, 3])
 def test_the_native_engines_responses_make_its_rollout(k):
     """What vLLM would tell of them, without an order, and with one token more than asked for."""
     model, prompts = make_model(), make_prompts()
-    want = engine(model, samples_per_prompt=2, top_k_ids=k).generate(prompts)
+    want = sampler(model, samples_per_prompt=2, top_k_ids=k).sample(prompts)
     with torch.no_grad():
         logprobs_BSV = model(want.tokens_BS).log_softmax(-1)
     own, responses = sampling(samples_per_prompt=2, top_k_ids=k), []
@@ -138,15 +138,16 @@ def test_tokens_of_other_weights_are_refused():
         check_versions([], "run/3", "http://a")
 
 
+@pytest.mark.parametrize("engine", [VLLMColocated, VLLMServer])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.5}, "rollout.temperature is -0.5"),
-        ({"max_new_tokens": 0}, "rollout max_new_tokens is 0; it must be at least 1"),
-        ({"samples_per_prompt": 0}, "rollout samples_per_prompt is 0"),
-        ({"top_k_ids": 0}, "rollout top_k_ids is 0"),
+        ({"temperature": -0.5}, "rollout.temperature is -0.5; it must be a number that is not negative"),
+        ({"gpu_memory_utilization": 1.5}, "it must be at most 1"),
+        ({"kv_cache_gib": 0}, "rollout.kv_cache_gib is 0; it must be a positive number"),
+        ({"logprob_gap_limit": -1.0}, "rollout.logprob_gap_limit is -1.0; it must be a positive number"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments, message):
+def test_wrong_arguments_are_explained(engine, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        sampling(**arguments)
+        engine(**arguments)

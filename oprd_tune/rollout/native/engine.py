@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,10 +15,11 @@ from oprd_tune.rollout.native.sampler import Sampler, sampling_bytes
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
 
+@dataclass(kw_only=True, eq=False)
 class NativeEngine:
     """The student itself samples. See `oprd_tune.protocols.RolloutEngine` for its methods.
 
-    Args:
+    Attributes:
         temperature: 1 is on-policy; 0 is greedy. Log-probabilities are always those at temperature 1.
         batch_size: most rows decoded at once; bounds the cache's memory. None takes all.
 
@@ -25,14 +27,16 @@ class NativeEngine:
         ConfigError: for a negative temperature, or a size below 1.
     """
 
+    temperature: float = 1.0
+    batch_size: int | None = None
+
     samples_with_student: ClassVar[bool] = True
     free_on_resume: ClassVar[tuple[str, ...]] = ("batch_size",)
 
-    def __init__(self, *, temperature: float = 1.0, batch_size: int | None = None) -> None:
-        check_not_negative("rollout.temperature", temperature)
-        if batch_size is not None:
-            check_whole("rollout.batch_size", batch_size)
-        self.temperature, self._batch_size = temperature, batch_size
+    def __post_init__(self) -> None:
+        check_not_negative("rollout.temperature", self.temperature)
+        if self.batch_size is not None:
+            check_whole("rollout.batch_size", self.batch_size)
         self._policy_version = 0
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
@@ -42,12 +46,12 @@ class NativeEngine:
         self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
     ) -> tuple[int, int]:
         """Nothing is held; while it samples, keys, values and logits."""
-        rows_at_once = min(rows, self._batch_size or rows)
+        rows_at_once = min(rows, self.batch_size or rows)
         return 0, sampling_bytes(model, rows=rows_at_once, columns=columns, dtype=dtype)
 
     def start(self, policy: Policy, request: SamplingRequest) -> None:
         """Take the student."""
-        self._sampler = Sampler(policy.model, request, temperature=self.temperature, batch_size=self._batch_size)
+        self._sampler = Sampler(policy.model, request, temperature=self.temperature, batch_size=self.batch_size)
 
     def sync_weights(self, policy_version: int) -> None:
         """The weights are shared; only the version is noted."""

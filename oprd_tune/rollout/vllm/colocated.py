@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
-from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
+from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Policy
@@ -27,7 +28,7 @@ from oprd_tune.rollout.vllm.requests import (
     GIB,
     INSTALL,
     Sampling,
-    check_engine_memory,
+    check_shared_arguments,
     check_versions,
 )
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
@@ -69,12 +70,13 @@ def import_vllm(device: torch.device) -> Any:
     return vllm
 
 
+@dataclass(kw_only=True, eq=False)
 class VLLMColocated:
     """Each rank owns an engine, which shares the device with training. See `oprd_tune.protocols.RolloutEngine`.
 
     On CUDA it sleeps between rollouts, without weights and cache: weights come anew with each sync.
 
-    Args:
+    Attributes:
         temperature: 1 is on-policy; 0 is greedy.
         gpu_memory_utilization: the share of a GPU's memory for the engine's weights and cache; without effect on a CPU.
         kv_cache_gib: the cache alone, instead of that share; on a CPU 1 unless given.
@@ -87,33 +89,24 @@ class VLLMColocated:
         ConfigError: for arguments that cannot be.
     """
 
+    temperature: float = 1.0
+    gpu_memory_utilization: float = 0.3
+    kv_cache_gib: float | None = None
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 256
+    enforce_eager: bool | None = None
+    logprob_gap_limit: float | None = None
+
     samples_with_student: ClassVar[bool] = False
     free_on_resume: ClassVar[tuple[str, ...]] = (
         *("gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "max_num_seqs", "enforce_eager"),
         "logprob_gap_limit",
     )
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        gpu_memory_utilization: float = 0.3,
-        kv_cache_gib: float | None = None,
-        tensor_parallel_size: int = 1,
-        max_num_seqs: int = 256,
-        enforce_eager: bool | None = None,
-        logprob_gap_limit: float | None = None,
-    ) -> None:
-        check_not_negative("rollout.temperature", temperature)
-        check_whole("rollout.tensor_parallel_size", tensor_parallel_size)
-        check_whole("rollout.max_num_seqs", max_num_seqs)
-        check_engine_memory(gpu_memory_utilization, kv_cache_gib)
-        if logprob_gap_limit is not None:
-            check_positive("rollout.logprob_gap_limit", logprob_gap_limit)
-        self.temperature = temperature
-        self._gpu_share, self._cache_gib = gpu_memory_utilization, kv_cache_gib
-        self._parallel_size, self._max_num_seqs = tensor_parallel_size, max_num_seqs
-        self._enforce_eager, self._limit = enforce_eager, logprob_gap_limit
+    def __post_init__(self) -> None:
+        check_whole("rollout.tensor_parallel_size", self.tensor_parallel_size)
+        check_whole("rollout.max_num_seqs", self.max_num_seqs)
+        check_shared_arguments(self.temperature, self.gpu_memory_utilization, self.kv_cache_gib, self.logprob_gap_limit)
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
         """Raise ConfigError if the processes cannot be grouped as asked for, or if vLLM cannot be used."""
@@ -127,11 +120,11 @@ class VLLMColocated:
         own = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         if isinstance(model.output, TiedLinear):
             own += model.tok_embeddings.weight.numel() * dtype.itemsize
-        own //= self._parallel_size
+        own //= self.tensor_parallel_size
         if torch.cuda.is_available():
-            share = int(self._gpu_share * torch.cuda.mem_get_info()[1])
-            return 0, share if self._cache_gib is None else own + int(self._cache_gib * GIB)
-        return own + int((self._cache_gib or CPU_CACHE_GIB) * GIB), 0
+            share = int(self.gpu_memory_utilization * torch.cuda.mem_get_info()[1])
+            return 0, share if self.kv_cache_gib is None else own + int(self.kv_cache_gib * GIB)
+        return own + int((self.kv_cache_gib or CPU_CACHE_GIB) * GIB), 0
 
     def start(self, policy: Policy, request: SamplingRequest) -> None:
         """Construct vLLM's engine. Its weights come with the first sync."""
@@ -139,7 +132,7 @@ class VLLMColocated:
         self._sampling = Sampling(request, weights.vocabulary, self.temperature)
         self._parallel = self._sharing(weights.ranks)
         self._on_cuda = weights.device.type == "cuda"
-        kv_cache_gib = self._cache_gib
+        kv_cache_gib = self.kv_cache_gib
         if kv_cache_gib is None and not self._on_cuda:
             kv_cache_gib = CPU_CACHE_GIB
         vllm = import_vllm(weights.device)
@@ -155,13 +148,13 @@ class VLLMColocated:
                     generation_config="vllm",  # nothing from the model's own, such as a temperature
                     dtype=weights.dtype,
                     max_model_len=request.max_prompt_tokens + request.max_new_tokens,
-                    max_num_seqs=self._max_num_seqs,
+                    max_num_seqs=self.max_num_seqs,
                     max_logprobs=self._sampling.logprobs,
-                    gpu_memory_utilization=self._gpu_share,
+                    gpu_memory_utilization=self.gpu_memory_utilization,
                     kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
-                    tensor_parallel_size=self._parallel_size,
+                    tensor_parallel_size=self.tensor_parallel_size,
                     distributed_executor_backend="external_launcher" if weights.ranks.world_size > 1 else "uni",
-                    enforce_eager=not self._on_cuda if self._enforce_eager is None else self._enforce_eager,
+                    enforce_eager=not self._on_cuda if self.enforce_eager is None else self.enforce_eager,
                     enable_sleep_mode=self._on_cuda,
                     seed=request.seed % 2**31,
                     disable_log_stats=True,
@@ -173,7 +166,7 @@ class VLLMColocated:
 
     def _sharing(self, ranks: Ranks) -> range:
         """The ranks that share an engine's weights with this one."""
-        size = self._parallel_size
+        size = self.tensor_parallel_size
         if ranks.world_size % size:
             raise ConfigError(
                 f"rollout.tensor_parallel_size is {size}; it must divide the number of processes, {ranks.world_size}"
@@ -218,7 +211,7 @@ class VLLMColocated:
             for o in own
         ]
         rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
-        return prove_on_policy(rollout, self._weights, self._limit)
+        return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def _sample(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Any]:
         try:

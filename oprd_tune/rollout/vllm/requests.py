@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oprd_tune.config.checks import check_positive
+from oprd_tune.config.checks import check_not_negative, check_positive
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.rollout.noise import sample_seed
 from oprd_tune.rollout.responses import Response, pack_responses
@@ -20,13 +20,17 @@ GIB = 2**30
 CPU_CACHE_GIB = 1.0  # of keys and values, where no size is given
 
 
-def check_engine_memory(gpu_memory_utilization: float, kv_cache_gib: float | None) -> None:
-    """Raise ConfigError for a share of a GPU's memory, or a size of the cache in GiB, that cannot be."""
+def check_shared_arguments(
+    temperature: float, gpu_memory_utilization: float, kv_cache_gib: float | None, logprob_gap_limit: float | None
+) -> None:
+    """Raise ConfigError for a value that cannot be, of arguments that both of vLLM's engines have."""
+    check_not_negative("rollout.temperature", temperature)
     check_positive("rollout.gpu_memory_utilization", gpu_memory_utilization)
     if gpu_memory_utilization > 1:
         raise ConfigError("rollout.gpu_memory_utilization is a share of a GPU's memory; it must be at most 1")
-    if kv_cache_gib is not None:
-        check_positive("rollout.kv_cache_gib", kv_cache_gib)
+    for name, value in (("kv_cache_gib", kv_cache_gib), ("logprob_gap_limit", logprob_gap_limit)):
+        if value is not None:
+            check_positive(f"rollout.{name}", value)
 
 
 def find_vllm() -> None:

@@ -9,13 +9,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
+from oprd_tune.config.checks import check_positive, check_whole
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Policy
@@ -25,7 +26,7 @@ from oprd_tune.rollout.vllm.client import Answer, LostServerError, RefusedReques
 from oprd_tune.rollout.vllm.fingerprints import Digests, check_arrived
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.rollout.vllm.proof import prove_on_policy
-from oprd_tune.rollout.vllm.requests import Sampling, check_engine_memory, check_versions, find_vllm
+from oprd_tune.rollout.vllm.requests import Sampling, check_shared_arguments, check_versions, find_vllm
 from oprd_tune.rollout.vllm.server_fit import ServerFit, wait_for_servers
 from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer, NCCLTransfer, WeightTransfer, write_config
@@ -36,13 +37,14 @@ _PAUSE_SECONDS = 1.0
 T = TypeVar("T")
 
 
+@dataclass(kw_only=True, eq=False)
 class VLLMServer:
     """Spreads requests over servers, and sends them the student's weights.
 
     Without addresses it starts a server here, on the loopback interface. A server that is lost, because it ended, hangs
     or fails, is not used again; its requests go to the others. When none is left, the run saves and ends.
 
-    Args:
+    Attributes:
         temperature: 1 is on-policy; 0 is greedy.
         addresses: of servers, such as `http://host:8000`; None starts one.
         transfer: `nccl` or `folder`; None for the first if the run computes on GPUs, else the second.
@@ -61,6 +63,20 @@ class VLLMServer:
         ConfigError: for arguments that cannot be.
     """
 
+    temperature: float = 1.0
+    addresses: Sequence[str] | None = None
+    transfer: str | None = None
+    shared_folder: str | None = None
+    requests_in_flight: int = 64
+    timeout: float = 600.0
+    startup_timeout: float = 600.0
+    checksum_every_n_syncs: int = 1
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float | None = None
+    server_environment: Mapping[str, Any] | None = None
+    server_arguments: Sequence[str] = ()
+    logprob_gap_limit: float | None = None
+
     samples_with_student: ClassVar[bool] = False
     free_on_resume: ClassVar[tuple[str, ...]] = (
         *("addresses", "transfer", "shared_folder", "requests_in_flight", "timeout", "startup_timeout"),
@@ -68,52 +84,25 @@ class VLLMServer:
         *("server_arguments", "logprob_gap_limit"),
     )
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        addresses: Sequence[str] | None = None,
-        transfer: str | None = None,
-        shared_folder: str | None = None,
-        requests_in_flight: int = 64,
-        timeout: float = 600.0,
-        startup_timeout: float = 600.0,
-        checksum_every_n_syncs: int = 1,
-        gpu_memory_utilization: float = 0.9,
-        kv_cache_gib: float | None = None,
-        server_environment: Mapping[str, Any] | None = None,
-        server_arguments: Sequence[str] = (),
-        logprob_gap_limit: float | None = None,
-    ) -> None:
-        check_not_negative("rollout.temperature", temperature)
-        check_whole("rollout.requests_in_flight", requests_in_flight)
-        check_whole("rollout.checksum_every_n_syncs", checksum_every_n_syncs, at_least=0)
-        check_positive("rollout.timeout", timeout)
-        check_positive("rollout.startup_timeout", startup_timeout)
-        check_engine_memory(gpu_memory_utilization, kv_cache_gib)
-        if logprob_gap_limit is not None:
-            check_positive("rollout.logprob_gap_limit", logprob_gap_limit)
-        given = addresses is not None
-        if given and (isinstance(addresses, str) or not addresses or not all(str(a)[:4] == "http" for a in addresses)):
-            raise ConfigError(f"rollout.addresses is {addresses!r}; give a list such as [http://host:8000], or null")
-        self.temperature = temperature
-        self._addresses, self._way, self._shared_folder = addresses, transfer, shared_folder
-        self._in_flight, self._checksum_every = requests_in_flight, checksum_every_n_syncs
-        self._timeout, self._startup_timeout = timeout, startup_timeout
-        self._memory = (gpu_memory_utilization, kv_cache_gib)
-        self._environment = {name: str(value) for name, value in (server_environment or {}).items()}
-        self._arguments = list(map(str, server_arguments))
-        self._limit = logprob_gap_limit
+    def __post_init__(self) -> None:
+        check_shared_arguments(self.temperature, self.gpu_memory_utilization, self.kv_cache_gib, self.logprob_gap_limit)
+        check_whole("rollout.requests_in_flight", self.requests_in_flight)
+        check_whole("rollout.checksum_every_n_syncs", self.checksum_every_n_syncs, at_least=0)
+        check_positive("rollout.timeout", self.timeout)
+        check_positive("rollout.startup_timeout", self.startup_timeout)
+        given = self.addresses
+        if given is not None and (isinstance(given, str) or not given or not all(str(a)[:4] == "http" for a in given)):
+            raise ConfigError(f"rollout.addresses is {given!r}; give a list such as [http://host:8000], or null")
         self._process: ServerProcess | None = None
         self._lock, self._why_lost = threading.Lock(), ""
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
         """Raise ConfigError if weights cannot travel that way here, or if a server is to start without vLLM."""
-        if self._addresses is None:
+        if self.addresses is None:
             find_vllm()
         ways = ("folder", "nccl") if device.type == "cuda" else ("folder",)
-        if self._way not in (None, *ways):
-            raise ConfigError(f"rollout.transfer is {self._way!r}; allowed here: {', '.join(ways)}")
+        if self.transfer not in (None, *ways):
+            raise ConfigError(f"rollout.transfer is {self.transfer!r}; allowed here: {', '.join(ways)}")
 
     def memory_bytes(
         self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
@@ -131,31 +120,35 @@ class VLLMServer:
         self._sampling = Sampling(request, policy.vocabulary, self.temperature)
         self._run, self._syncs = self._ranks.collect(uuid.uuid4().hex[:8])[0], 0
         self._label, self._policy_version = "", -1
-        nccl = (self._way or ("nccl" if self._weights.device.type == "cuda" else "folder")) == "nccl"
+        nccl = (self.transfer or ("nccl" if self._weights.device.type == "cuda" else "folder")) == "nccl"
         length = request.max_prompt_tokens + request.max_new_tokens
-        fit = ServerFit(self._weights, length, self._sampling.logprobs, nccl, checksums=self._checksum_every > 0)
+        fit = ServerFit(self._weights, length, self._sampling.logprobs, nccl, checksums=self.checksum_every_n_syncs > 0)
         folder = policy.folder.resolve()  # servers start elsewhere
-        shared = self._shared_folder
+        shared = self.shared_folder
         place = Path(shared).expanduser().resolve() / self._run if shared else folder
         by_folder = None if nccl else FolderTransfer(self._weights, place)
         source = by_folder.write_start() if by_folder else write_config(self._weights, place)
-        self._servers = self._find_servers(source, fit.arguments(*self._memory), folder / "server.log")
+        self._servers = self._find_servers(
+            source, fit.arguments(self.gpu_memory_utilization, self.kv_cache_gib), folder / "server.log"
+        )
         for server in self._servers:
             fit.check(server)
         if by_folder:
             by_folder.remove_start()
-        self._transfer: WeightTransfer = by_folder or NCCLTransfer(self._weights, self._servers, self._timeout)
+        self._transfer: WeightTransfer = by_folder or NCCLTransfer(self._weights, self._servers, self.timeout)
 
     def _find_servers(self, source: Path, arguments: list[str], log: Path) -> list[VLLMClient]:
         """Those at the given addresses, or one that the first rank starts; when they answer."""
-        addresses = self._addresses
+        addresses = self.addresses
         if addresses is None:
             if self._ranks.first:
-                self._process = ServerProcess(source, arguments + self._arguments, self._environment, log)
-                self._process.wait_until_ready(self._startup_timeout)
+                environment = {name: str(value) for name, value in (self.server_environment or {}).items()}
+                own = [*arguments, *map(str, self.server_arguments)]
+                self._process = ServerProcess(source, own, environment, log)
+                self._process.wait_until_ready(self.startup_timeout)
             addresses = self._ranks.collect([self._process.address] if self._process else [])[0]
-        servers = [VLLMClient(address, self._timeout) for address in addresses]
-        wait_for_servers(servers, self._startup_timeout, source, arguments, tell=self._ranks.first)
+        servers = [VLLMClient(address, self.timeout) for address in addresses]
+        wait_for_servers(servers, self.startup_timeout, source, arguments, tell=self._ranks.first)
         return servers
 
     # ---- rollouts ----
@@ -163,7 +156,7 @@ class VLLMServer:
     def sync_weights(self, policy_version: int) -> None:
         """Send the student's weights to all servers, and compare what arrived."""
         label = f"{self._run}/{policy_version}"
-        compare = self._checksum_every > 0 and self._syncs % self._checksum_every == 0
+        compare = self.checksum_every_n_syncs > 0 and self._syncs % self.checksum_every_n_syncs == 0
         sent = Digests(enabled=compare and self._ranks.first)
 
         def announce() -> None:
@@ -192,7 +185,7 @@ class VLLMServer:
         requests = self._sampling.requests(prompts, stream)
         responses = self._together(lambda: self._ask_all(requests))
         rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
-        return prove_on_policy(rollout, self._weights, self._limit)
+        return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def close(self) -> None:
         """Stop the server that was started here, or let those elsewhere go."""
@@ -213,7 +206,7 @@ class VLLMServer:
     def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Response]:
         """Responses, in the order of requests. They come back as they finish."""
         answers: dict[int, Answer] = {}
-        pool = ThreadPoolExecutor(min(len(requests), self._in_flight * len(self._servers)))
+        pool = ThreadPoolExecutor(min(len(requests), self.requests_in_flight * len(self._servers)))
         try:
             with LateBar(total=len(requests), desc="rollout", unit="response", disable=not self._ranks.first) as bar:
                 places = {pool.submit(self._ask, place, *request): place for place, request in enumerate(requests)}

@@ -16,7 +16,7 @@ from oprd_tune.tiny import checkpointer, tiny_qwen2
 from oprd_tune.tiny.model import write_tokenizer
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe, weights
 
-NAME = "opd_topk_single_device"
+NAME = "opd_topk_distributed"
 CONFIGS = ["tiny/opd_topk", "tiny/opd_sampled", "tiny/opd_full", "tiny/vopd", "tiny/oprd_plus_opd"]
 MODELS = "tests.recipes.models"
 
@@ -48,7 +48,7 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(config, tmp_pa
     losses = []
     for i, extra in enumerate(({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})):
         recipe = run_recipe(NAME, config, tmp_path / str(i), **extra)
-        losses.append([recipe._journal.logged[name] for name in ("loss/total", "optimizer/grad_norm")])
+        losses.append([recipe.run.journal.logged[name] for name in ("loss/total", "optimizer/grad_norm")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[2] == losses[0]
     assert_same_student(tmp_path / "0", tmp_path / "2")
@@ -57,8 +57,8 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(config, tmp_pa
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(config, out):
     recipe = run_recipe(NAME, config, out, max_steps=1, **{"checkpointer.name": "teacher"})
-    assert abs(recipe._journal.logged["loss/total"]) < 1e-6
-    assert recipe._journal.logged["optimizer/grad_norm"] < 1e-5
+    assert abs(recipe.run.journal.logged["loss/total"]) < 1e-6
+    assert recipe.run.journal.logged["optimizer/grad_norm"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(config, out):
 )
 def test_logs_what_its_objective_knows(config, names, out):
     recipe = run_recipe(NAME, config, out, diagnostics_every_n_steps=2, diagnostics_tokens=5)
-    logged = recipe._journal.logged
+    logged = recipe.run.journal.logged
     assert names <= logged.keys()
     assert {"diagnostics/kl", "diagnostics/teacher_mass", "diagnostics/variance_vopd"} <= logged.keys()
     assert 0 < logged["diagnostics/top_k_overlap"] <= 1
@@ -86,19 +86,18 @@ def test_loss_and_gradient_are_those_of_the_formula_on_the_recipe_s_own_rollout(
     """vOPD with an importance ratio: it reads tokens, the sampler's log-probabilities, and both models."""
     recipe = recipe_class(NAME)(load_config("tiny/vopd", output_dir=out, **SMALL, tokens_per_micro_batch=20))
     recipe.setup()
-    prompts = recipe._data.prompts.at_step(0)
-    rollout = recipe._engine.generate(prompts, stream=0)
+    prompts = recipe.data.prompts.at_step(0)
+    rollout = recipe.engine.generate(prompts, stream=0)
     student, teacher = (
         load_decoder(tiny_qwen2, checkpointer(name, str(out)), dtype=torch.float32, device=torch.device("cpu"))
         for name in ("student", "teacher")
     )
     noise = torch.linspace(-1, 1, rollout.sampler_logprobs_BS.numel()).view_as(rollout.sampler_logprobs_BS)
     shifted = replace(rollout, sampler_logprobs_BS=rollout.sampler_logprobs_BS + noise)
-    recipe._engine.generate = lambda prompts, stream: shifted
-    (loss,) = recipe._loss.parts.values()
+    recipe.engine.generate = lambda prompts, stream: shifted
+    (loss,) = recipe.loss.parts.values()
     loss.importance_ratio_cap = 2.0
-    recipe.train_step(prompts)
-    metrics = recipe._metrics.finish(Ranks())
+    metrics = recipe.train_step(prompts).metrics.reduce(Ranks())
 
     at = shifted.response_mask_BS[:, 1:]
     tokens, mu = shifted.tokens_BS[:, 1:][at], shifted.sampler_logprobs_BS[:, 1:][at]
@@ -117,12 +116,12 @@ def test_loss_and_gradient_are_those_of_the_formula_on_the_recipe_s_own_rollout(
 
 def test_looks_at_whole_distributions_only_when_it_is_time(out):
     recipe = run_recipe(NAME, "tiny/opd_topk", out, max_steps=3, diagnostics_every_n_steps=2)
-    assert not any(name.startswith("diagnostics") for name in recipe._journal.logged)
+    assert not any(name.startswith("diagnostics") for name in recipe.run.journal.logged)
 
 
 def test_diagnoses_the_same_kl_as_the_loss(out):
     recipe = run_recipe(NAME, "tiny/opd_full", out, max_steps=1, diagnostics_every_n_steps=1, diagnostics_tokens=1000)
-    logged = recipe._journal.logged
+    logged = recipe.run.journal.logged
     assert math.isclose(logged["diagnostics/kl"], logged["token/kl"], rel_tol=1e-5)
     assert math.isclose(logged["token/kl"], logged["loss/total"], rel_tol=1e-6)
 
@@ -136,16 +135,16 @@ def test_a_composite_is_the_sum_of_its_parts(tmp_path):
     }
     run_recipe(NAME, "tiny/oprd_plus_opd", tmp_path / "composite", max_steps=2, **extra)
     assert_same_student(tmp_path / "token", tmp_path / "composite")
-    hidden = run_recipe("oprd_single_device", "tiny/oprd", tmp_path / "hidden", max_steps=1)
+    hidden = run_recipe("oprd_distributed", "tiny/oprd", tmp_path / "hidden", max_steps=1)
     both = run_recipe(NAME, "tiny/oprd_plus_opd", tmp_path / "both", max_steps=1)
     weight = load_config("tiny/oprd_plus_opd").loss.weights.oprd
-    wanted = weight * hidden._journal.logged["loss/total"]
-    assert math.isclose(both._journal.logged["loss/oprd"], wanted, rel_tol=1e-5)
+    wanted = weight * hidden.run.journal.logged["loss/total"]
+    assert math.isclose(both.run.journal.logged["loss/oprd"], wanted, rel_tol=1e-5)
 
 
 def test_rms_scales_of_a_hidden_part_are_calibrated(out):
     recipe = run_recipe(NAME, "tiny/oprd_plus_opd", out, max_steps=1, **{"loss.parts.oprd.normalisation": "rms"})
-    assert sorted(recipe._loss.hidden.scales) == [1, 2, 3, 4]
+    assert sorted(recipe.loss.hidden.scales) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("padded", ["model", "teacher_model"])
@@ -160,8 +159,8 @@ def test_padded_vocabularies_are_compared_on_shared_tokens(config, padded, tmp_p
         f"{files}.vocab_size": 24,
     }
     recipe = run_recipe(NAME, config, tmp_path / "padded", max_steps=2, **extra)
-    assert recipe._heads.vocabulary == 16
-    logged, wanted = recipe._journal.logged, plain._journal.logged
+    assert recipe.heads.vocabulary == 16
+    logged, wanted = recipe.run.journal.logged, plain.run.journal.logged
     assert math.isclose(logged["loss/total"], wanted["loss/total"], rel_tol=1e-5)
     assert logged["rollout/response_tokens"] == wanted["rollout/response_tokens"]
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("plain", "padded")]
@@ -175,7 +174,7 @@ def test_teachers_of_other_width_may_grade_tokens(out):
         "teacher_checkpointer._component_": f"{MODELS}.wider_checkpointer",
     }
     recipe = run_recipe(NAME, "tiny/opd_full", out, max_steps=1, **extra)
-    assert recipe._journal.logged["token/kl"] > 0.5
+    assert recipe.run.journal.logged["token/kl"] > 0.5
 
 
 def test_an_untied_head_learns_too(tmp_path):
@@ -192,7 +191,7 @@ def test_the_sampler_may_supply_the_support(tmp_path):
     own = run_recipe(NAME, "tiny/opd_topk", tmp_path / "own", max_steps=2)
     given = run_recipe(NAME, "tiny/opd_topk", tmp_path / "given", max_steps=2, **{"loss.support": "sampler"})
     for name in ("loss/total", "token/student_mass", "optimizer/grad_norm"):
-        assert math.isclose(given._journal.logged[name], own._journal.logged[name], rel_tol=1e-4)
+        assert math.isclose(given.run.journal.logged[name], own.run.journal.logged[name], rel_tol=1e-4)
 
 
 BAD_INPUTS = {
@@ -205,7 +204,7 @@ BAD_INPUTS = {
         "do not share their tokens: 2 of 16 ids differ, for example 12 is '+' and '='",
     ),
     "no parts": ("tiny/oprd_plus_opd", {"loss.parts": "null"}, "loss.parts is empty; give at least one loss"),
-    "negative weight": ("tiny/oprd_plus_opd", {"loss.weights.oprd": -1}, "loss.weights.oprd is -1; a weight must not"),
+    "negative weight": ("tiny/oprd_plus_opd", {"loss.weights.oprd": -1}, "loss.weights.oprd is -1; it must be a number"),
     "weight of nothing": ("tiny/oprd_plus_opd", {"loss.weights.kl": 1}, "names kl; the parts are opd, oprd"),
     "part's argument": ("tiny/oprd_plus_opd", {"loss.parts.opd.kk": 3}, "takes no argument loss.parts.opd.kk"),
     "parts that are none": ("tiny/oprd_plus_opd", {"loss.parts": 3}, "loss.parts maps names to losses"),
@@ -214,7 +213,7 @@ BAD_INPUTS = {
         {"loss._component_": "oprd_tune.tiny.tokenizer"},
         "none of the losses in oprd_tune.losses",
     ),
-    "infinite weight": ("tiny/oprd_plus_opd", {"loss.weights.opd": ".inf"}, "nor infinite"),
+    "infinite weight": ("tiny/oprd_plus_opd", {"loss.weights.opd": ".inf"}, "loss.weights.opd is inf; it must be"),
     "half a token": ("tiny/opd_topk", {"loss.k": 2.5}, "loss.k is 2.5; it must be a whole number"),
     "no loss": (
         "tiny/oprd_plus_opd",
@@ -224,12 +223,12 @@ BAD_INPUTS = {
     "hidden states alone": (
         "tiny/opd_full",
         {"loss._component_": "oprd_tune.losses.HiddenStateMSE"},
-        "loss has no token part; losses on hidden states alone are for oprd_single_device",
+        "loss has no token part; losses on hidden states alone are for oprd_distributed",
     ),
     "off-policy sampling": ("tiny/vopd", {"rollout.temperature": 0.7}, "unbiased only where they are equal"),
     "needless ratio": ("tiny/opd_sampled", {"loss.importance_ratio_cap": 2.0}, "trainer's own model samples"),
     "head": ("tiny/opd_full", {"model._component_": f"{MODELS}.biased_tiny_qwen2"}, "need one plain matrix"),
-    "diagnostics": ("tiny/opd_full", {"diagnostics_k": 0}, "diagnostics_k is 0; it must be at least 1"),
+    "diagnostics": ("tiny/opd_full", {"diagnostics_k": 0}, "diagnostics_k is 0; it must be a whole number, at least 1"),
     "widths of a hidden part": (
         "tiny/oprd_plus_opd",
         {"teacher_model._component_": f"{MODELS}.wider_tiny_qwen2"},

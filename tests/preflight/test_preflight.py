@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.modeling.weights import build_on_meta
+from oprd_tune.preflight import report as module
 from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
 from oprd_tune.run.launch import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
-from oprd_tune.training import preflight as module
 from oprd_tune.training.student import freeze
 from tests.conftest import SMALL, load_config, recipe_class
 
@@ -24,10 +24,6 @@ PLAN = Plan(
     master_dtype=torch.float32,
     world_size=1,
     sharded=False,
-    teacher_placement="replicated",
-    teacher_quantization=None,
-    teacher_top=4,
-    keeps_teacher_head=False,
     trains_head=False,
     reshard_after_forward=True,
     activation_checkpointing=0,
@@ -40,22 +36,25 @@ PLAN = Plan(
     logit_bytes=0,
     rollout_bytes=1000,
     optimizer_bytes=8.0,
+    teacher_bytes=7000,
+    teacher_width=128,
+    target_width=128,
 )
 
 
 def predict(build=tiny_qwen2, **changes):
-    student, teacher = build_on_meta(build), build_on_meta(tiny_qwen2)
+    student = build_on_meta(build)
     freeze(student, top=4, trains_head=False, freeze_embedding=False)
-    return predict_memory(student, teacher, build, replace(PLAN, **changes))
+    return predict_memory(student, build, replace(PLAN, **changes))
 
 
 @pytest.mark.parametrize(
     ("recipe", "config"),
     [
+        ("oprd_distributed", "tiny/oprd"),
         ("oprd_single_device", "tiny/oprd"),
-        ("opd_topk_single_device", "tiny/oprd_plus_opd"),
-        ("oprd_distributed", "tiny/oprd_distributed"),
-        ("opd_topk_distributed", "tiny/opd_topk_distributed"),
+        ("opd_topk_distributed", "tiny/oprd_plus_opd"),
+        ("opd_topk_single_device", "tiny/opd_topk"),
     ],
 )
 def test_preflight_only_reads_no_weights_and_starts_nothing(recipe, config, out, monkeypatch, capsys):
@@ -68,13 +67,12 @@ def test_preflight_only_reads_no_weights_and_starts_nothing(recipe, config, out,
     assert "at most 32 response tokens a step" in told
     assert "a checkpoint takes 9.0 MiB" in told
     assert not list(out.iterdir())
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
 
 
 def test_an_unknown_preflight_is_refused(out, capsys):
     cfg = load_config("tiny/oprd", output_dir=out, preflight="maybe", **SMALL)
-    assert launch(recipe_class("oprd_single_device"), cfg) == 2
+    assert launch(recipe_class("oprd_distributed"), cfg) == 2
     assert "allowed are true, false and only" in capsys.readouterr().err
 
 
@@ -103,7 +101,7 @@ def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
     monkeypatch.setattr(module, "_free_bytes", lambda ranks: 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     cfg = load_config("tiny/oprd", output_dir=out, preflight="only", **SMALL)
-    assert launch(recipe_class("oprd_single_device"), cfg) == 0
+    assert launch(recipe_class("oprd_distributed"), cfg) == 0
     assert capsys.readouterr().out.count("This will not fit") == 2
 
 
@@ -150,8 +148,8 @@ def test_each_part_counts_once():
     assert alone.peak == alone.student + alone.optimizer + alone.teacher + max(alone.sampling, alone.training)
     assert predict(rollout_bytes=5000).sampling == alone.sampling + 4000
     assert predict(logit_bytes=7000).training == alone.training + 7000
-    assert predict(teacher_top=2).teacher < alone.teacher
-    assert predict(teacher_quantization="int8_weight_only").teacher < alone.teacher / 2
+    assert alone.teacher == 7000
+    assert predict(engine_bytes=11).peak == alone.peak + 11
 
 
 def test_a_bridge_is_fitted_before_the_optimizer_has_a_state():
@@ -168,12 +166,13 @@ def test_a_bridge_is_fitted_before_the_optimizer_has_a_state():
 
 
 def test_ranks_share_what_is_sharded():
-    one, four = (predict(sharded=True, world_size=n, teacher_placement="sharded") for n in (1, 4))
+    one, four = (predict(sharded=True, world_size=n) for n in (1, 4))
     assert four.optimizer == one.optimizer // 4
     assert four.checkpoint == one.checkpoint // 4
     assert four.student < one.student / 2
-    assert four.teacher < one.teacher
     assert four.sampling == one.sampling  # each rank gathers the whole model to sample
+    evaluated = predict(sharded=True, world_size=4, whole_teacher_bytes=10**9)
+    assert evaluated.sampling == 10**9 + PLAN.rollout_bytes
     deferred = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=False)
     each = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=True)
     assert deferred.training > each.training

@@ -17,7 +17,7 @@ from oprd_tune.run.export import export_checkpoint
 from oprd_tune.types import TeacherTargets
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 
-NAME, CONFIG = "oprd_single_device", "tiny/oprd"
+NAME, CONFIG = "oprd_distributed", "tiny/oprd"
 
 
 def test_the_student_approaches_its_teacher(out):
@@ -28,7 +28,7 @@ def test_the_student_approaches_its_teacher(out):
     assert summary["perplexity_after"] < 0.85 * summary["perplexity_before"]
     assert summary["teacher"] > 0.99
     assert summary["steps"] == 60
-    history = recipe._journal.history
+    history = recipe.run.journal.history
     first, last = (history.cosines[step] for step in (1, 60))
     assert all(after > before for before, after in zip(first, last, strict=True))
 
@@ -52,7 +52,7 @@ def test_the_final_student_and_every_checkpoint_load_in_transformers(out, tmp_pa
 
     recipe = run_recipe(NAME, CONFIG, out)
     tokens = torch.tensor([[3, 4, 12, 5, 6, 13]])
-    wanted = recipe._model(tokens)
+    wanted = recipe.student.model(tokens)
     exported = export_checkpoint(str(out / "checkpoints" / "step_00000004"), str(tmp_path / "exported"))
     for folder in (out / "final", exported):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -83,7 +83,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(out, tmp_path):
 
     recipe.train_step = step_and_signal
     assert recipe.train() == 128 + signal.SIGTERM
-    assert recipe._step == 1
+    assert recipe.run.step == 1
     run_recipe(NAME, CONFIG, out, resume="true")
     assert_same_student(tmp_path / "whole", out)
 
@@ -91,14 +91,14 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(out, tmp_path):
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(out, capsys):
     recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **SMALL))
     recipe.setup()
-    before = [p.clone() for p in recipe._model.parameters()]
-    recipe._teacher.targets = lambda tokens, index: TeacherTargets(
+    before = [p.clone() for p in recipe.student.model.parameters()]
+    recipe.teacher.targets = lambda tokens, index: TeacherTargets(
         {n: torch.full((len(index), 128), torch.nan) for n in (1, 2, 3, 4)}
     )
     with pytest.raises(FloatingPointError, match="step 3"):
         recipe.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, recipe._model.parameters(), strict=True))
-    assert recipe._journal.history.skipped_steps == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, recipe.student.model.parameters(), strict=True))
+    assert recipe.run.journal.history.skipped_steps == 2
 
 
 def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
@@ -106,7 +106,7 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):
     variants = ({}, {"tokens_per_micro_batch": 20}, {"activation_checkpointing": "true"})
     for i, extra in enumerate(variants):
         recipe = run_recipe(NAME, CONFIG, tmp_path / str(i), **extra)
-        losses.append(recipe._journal.logged["loss/total"])
+        losses.append(recipe.run.journal.logged["loss/total"])
     assert math.isclose(losses[1], losses[0], rel_tol=1e-5)
     assert losses[2] == losses[0]
     assert_same_student(tmp_path / "0", tmp_path / "2")
@@ -116,7 +116,7 @@ def test_truncated_responses_are_masked_or_dropped_alike(tmp_path):
     runs = {}
     for policy in ("keep", "mask", "drop"):
         extra = {"max_new_tokens": 2, "max_steps": 2, "prompts_per_step": 16, "truncated_responses": policy}
-        runs[policy] = run_recipe(NAME, CONFIG, tmp_path / policy, **extra)._journal.logged
+        runs[policy] = run_recipe(NAME, CONFIG, tmp_path / policy, **extra).run.journal.logged
     assert 0 < runs["keep"]["rollout/truncated_share"] < 1
     assert runs["mask"]["loss/total"] == pytest.approx(runs["drop"]["loss/total"], rel=1e-5)
     assert runs["mask"]["loss/total"] != pytest.approx(runs["keep"]["loss/total"], rel=1e-3)
@@ -124,8 +124,8 @@ def test_truncated_responses_are_masked_or_dropped_alike(tmp_path):
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(out):
     recipe = run_recipe(NAME, CONFIG, out, max_steps=1, **{"checkpointer.name": "teacher"})
-    assert recipe._journal.logged["loss/total"] == 0
-    assert recipe._journal.logged["optimizer/grad_norm"] == 0
+    assert recipe.run.journal.logged["loss/total"] == 0
+    assert recipe.run.journal.logged["optimizer/grad_norm"] == 0
 
 
 def test_layer_pairs_heal_a_student_of_other_depth(out):
@@ -136,8 +136,8 @@ def test_layer_pairs_heal_a_student_of_other_depth(out):
         "layer_pairs": "[[1,1],[2,2],[4,5]]",
     }
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, **overrides)
-    assert [(p.student, p.teacher) for p in recipe._pairs] == [(1, 1), (2, 2), (4, 5)]
-    assert sorted(n for n in recipe._journal.logged if n.startswith("layers/mse")) == [
+    assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 2), (4, 5)]
+    assert sorted(n for n in recipe.run.journal.logged if n.startswith("layers/mse")) == [
         f"layers/mse_0{i}" for i in (1, 2, 4)
     ]
 
@@ -152,8 +152,8 @@ def test_torchtunes_own_loggers_work(out):
 def test_bf16_and_compile_run(out, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, dtype="bf16", compile="true")
-    assert recipe._model.tok_embeddings.weight.dtype == torch.bfloat16
-    assert 0 < recipe._journal.logged["loss/total"] < 10
+    assert recipe.student.model.tok_embeddings.weight.dtype == torch.bfloat16
+    assert 0 < recipe.run.journal.logged["loss/total"] < 10
 
 
 BAD_INPUTS = {
@@ -215,7 +215,7 @@ def test_a_token_loss_is_sent_to_its_recipe(out, capsys):
     cfg = load_config(CONFIG, output_dir=out, **SMALL)
     cfg.loss = {"_component_": "oprd_tune.losses.FullReverseKL"}
     assert launch(recipe_class(NAME), cfg) == 2
-    assert "FullReverseKL compares tokens; that is for opd_topk_single_device" in capsys.readouterr().err
+    assert "FullReverseKL is no loss on hidden states; opd_topk_distributed takes it" in capsys.readouterr().err
 
 
 def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
