@@ -115,7 +115,7 @@ class OPDRecipe:
         preflight(parts, s, pair, self.data, self.loss, self.engine, plan)
 
         run.open()
-        self.student = Student.load(parts, s, pair.student_files, self.ranks, top=pair.depth, trains_head=True)
+        self.student = Student(parts, s, pair.student_files, self.ranks, top=pair.depth, trains_head=True)
         start_engine(self.engine, self.student, pair, self.data, s, top_k_ids=self.loss.sampler_top_k)
         teacher = run.load_teacher(pair, self.data, top=None)
         self.heads = Heads(LMHead(self.student.model), LMHead(teacher), pair.vocabulary)

@@ -94,7 +94,7 @@ class OPRDRecipe:
 
         run.open()
         top = self.pairs[-1].student
-        self.student = Student.load(parts, s, pair.student_files, self.ranks, top=top, trains_head=False)
+        self.student = Student(parts, s, pair.student_files, self.ranks, top=top, trains_head=False)
         start_engine(self.engine, self.student, pair, self.data, s)
         teacher = run.load_teacher(pair, self.data, top=pair.teacher_top(plan))
         self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)

@@ -6,30 +6,39 @@ import pytest
 import torch
 
 from oprd_tune.losses import HiddenStateMSE
-from oprd_tune.losses.masking import count_selected, select_states
+from oprd_tune.losses.masking import StateSelector
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
-from oprd_tune.types import LayerPair, LogprobGap
+from oprd_tune.types import LayerPair, LogprobGap, SamplingRequest
 from tests.conftest import DEPTH, make_model
-from tests.rollout.test_native import STOP, engine, make_prompts
+from tests.rollout.test_native import PAD, STOP, make_prompts
 
 PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
 SELECTIONS = [("all", 1), ("last", 1), ("first_k", 3), ("last_k", 3)]
 
 
 def make_rollout(stop_tokens=(STOP, 5, 6)):
-    return engine(make_model(), samples_per_prompt=2, stop_tokens=stop_tokens, top_k_ids=2).generate(make_prompts())
+    request = SamplingRequest(
+        stop_tokens=stop_tokens,
+        pad_id=PAD,
+        max_prompt_tokens=7,
+        max_new_tokens=12,
+        samples_per_prompt=2,
+        top_k_ids=2,
+    )
+    return Sampler(make_model(), request).sample(make_prompts())
 
 
-def learn(rollout, positions, k, tokens_per_micro_batch=60):
+def learn(rollout, select, tokens_per_micro_batch=60):
     """A step's loss and gradients."""
     student, teacher, loss = make_model(), make_model(seed=1), HiddenStateMSE()
     frozen = FrozenTeacher(teacher, PAIRS)
-    count = count_selected(rollout.response_mask_BS, positions=positions, k=k)
+    count = len(select(rollout))
     total = torch.zeros(())
     for micro in rollout.split(tokens_per_micro_batch):
-        selection = select_states(micro.response_mask_BS, positions=positions, k=k)
+        selection = select(micro)
         stream = loss.stream(PAIRS, frozen.targets(micro.tokens_BS, selection.index_T).states, selection)
         with layer_taps(student, [pair.student for pair in PAIRS], stream):
             summed = student(micro.tokens_BS)
@@ -66,11 +75,11 @@ def test_masking_leaves_rows_and_dropping_leaves_whole_ones():
 
 @pytest.mark.parametrize(("positions", "k"), SELECTIONS)
 def test_losses_do_not_tell_masked_responses_from_dropped_ones(positions, k):
-    rollout = make_rollout()
+    rollout, select = make_rollout(), StateSelector(positions, k)
     masked, dropped = (rollout.without_truncated(policy) for policy in ("mask", "drop"))
-    counts = [count_selected(r.response_mask_BS, positions=positions, k=k) for r in (rollout, masked, dropped)]
+    counts = [len(select(r)) for r in (rollout, masked, dropped)]
     assert 0 < counts[1] == counts[2] < counts[0]
-    (one, gradients), (other, others), (kept, _) = (learn(r, positions, k) for r in (masked, dropped, rollout))
+    (one, gradients), (other, others), (kept, _) = (learn(r, select) for r in (masked, dropped, rollout))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert (one - kept).abs() > 1e-4 * one
     for name, gradient in gradients.items():
@@ -84,9 +93,9 @@ def test_where_every_response_was_cut_nothing_is_learned(policy):
     assert rollout.truncated_B.all()
     left = rollout.without_truncated(policy)
     assert len(left) == (1 if policy == "drop" else len(rollout))
-    assert left.response_tokens == count_selected(left.response_mask_BS, positions="all", k=1) == 0
+    assert left.response_tokens == len(StateSelector()(left)) == 0
     assert torch.equal(left.tokens_BS[0], rollout.tokens_BS[0, : left.tokens_BS.shape[1]])
-    loss, gradients = learn(left, "all", 1)
+    loss, gradients = learn(left, StateSelector())
     assert loss == 0
     assert gradients
     assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Marks a field that may change when a run resumes: it says where the run ends, what it logs, where things are kept or
 # how work is cut. Every other field decides what is computed, and has to stay.
 FREE_ON_RESUME = {"free_on_resume": True}
@@ -76,7 +79,7 @@ class OPRDSettings:
         ):
             check_whole(name, getattr(self, name))
         for name, allowed in {
-            "dtype": ("bf16", "fp32"),
+            "dtype": tuple(DTYPES),
             "master_dtype": (None, "fp32"),
             "truncated_responses": ("keep", "mask", "drop"),
             "preflight": (True, False, "only"),
@@ -95,6 +98,16 @@ class OPRDSettings:
             )
         if not 0 <= self.min_matched_share <= 1:
             raise ConfigError(f"min_matched_share is {self.min_matched_share}; it must lie within 0 and 1")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What both models compute in."""
+        return DTYPES[self.dtype]
+
+    @property
+    def torch_master_dtype(self) -> torch.dtype:
+        """What trained parameters and the optimizer's state are kept in."""
+        return DTYPES[self.master_dtype or self.dtype]
 
 
 @dataclass(frozen=True)

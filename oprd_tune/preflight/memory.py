@@ -18,44 +18,45 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import set_default_dtype
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.weights import Builder
+from oprd_tune.ranks import Ranks
 
 _REDUCED = 4  # bytes of a number in a gradient that is averaged over ranks
+_GLOO_COPIES = 2  # that gloo makes of a gradient, measured; NCCL makes none
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run keeps its models and cuts its work; see docs/configuration.md for each.
+    """What a run needs memory for, beside its student.
 
     Attributes:
-        rows: of the largest microbatch of a rank.
-        row_tokens: of its longest row.
-        selected: states of it that enter a hidden-state loss.
-        tapped: layers that do.
+        settings: of the run.
+        ranks: its processes.
+        sharded: FSDP2 spreads the student over them.
+        trains_head: a loss reads the student's head.
+        rows: responses in the largest microbatch of a rank.
+        row_tokens: the longest row of it, in tokens.
+        selected: states of it that a loss reads at one layer.
+        tapped: layers that losses read.
         micro_batches: of a step and rank.
-        logit_bytes: that the losses' chunks of logits take.
-        rollout_bytes: that sampling takes, beside the weights.
+        logit_bytes: chunks of logits.
+        rollout_bytes: what sampling takes beside the weights.
+        engine_bytes: what an engine with weights of its own holds all the time.
         optimizer_bytes: of state for each number that trains; None if unknown, and then not counted.
-        reduction_copies: that the communication library makes of what it reduces.
-        cpu_offload: shards, gradients and optimizer state are in CPU memory.
-        teacher_bytes: of the teacher's parameters.
+        teacher_bytes: the teacher's parameters.
         whole_teacher_bytes: the same while a sharded teacher is gathered to be evaluated; 0 if it never is.
-        engine_bytes: that an engine with weights of its own holds all the time.
-        teacher_width: of the teacher's states.
-        target_width: of what the teacher gives a hidden-state loss: the same, or the rank of a bridge.
-        bridge_bytes: of a bridge's projectors.
-        moment_bytes: on the device, while a bridge is fitted, before the optimizer has a state.
+        teacher_width: numbers in a state of the teacher.
+        target_width: numbers that the teacher gives a loss for a state: as many, or the rank of a bridge.
+        bridge_bytes: a bridge's projectors.
+        moment_bytes: what fitting a bridge takes on the device, before the optimizer has a state.
     """
 
-    dtype: torch.dtype
-    master_dtype: torch.dtype
-    world_size: int
+    settings: OPRDSettings
+    ranks: Ranks
     sharded: bool
     trains_head: bool
-    reshard_after_forward: bool
-    activation_checkpointing: int
-    sync_every_micro_batch: bool
     rows: int
     row_tokens: int
     selected: int
@@ -63,14 +64,12 @@ class Plan:
     micro_batches: int
     logit_bytes: int
     rollout_bytes: int
+    engine_bytes: int
     optimizer_bytes: float | None
     teacher_bytes: int
+    whole_teacher_bytes: int
     teacher_width: int
     target_width: int
-    reduction_copies: int = 0
-    cpu_offload: bool = False
-    whole_teacher_bytes: int = 0
-    engine_bytes: int = 0
     bridge_bytes: int = 0
     moment_bytes: int = 0
 
@@ -120,8 +119,8 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
         build: builds the student, to see what its backward pass keeps.
         plan: of the run.
     """
-    compute, master = plan.dtype.itemsize, plan.master_dtype.itemsize
-    ranks = plan.world_size
+    s, ranks = plan.settings, plan.ranks.world_size
+    compute, master = s.torch_dtype.itemsize, s.torch_master_dtype.itemsize
     trained, frozen = _count(student.parameters(), True), _count(student.parameters(), False)
     resident = trained * master + frozen * compute
     optimizer = int(trained * (plan.optimizer_bytes or 0))
@@ -149,13 +148,13 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
             checkpoint=trained * master + optimizer,
         )
     held = sum(ends) if plan.trains_head else 0
-    passing = held + (2 * max(blocks) if plan.reshard_after_forward else sum(blocks))
+    passing = held + (2 * max(blocks) if s.fsdp_reshard_after_forward else sum(blocks))
     sampling = max(2 * max(ends), sum(blocks) + sum(ends)) + plan.rollout_bytes
     if plan.whole_teacher_bytes:
         sampling = max(sampling, plan.whole_teacher_bytes + plan.rollout_bytes)
     checkpoint = (trained * master + optimizer) // ranks
     shards = (resident + trained * master + optimizer) // ranks
-    on_device = 0 if plan.cpu_offload else 1
+    on_device = 0 if s.fsdp_cpu_offload else 1
     return Memory(
         student=on_device * resident // ranks + _buffers(student),
         optimizer=on_device * optimizer // ranks,
@@ -166,7 +165,7 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
         fitting=_fitting(plan, sampling),
         training=max(passing + working, held + _reduction(student, plan)),
         gradients=on_device * trained * master // ranks,
-        cpu=checkpoint + (shards if plan.cpu_offload else 0),
+        cpu=checkpoint + (shards if s.fsdp_cpu_offload else 0),
         checkpoint=checkpoint,
     )
 
@@ -175,7 +174,7 @@ def _fitting(plan: Plan, sampling: int) -> int:
     """Moments, and the largest of what samples, or holds a microbatch's whole states of the teacher."""
     if not plan.moment_bytes:
         return 0
-    states = plan.tapped * plan.selected * plan.dtype.itemsize * plan.teacher_width
+    states = plan.tapped * plan.selected * plan.settings.torch_dtype.itemsize * plan.teacher_width
     return plan.moment_bytes + max(sampling, states)
 
 
@@ -217,16 +216,16 @@ def _reduction(student: TransformerDecoder, plan: Plan) -> int:
     """Gradients at the moment when the largest group of them is averaged: the others, and its buffers."""
     groups = [_count(module.parameters(), True) for module in (*student.layers, *_ends(student))]
     largest = max(groups)
-    compute, master = plan.dtype.itemsize, plan.master_dtype.itemsize
-    others = (sum(groups) - largest) * master // plan.world_size
+    s, ranks = plan.settings, plan.ranks
+    compute, master = s.torch_dtype.itemsize, s.torch_master_dtype.itemsize
+    others = (sum(groups) - largest) * master // ranks.world_size
     kept = 0
-    if plan.micro_batches > 1 and not plan.sync_every_micro_batch:  # accumulated whole until the last microbatch
+    if plan.micro_batches > 1 and not s.sync_every_micro_batch:  # accumulated whole until the last microbatch
         kept = sum(groups) * _REDUCED
     elif plan.micro_batches > 1:
-        others += largest * master // plan.world_size
-    reducing = (1 + plan.reduction_copies) * _REDUCED * largest + max(
-        compute * largest, _REDUCED * largest // plan.world_size
-    )
+        others += largest * master // ranks.world_size
+    copies = _GLOO_COPIES if ranks.device.type == "cpu" and ranks.world_size > 1 else 0
+    reducing = (1 + copies) * _REDUCED * largest + max(compute * largest, _REDUCED * largest // ranks.world_size)
     return others + kept + reducing
 
 
@@ -236,7 +235,7 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
     One block runs on tensors without data, and what it would save is counted. A block that is recomputed keeps its
     input alone, but for one at a time all of it.
     """
-    with FakeTensorMode(), torch.device("cpu"), set_default_dtype(plan.dtype):
+    with FakeTensorMode(), torch.device("cpu"), set_default_dtype(plan.settings.torch_dtype):
         model = build()
         block = model.layers[0]
         known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
@@ -250,6 +249,7 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
 
         with saved_tensors_hooks(count, lambda tensor: tensor):
             block(torch.empty(plan.rows, plan.row_tokens, width, requires_grad=True))
-    one, inputs = sum(saved.values()), plan.rows * plan.row_tokens * width * plan.dtype.itemsize
-    recomputed = blocks // plan.activation_checkpointing if plan.activation_checkpointing else 0
+    one, inputs = sum(saved.values()), plan.rows * plan.row_tokens * width * plan.settings.torch_dtype.itemsize
+    every = int(plan.settings.activation_checkpointing)
+    recomputed = blocks // every if every else 0
     return (blocks - recomputed) * one + recomputed * inputs + (one if recomputed else 0)

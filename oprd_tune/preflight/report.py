@@ -26,10 +26,9 @@ from oprd_tune.protocols import RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.torchtune_compat import folder_of
-from oprd_tune.training.student import choose_sharding, freeze, master_dtype_of, torch_dtype
+from oprd_tune.training.student import choose_sharding, freeze
 
 _GIB = 2**30
-_GLOO_COPIES = 2  # of a gradient that it averages, measured; NCCL makes none
 
 
 def preflight(
@@ -72,7 +71,7 @@ def preflight(
             *_describe_batch(s, data, ranks),
             *_describe_bridge(bridge, pair, ranks),
             *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
-            ("disk", _describe_disk(s, student, memory, ranks, plan.dtype)),
+            ("disk", _describe_disk(s, student, memory, ranks)),
         ]
         wide = max(len(name) for name, _ in rows)
         print("\n" + "\n".join(f"  {name:<{wide}}  {text}" for name, text in rows) + "\n")
@@ -94,27 +93,23 @@ def _plan(
     teacher: TransformerDecoder,
 ) -> Plan:
     """What each part says it needs."""
-    ranks, dtype, token_losses = data.ranks, torch_dtype(s.dtype), list(loss.token_losses.values())
+    ranks, token_losses = data.ranks, list(loss.token_losses.values())
     longest = s.max_prompt_tokens + s.max_new_tokens
     rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
     rows_at_once = min(rows, max(1, s.tokens_per_micro_batch // longest))
     tapped = len(pair.layers) if loss.hidden is not None else 0
     most_states = StateSelector(s.positions, s.positions_k, s.anchor).most(s.max_new_tokens)
-    held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=dtype)
+    held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=s.torch_dtype)
     if data.task_accuracy is not None:
-        sampling = max(sampling, data.task_accuracy.memory_bytes(student, dtype))
+        sampling = max(sampling, data.task_accuracy.memory_bytes(student, s.torch_dtype))
     sizes = _bridge_sizes(pair)
     fitted_here = bridge is not None and torch.device(bridge.moments_device or ranks.device).type == ranks.device.type
     teacher_bytes, whole_teacher_bytes = _teacher_bytes(s, pair, data, loss, bridge, teacher)
     return Plan(
-        dtype=dtype,
-        master_dtype=master_dtype_of(s),
-        world_size=ranks.world_size,
+        settings=s,
+        ranks=ranks,
         sharded=choose_sharding(s, ranks) is not None,
         trains_head=bool(token_losses),
-        reshard_after_forward=s.fsdp_reshard_after_forward,
-        activation_checkpointing=int(s.activation_checkpointing),
-        sync_every_micro_batch=s.sync_every_micro_batch,
         rows=rows_at_once,
         row_tokens=longest,
         selected=rows_at_once * (most_states if tapped else s.max_new_tokens),
@@ -123,13 +118,11 @@ def _plan(
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=sampling,
         engine_bytes=held,
-        optimizer_bytes=optimizer_bytes(parts.optimizer, master_dtype_of(s), ranks.device),
+        optimizer_bytes=optimizer_bytes(parts.optimizer, s.torch_master_dtype, ranks.device),
         teacher_bytes=teacher_bytes,
         whole_teacher_bytes=whole_teacher_bytes,
         teacher_width=pair.teacher_width,
         target_width=pair.teacher_width if bridge is None else bridge.rank,
-        reduction_copies=_GLOO_COPIES if ranks.device.type == "cpu" and ranks.world_size > 1 else 0,
-        cpu_offload=s.fsdp_cpu_offload,
         bridge_bytes=0 if bridge is None else bridge.projector_bytes(*sizes),
         moment_bytes=bridge.moment_bytes(*sizes) if bridge is not None and fitted_here else 0,
     )
@@ -147,7 +140,7 @@ def _teacher_bytes(
     keeps_head = bool(loss.token_losses)
     top = (None if keeps_head else pair.teacher_top(bridge)) or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
-    dtype = torch_dtype(s.dtype)
+    dtype = s.torch_dtype
     kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=dtype)
     if not plan.sharded or not s.evaluate_teacher or data.teacher_accuracy is None:
         return kept, 0
@@ -245,11 +238,9 @@ def _free_bytes(ranks: Ranks) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 // here
 
 
-def _describe_disk(
-    s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks, dtype: torch.dtype
-) -> str:
+def _describe_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> str:
     checkpoint = memory.checkpoint * ranks.world_size
-    export = sum(p.numel() for p in student.parameters()) * dtype.itemsize
+    export = sum(p.numel() for p in student.parameters()) * s.torch_dtype.itemsize
     needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export  # one more while it is written; final, best, old best
     free = shutil.disk_usage(s.output_dir).free
     text = f"up to {_size(needed)} of {_size(free)} free; a checkpoint takes {_size(checkpoint)}"

@@ -24,10 +24,10 @@ from torchtune.modules.peft import set_trainable_params
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
 
 from oprd_tune.config import Component
+from oprd_tune.config.settings import DTYPES
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
 from oprd_tune.modeling.weights import build_on_meta, load_weights
-from oprd_tune.training.student import torch_dtype
 
 STAGED = ".staged-"
 _REPLACED = ".replaced-"
@@ -108,14 +108,14 @@ def export_checkpoint(checkpoint: str, target: str) -> Path:
     record: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     make_checkpointer = Component.find("checkpointer", record["checkpointer"])
     build = Component.find("model", record["model"])
-    dtype = torch_dtype(record.get("dtype", "bf16"))
+    dtype = DTYPES[record.get("dtype", "bf16")]
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     with tempfile.TemporaryDirectory() as scratch, quiet():
         files = make_checkpointer(output_dir=scratch)
         model = build_on_meta(build)
         if adapters := adapter_names(model):
             set_trainable_params(model, adapters)
-        trained = torch_dtype(record.get("master_dtype") or record.get("dtype", "bf16"))
+        trained = DTYPES[record.get("master_dtype") or record.get("dtype", "bf16")]
         load_weights(model, files, dtype=dtype, device=torch.device("cpu"), trained_dtype=trained)
         weights = get_model_state_dict(model)
         own = {name: weight for name, weight in weights.items() if f"model.{name}" in saved}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.evaluation.texts import samples_as_markdown
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
@@ -20,10 +21,8 @@ class Journal:
     """Collects what happens and hands it to the logger, the progress bar and the run's folder.
 
     Args:
-        folder: the run's.
+        settings: of the run.
         ranks: the processes of the run; the first one logs, prints and writes.
-        log_every_n_steps: scalars.
-        log_samples_every_n_steps: prompts and responses as text, where the logger takes text.
 
     Attributes:
         history: the course of the run; saved and resumed with it.
@@ -31,9 +30,10 @@ class Journal:
         logged: the last finished step's metrics.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, log_every_n_steps: int, log_samples_every_n_steps: int) -> None:
-        self._folder, self._ranks, self._device = folder, ranks, ranks.device
-        self._log_every_n_steps, self._log_samples_every_n_steps = log_every_n_steps, log_samples_every_n_steps
+    def __init__(self, settings: OPRDSettings, ranks: Ranks) -> None:
+        self._folder, self._ranks, self._device = Path(settings.output_dir), ranks, ranks.device
+        self._log_every_n_steps = settings.log_every_n_steps
+        self._log_samples_every_n_steps = settings.log_samples_every_n_steps
         self.history = History()
         self.phase = PhaseTimer(ranks.device)
         self.logged: dict[str, float] = {}

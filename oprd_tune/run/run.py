@@ -23,7 +23,7 @@ from oprd_tune.run.folder import RunFolder, load_checkpoint, read_config
 from oprd_tune.run.journal import Journal
 from oprd_tune.run.launch import StopSignals
 from oprd_tune.teacher import TeacherPlan
-from oprd_tune.training.student import Student, torch_dtype
+from oprd_tune.training.student import Student
 
 _QUANTISATION_PROMPTS = 8  # that the error of quantisation is measured on
 
@@ -57,14 +57,10 @@ class Run:
         s = settings
         self._settings, self._ranks, self._recipe = s, ranks, recipe
         self._folder = RunFolder(s.output_dir, s.keep_checkpoints, ranks)
-        self.journal = Journal(
-            self._folder.path,
-            ranks,
-            log_every_n_steps=s.log_every_n_steps,
-            log_samples_every_n_steps=s.log_samples_every_n_steps,
-        )
+        self.journal = Journal(s, ranks)
         self.phase = self.journal.phase
         self.step = 0
+        self._has_begun = False
         self.checkpoint = self._folder.check(resume=s.resume)
         saved = None if self.checkpoint is None else read_config(self.checkpoint)
         engine = None if saved is None else saved["rollout"]["_component_"]
@@ -93,7 +89,7 @@ class Run:
         teacher, errors = TeacherPlan(s.teacher_placement, s.teacher_quantization, self._ranks).load(
             self.parts.teacher_model,
             pair.teacher_files,
-            dtype=torch_dtype(s.dtype),
+            dtype=s.torch_dtype,
             top=top if measure is None else None,
             prompts=data.prompts.at(range(_QUANTISATION_PROMPTS)).as_teacher_reads,
         )
@@ -111,7 +107,7 @@ class Run:
             engine: closed at the end.
             stateful: what else a checkpoint has to remember: objects with `state_dict` and `load_state_dict`, by name.
         """
-        self._student, self._data, self._engine = student, data, engine
+        self._student, self._data, self._engine, self._has_begun = student, data, engine, True
         self._stateful = {
             "history": self.journal.history,
             "drift": student.drift,
@@ -202,8 +198,9 @@ class Run:
             self._export("best")
 
     def _save(self) -> None:
-        self._folder.save(self.step, self._student.model, self._student.optimizer, self._stateful)
+        if self._has_begun:  # else nothing has been learned yet
+            self._folder.save(self.step, self._student.model, self._student.optimizer, self._stateful)
 
     def _export(self, name: str) -> Path:
-        dtype = torch_dtype(self._settings.dtype)
+        dtype = self._settings.torch_dtype
         return self._folder.export(name, self._student.model, self.parts.checkpointer.plainly, dtype=dtype)

@@ -112,6 +112,7 @@ class _Fit:
     ranks: Ranks
 
     def find_or_make(self, plan: BridgePlan, folder: Path) -> Bridge:
+        """The bridge of the run in `folder`, shown and saved."""
         own, device = folder / FILE, self.ranks.device
         belongs = self.belonging()
         if there := self.settings.resume and own.is_file():

@@ -8,7 +8,7 @@ from oprd_tune.config import OPRDSettings
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import Policy, RolloutEngine
-from oprd_tune.training.student import Student, torch_dtype
+from oprd_tune.training.student import Student
 from oprd_tune.types import SamplingRequest
 
 _SCRATCH = "sampler"  # what servers start from and log, within the run's folder
@@ -31,7 +31,7 @@ def start_engine(
     policy = Policy(
         model=student.model,
         files=pair.student_files,
-        dtype=torch_dtype(s.dtype),
+        dtype=s.torch_dtype,
         vocabulary=pair.vocabulary,
         ranks=data.ranks,
         folder=Path(s.output_dir) / _SCRATCH,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import set_trainable_params
 from torchtune.modules.tied_linear import TiedLinear
@@ -28,70 +26,46 @@ from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
 
 
 def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
-    """How to spread the student over processes.
+    """How to spread the student over processes; None if this process holds it whole.
 
-    One process holds it whole, without FSDP2, its gathered copies and a process group, unless a setting needs FSDP2:
+    One process needs no FSDP2, which would gather a second copy, and no process group, unless a setting takes FSDP2:
     `fsdp_cpu_offload`, or `master_dtype` beside another `dtype`.
-
-    Args:
-        settings: of the run.
-        ranks: its processes.
 
     Raises:
         ConfigError: if shards cannot be offloaded here.
     """
     s = settings
-    dtype = torch_dtype(s.dtype)
-    if ranks.world_size == 1 and not s.fsdp_cpu_offload and master_dtype_of(s) == dtype:
+    if ranks.world_size == 1 and not s.fsdp_cpu_offload and s.torch_master_dtype == s.torch_dtype:
         return None
     return Sharding(
         ranks,
-        compute_dtype=dtype,
+        compute_dtype=s.torch_dtype,
         reshard_after_forward=s.fsdp_reshard_after_forward,
         cpu_offload=s.fsdp_cpu_offload,
     )
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """`bf16` or `fp32` as torch has it."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def master_dtype_of(settings: OPRDSettings) -> torch.dtype:
-    """What trained parameters and the optimizer's state are kept in."""
-    return torch_dtype(settings.master_dtype or settings.dtype)
-
-
-@dataclass
 class Student:
-    """The student as it trains.
+    """The student as it trains. Constructing it loads the weights.
+
+    Args:
+        parts: model, optimizer and schedule.
+        settings: of the run.
+        files: the checkpointer of the weights.
+        ranks: the processes of the run.
+        top: the highest layer that a loss reads, from 1.
+        trains_head: whether a loss reaches the LM head.
 
     Attributes:
-        model: in eval or training mode, sharded or whole.
-        optimizer: over `trainable`.
+        model: sharded or whole.
+        optimizer: over the parameters that train.
         lr_scheduler: advanced once a step; None keeps the rate.
-        trainable: the parameters that train.
-        ranks: the processes that share the work.
-        clip_grad_norm: the largest norm of a gradient; None for any.
-        sync_every_micro_batch: average gradients over processes after each microbatch, not once a step.
         guard: refuses updates that are not finite.
         drift: of a head that is tied to the embedding.
     """
 
-    model: TransformerDecoder
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler | None
-    trainable: Sequence[nn.Parameter]
-    ranks: Ranks
-    clip_grad_norm: float | None
-    sync_every_micro_batch: bool
-    guard: FiniteGuard
-    drift: TiedHeadDrift
-    _loss_P: Tensor | None = field(default=None, init=False)
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         parts: Parts,
         settings: OPRDSettings,
         files: FullModelHFCheckpointer,
@@ -99,35 +73,18 @@ class Student:
         *,
         top: int,
         trains_head: bool,
-    ) -> Student:
-        """Load the weights and construct what trains them.
-
-        Args:
-            parts: model, optimizer and schedule.
-            settings: of the run.
-            files: the checkpointer of the weights.
-            ranks: the processes of the run.
-            top: the highest layer that a loss reads, from 1.
-            trains_head: whether a loss reaches the LM head.
-        """
-        s = settings
-        sharding = choose_sharding(s, ranks)
-        model = load_student(
+    ) -> None:
+        s, sharding = settings, choose_sharding(settings, ranks)
+        self.model = load_student(
             parts.model, files, s, top=top, trains_head=trains_head, device=ranks.device, sharding=sharding
         )
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = parts.optimizer(trainable)
-        return cls(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=construct(parts.lr_scheduler, optimizer, num_training_steps=s.max_steps),
-            trainable=trainable,
-            ranks=ranks,
-            clip_grad_norm=s.clip_grad_norm,
-            sync_every_micro_batch=s.sync_every_micro_batch,
-            guard=FiniteGuard(s.max_nonfinite_steps),
-            drift=TiedHeadDrift(model, ranks),
-        )
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer: Optimizer = parts.optimizer(self._trainable)
+        self.lr_scheduler = construct(parts.lr_scheduler, self.optimizer, num_training_steps=s.max_steps)
+        self.guard = FiniteGuard(s.max_nonfinite_steps)
+        self.drift = TiedHeadDrift(self.model, ranks)
+        self._ranks, self._settings = ranks, s
+        self._loss_P: Tensor | None = None
 
     def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
@@ -137,8 +94,8 @@ class Student:
             count_P: N of the whole step, over all microbatches and ranks; of each part.
             last: whether it is the step's last microbatch, after which gradients are averaged over processes.
         """
-        sync_gradients(self.model, self.sync_every_micro_batch or last)
-        backward(sum_P, count_P, world_size=self.ranks.world_size)
+        sync_gradients(self.model, self._settings.sync_every_micro_batch or last)
+        backward(sum_P, count_P, world_size=self._ranks.world_size)
         share_P = sum_P.detach() / count_P
         self._loss_P = share_P if self._loss_P is None else self._loss_P + share_P
 
@@ -157,10 +114,10 @@ class Student:
             FloatingPointError: if too many steps in a row were not finite.
         """
         assert self._loss_P is not None
-        parts = self.ranks.total(self._loss_P.flatten().tolist())
+        parts = self._ranks.total(self._loss_P.flatten().tolist())
         self._loss_P = None
         loss = torch.tensor(parts, dtype=torch.float32).sum().item()
-        grad_norm = clip_gradients(self.trainable, self.clip_grad_norm)
+        grad_norm = clip_gradients(self._trainable, self._settings.clip_grad_norm)
         finite = self.guard.allows(step, loss=loss, grad_norm=grad_norm)
         if finite:
             self.optimizer.step()
@@ -191,16 +148,16 @@ def load_student(
     device: torch.device,
     sharding: Sharding | None = None,
 ) -> TransformerDecoder:
-    """Load a student, ready to train. What stays frozen is told to the user.
+    """Load a student's model, ready to train. What stays frozen is told to the user.
 
     Args:
         build: builds it; with LoRA or DoRA, only the adapters train.
         files: the checkpointer of its weights.
         settings: precision, what is frozen, recomputed and compiled, and the seed of adapters' first values.
-        top: the highest tapped layer, from 1.
-        trains_head: whether the loss reaches the LM head. A tied head is its embedding and trains with it.
+        top: the highest layer that a loss reads, from 1.
+        trains_head: whether a loss reaches the LM head. A tied head is its embedding and trains with it.
         device: where it goes.
-        sharding: how to spread it over ranks, each block as soon as it is loaded; None leaves it whole.
+        sharding: spreads each block over ranks as soon as it is loaded; None leaves the model whole.
     """
     s, every = settings, settings.activation_checkpointing
     model = build_on_meta(build)
@@ -223,7 +180,7 @@ def load_student(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(s.seed)
-        precision = {"dtype": torch_dtype(s.dtype), "trained_dtype": master_dtype_of(s)}
+        precision = {"dtype": s.torch_dtype, "trained_dtype": s.torch_master_dtype}
         load_weights(model, files, device=device, on_block=prepare, **precision)
     if sharding is not None:
         sharding.rest(model, gathered_head=trains_head)

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses import BridgedMSE, Composite, FullReverseKL, HiddenStateMSE, SampledReverseKL, TopKReverseKL
+from oprd_tune.losses import (
+    BridgedMSE,
+    Composite,
+    FullReverseKL,
+    HiddenStateMSE,
+    PerTokenLoss,
+    SampledReverseKL,
+    TopKReverseKL,
+)
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
 from oprd_tune.losses.masking import StateSelector, response_tokens
@@ -18,6 +26,7 @@ from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
 from oprd_tune.types import LayerPair, Rollout
 from tests.conftest import DEPTH, VOCAB, WIDTH, make_model
+from tests.losses.token_losses import forward_kl
 from tests.modeling.bridges import make_bridge
 
 PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
@@ -55,7 +64,11 @@ def gradients(loss, *, tied=True, positions="all", pairs=PAIRS, bridge=None):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("token_loss", [FullReverseKL(), TopKReverseKL(k=4)], ids=["full", "top-k"])
+@pytest.mark.parametrize(
+    "token_loss",
+    [FullReverseKL(), TopKReverseKL(k=4), PerTokenLoss(per_token=forward_kl)],
+    ids=["full", "top-k", "forward"],
+)
 def test_gradients_are_those_of_ordinary_autograd_on_the_whole_model(token_loss, tied):
     """Tied embeddings included: they get gradient from both ends."""
     got, _, _ = gradients(as_composite(token_loss), tied=tied)
@@ -67,6 +80,8 @@ def test_gradients_are_those_of_ordinary_autograd_on_the_whole_model(token_loss,
     if isinstance(token_loss, TopKReverseKL):
         ids = log_p.topk(4).indices
         log_p, log_q = log_p.gather(1, ids).log_softmax(-1), log_q.gather(1, ids).log_softmax(-1)
+    if isinstance(token_loss, PerTokenLoss):
+        log_p, log_q = log_q, log_p
     (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-7)
@@ -162,14 +177,20 @@ def test_wants_as_many_of_the_sampler_s_tokens_as_its_hungriest_part():
     ("make", "message"),
     [
         (lambda: Composite({}), "loss.parts is empty"),
-        (lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}), "loss.weights.a is -1.0; it must be a number that is not neg"),
+        (
+            lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}),
+            "loss.weights.a is -1.0; it must be a number that is not neg",
+        ),
         (lambda: Composite({"a": FullReverseKL()}, {"b": 1.0}), "loss.weights names b; the parts are a"),
         (lambda: Composite({"a": 3}), "loss.parts.a is no loss but 3"),
         (lambda: Composite({"top-k": FullReverseKL()}), "loss.parts has 'top-k'; a name is letters, digits and _"),
         (lambda: Composite({"total": FullReverseKL()}), "and not `total`"),
         (lambda: Composite({"a": HiddenStateMSE(), "b": HiddenStateMSE()}), "more than one loss on hidden states"),
         (lambda: Composite({"a": TopKReverseKL(k=16)}).check(8, NativeEngine()), "k is 16"),
-        (lambda: Composite({"a": SampledReverseKL()}).check(8, NativeEngine(temperature=0.5)), "rollout.temperature 0.5"),
+        (
+            lambda: Composite({"a": SampledReverseKL()}).check(8, NativeEngine(temperature=0.5)),
+            "rollout.temperature 0.5",
+        ),
     ],
 )
 def test_mistakes_are_explained(make, message):

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses.masking import count_selected, select_states
+from oprd_tune.losses.masking import StateSelector, select_states
+from oprd_tune.types import Reading, Rollout
 
 PROMPTS = [3, 1, 5, 2, 4]
 RESPONSES = [7, 1, 0, 50, 2]
@@ -13,6 +16,19 @@ def response_mask():
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         mask[row, prompt : prompt + response] = True
     return mask
+
+
+def rollout(mask):
+    rows = len(mask)
+    return Rollout(
+        tokens_BS=torch.zeros_like(mask, dtype=torch.long),
+        response_mask_BS=mask,
+        sampler_logprobs_BS=torch.zeros(mask.shape),
+        lengths_B=torch.full((rows,), mask.shape[1]),
+        truncated_B=torch.zeros(rows, dtype=torch.bool),
+        prompt_positions_B=torch.arange(rows),
+        policy_version=0,
+    )
 
 
 def expected_index(positions, k, shift):
@@ -36,7 +52,34 @@ def expected_index(positions, k, shift):
 def test_selects_tokens_by_position_and_shifts_their_states(positions, k, anchor, shift):
     selection = select_states(response_mask(), positions=positions, k=k, anchor=anchor)
     assert selection.index_T.tolist() == expected_index(positions, k, shift)
-    assert len(selection) == count_selected(response_mask(), positions=positions, k=k)
+    selected = StateSelector(positions, k, anchor)(rollout(response_mask()))
+    for name, value in vars(selection).items():
+        assert torch.equal(getattr(selected, name), value)
+    assert len(selected) == len(expected_index(positions, k, shift))
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("positions", ["all", "last", "first_k", "last_k"])
+def test_the_most_of_a_response_is_what_one_of_that_length_has_selected(positions, k):
+    select = StateSelector(positions, k)
+    for length in (1, 2, 3, 7, 49, 50, 51):
+        mask = torch.zeros(1, 60, dtype=torch.bool)
+        mask[:, 4 : 4 + length] = True
+        assert select.most(length) == len(select(rollout(mask)))
+
+
+def test_states_that_a_teacher_with_another_tokenizer_has_no_equal_of_are_left_out():
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 2:5] = mask[1, 3:6] = True
+    column_BS = torch.tensor([[-1, 3, -1, 4, 6, -1], [-1, -1, 2, 5, -1, 7]])
+    reading = Reading(torch.zeros(2, 9, dtype=torch.long), torch.tensor([7, 8]), column_BS)
+    read = replace(rollout(mask), reading=reading)
+    selection = StateSelector()(read)
+    assert selection.index_T.tolist() == [1, 3, 6 + 2, 6 + 3]
+    assert selection.teacher_index_T.tolist() == [3, 4, 9 + 2, 9 + 5]
+    assert selection.quarter_T.tolist() == [0, 2, 0, 1]
+    assert StateSelector("last", anchor="consume")(read).teacher_index_T.tolist() == [6, 9 + 7]
+    assert len(StateSelector("last")(read)) == 1
 
 
 def test_predict_takes_the_last_prompt_state_and_leaves_the_last_response_state():
@@ -63,12 +106,13 @@ def test_nothing_to_select_is_an_empty_selection():
     [
         ({"positions": "tail"}, "'tail'; allowed are all, last, first_k, last_k"),
         ({"positions": "last_k", "k": 0}, "positions_k is 0"),
+        ({"k": 2.5}, "positions_k is 2.5; it must be a whole number"),
         ({"anchor": "after"}, "'after'; allowed are predict, consume"),
     ],
 )
 def test_explains_what_is_allowed(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        select_states(response_mask(), **arguments)
+        StateSelector(**arguments)
 
 
 def test_refuses_a_response_that_nothing_predicts():

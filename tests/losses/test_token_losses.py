@@ -1,7 +1,7 @@
 """Output-space losses: values and gradients against their formulas, the exact identities, and what stays in memory."""
 
-import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from oprd_tune.losses import (
 from oprd_tune.losses.diagnostics import diagnose, evenly_spaced
 from oprd_tune.modeling.heads import Heads
 from oprd_tune.types import ResponseTokens
-from tests.losses.token_losses import LOSSES, TOP, Case, K, V, Weight, kl, on, plain_topk
+from tests.losses.token_losses import LOSSES, Case, K, V, Weight, kl, live_tensors, on, plain_topk
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -68,8 +68,8 @@ def test_neither_chunks_nor_microbatches_change_the_sum(name):
     half = len(case.tokens) // 2
     parts = 0.0
     for start, size in ((0, half), (half, len(case.tokens) - half)):
-        stream = make().stream(TOP, case.heads, case.teacher_TC[start : start + size], case.tokens.chunk(start, size))
-        parts = parts + stream(TOP, case.state_BSD)
+        stream = make().stream(case.heads, case.teacher_TC[start : start + size], case.tokens.chunk(start, size))
+        parts = parts + stream(*stream.layers, case.state_BSD)
     for g, w in zip(case.gradients(parts), whole, strict=True):
         torch.testing.assert_close(g, w, **EXACT)
 
@@ -118,7 +118,7 @@ def test_bf16_agrees_with_fp64_to_bf16_precision(name):
         assert (low - high).norm() / high.norm() < 2**-6
 
 
-@pytest.mark.parametrize("name", ["full", "sampled", "top-k student", "top-k detached"])
+@pytest.mark.parametrize("name", ["full", "sampled", "top-k student", "top-k detached", "a function"])
 def test_in_bf16_many_small_chunks_lose_nothing(name):
     """The head's gradient is summed in fp32: 400 chunks are as good as one."""
     make, _ = LOSSES[name]
@@ -133,7 +133,7 @@ def test_in_bf16_many_small_chunks_lose_nothing(name):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-@pytest.mark.parametrize("name", ["full", "top-k student"])
+@pytest.mark.parametrize("name", ["full", "top-k student", "a function"])
 def test_states_and_heads_may_differ_in_dtype(name, dtypes):
     make, _ = LOSSES[name]
     case, exact = Case(), Case()
@@ -241,20 +241,20 @@ def test_measures_what_the_formulas_say():
     ids = log_p.topk(K).indices
     mass_p, mass_q = (x.gather(1, ids).exp().sum() for x in (log_p, log_q))
     for name in ("full", "sampled", "vopd", "top-k detached"):
-        torch.testing.assert_close(case.stream(LOSSES[name][0]()).measures.sums["token/kl"], kl(log_p, log_q).sum())
-    top = case.stream(TopKReverseKL(k=K)).measures.sums
+        torch.testing.assert_close(case.stream(LOSSES[name][0]()).metrics._sums["token/kl"], kl(log_p, log_q).sum())
+    top = case.stream(TopKReverseKL(k=K)).metrics._sums
     torch.testing.assert_close(top["token/student_mass"], mass_p)
     torch.testing.assert_close(top["token/support_kl"], kl(*on(ids, log_p, log_q)).sum())
-    detached = case.stream(DetachedTopKReverseKL(k=K)).measures.sums
+    detached = case.stream(DetachedTopKReverseKL(k=K)).metrics._sums
     torch.testing.assert_close(detached["token/teacher_mass"], mass_q)
     teacher_ids = log_q.topk(K).indices
-    teacher = case.stream(TopKReverseKL(k=K, support="teacher")).measures.sums
+    teacher = case.stream(TopKReverseKL(k=K, support="teacher")).metrics._sums
     torch.testing.assert_close(teacher["token/teacher_mass"], log_q.gather(1, teacher_ids).exp().sum())
     both = torch.zeros_like(log_p, dtype=torch.bool).scatter_(1, ids, True).scatter_(1, teacher_ids, True)
-    union = case.stream(TopKReverseKL(k=K, support="union")).measures.sums
+    union = case.stream(TopKReverseKL(k=K, support="union")).metrics._sums
     torch.testing.assert_close(union["token/student_mass"], log_p.exp()[both].sum())
     torch.testing.assert_close(union["token/teacher_mass"], log_q.exp()[both].sum())
-    sampled = case.stream(SampledReverseKL()).measures.sums
+    sampled = case.stream(SampledReverseKL()).metrics._sums
     gap = log_p.gather(1, case.tokens.tokens_T[:, None]).squeeze(1) - case.tokens.sampler_logprobs_T
     torch.testing.assert_close(sampled["token/logprob_gap"], gap.abs().sum())
 
@@ -264,7 +264,7 @@ def test_diagnoses_exactly():
     log_p, log_q = (x.detach() for x in case.distributions())
     p, q = log_p.exp(), log_q.exp()
     state = case.state_BSD.detach().flatten(0, 1)[case.index_T]
-    sums = diagnose(state, case.teacher_TC, case.heads, k=K).sums
+    sums = diagnose(state, case.teacher_TC, case.heads, k=K)._sums
     ids, teacher_ids = log_p.topk(K).indices, log_q.topk(K).indices
     torch.testing.assert_close(sums["diagnostics/kl"], kl(log_p, log_q).sum())
     torch.testing.assert_close(sums["diagnostics/student_entropy"], -(p * log_p).sum())
@@ -291,30 +291,7 @@ def test_a_subsample_is_spread_evenly():
 # ---- memory ----
 
 
-def live_tensors(function, size):
-    """The largest tensor that any operation within `function` made, and how many of `size` elements lived at once."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest, at_once, references = 0, 0, []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            nonlocal largest, at_once, references
-            result = operation(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and not result._is_view():
-                largest = max(largest, result.numel())
-                references.append(weakref.ref(result))
-            references = [r for r in references if r() is not None]
-            storages = {r().untyped_storage().data_ptr() for r in references if r().numel() == size}
-            at_once = max(at_once, len(storages))
-            return result
-
-    with Watch():
-        function()
-    return largest, at_once
-
-
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"a function"}))
 def test_at_most_two_chunks_of_logits_live_and_nothing_of_tokens_times_vocabulary(name):
     make, _ = LOSSES[name]
     case, tokens, vocabulary, chunk = Case((4, 100), marked=1.0), 400, V, 50
@@ -334,7 +311,7 @@ def test_the_head_s_gradient_goes_straight_into_its_buffer():
     torch.testing.assert_close(buffer, 2 * once)
 
 
-@pytest.mark.parametrize("name", ["full", "top-k student"])
+@pytest.mark.parametrize("name", ["full", "top-k student", "a function"])
 def test_a_frozen_head_gets_no_gradient(name):
     case = Case()
     wanted = case.gradients(case.stream(LOSSES[name][0]()).total)[0].clone()
@@ -345,9 +322,10 @@ def test_a_frozen_head_gets_no_gradient(name):
 
 
 def test_the_loss_that_the_docs_show_how_to_write_is_right():
-    page = (Path(__file__).parents[2] / "docs" / "opd_topk_single_device.md").read_text()
+    pages = [page.read_text() for page in (Path(__file__).parents[2] / "docs").glob("*.md")]
+    (code,) = [part.split("```")[0] for page in pages for part in page.split("```python") if "class ForwardKL" in part]
     namespace = {}
-    exec(page.split("```python")[1].split("```")[0], namespace)
+    exec(code, namespace)
     case = Case()
     log_p, log_q = case.distributions()
     expected = kl(log_q, log_p).sum()
@@ -360,7 +338,7 @@ def test_the_loss_that_the_docs_show_how_to_write_is_right():
 
 # ---- mistakes ----
 
-ON_POLICY = {"vocabulary": V, "sampler_temperature": 1.0, "sampler_is_student": True}
+ON_POLICY = {"vocabulary": V, "engine": SimpleNamespace(temperature=1.0, samples_with_student=True)}
 
 
 @pytest.mark.parametrize(
@@ -370,8 +348,8 @@ ON_POLICY = {"vocabulary": V, "sampler_temperature": 1.0, "sampler_is_student": 
         (lambda: TopKReverseKL(support="both"), "allowed are student, teacher, union, sampler"),
         (lambda: DetachedTopKReverseKL(k=0), "k is 0; it must be a whole number, at least 2"),
         (lambda: ControlVariateReverseKL(baseline_k=1), "baseline_k is 1"),
-        (lambda: SampledReverseKL(reward_clip=0), "reward_clip is 0; give a positive number"),
-        (lambda: FullReverseKL(teacher_temperature=0), "teacher_temperature is 0; it must be positive"),
+        (lambda: SampledReverseKL(reward_clip=0), "reward_clip is 0; it must be a positive number"),
+        (lambda: FullReverseKL(teacher_temperature=0), "teacher_temperature is 0; it must be a positive number"),
         (lambda: FullReverseKL(chunk_tokens=0), "chunk_tokens is 0"),
         (lambda: FullReverseKL(chunk_tokens=1.5), "chunk_tokens is 1.5; it must be a whole number"),
         (lambda: TopKReverseKL(k=2.5), "k is 2.5; it must be a whole number"),
@@ -382,7 +360,7 @@ ON_POLICY = {"vocabulary": V, "sampler_temperature": 1.0, "sampler_is_student": 
         (lambda: SampledReverseKL(importance_ratio_cap=2.0).check(**ON_POLICY), "set it to null"),
         (
             lambda: SampledReverseKL(importance_ratio_cap=2.0, student_temperature=0.7).check(
-                vocabulary=V, sampler_temperature=0.7, sampler_is_student=False
+                V, SimpleNamespace(temperature=0.7, samples_with_student=False)
             ),
             "needs rollout.temperature 1",
         ),

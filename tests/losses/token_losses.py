@@ -1,11 +1,16 @@
 """Fixtures for the output-space losses: two heads on random states, and every loss beside its formula written out."""
 
+import weakref
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from oprd_tune.losses import (
     ControlVariateReverseKL,
     DetachedTopKReverseKL,
     FullReverseKL,
+    PerTokenLoss,
     SampledReverseKL,
     TopKReverseKL,
 )
@@ -18,6 +23,8 @@ TOP = 4
 
 class Weight:
     """Stands where an LMHead does."""
+
+    layer = TOP
 
     def __init__(self, weight_VD):
         self.weight_VD = weight_VD
@@ -46,7 +53,7 @@ class Case:
         )
 
     def stream(self, loss, tokens=None):
-        stream = loss.stream(TOP, self.heads, self.teacher_TC, tokens or self.tokens)
+        stream = loss.stream(self.heads, self.teacher_TC, tokens or self.tokens)
         stream(TOP, self.state_BSD)
         return stream
 
@@ -75,6 +82,14 @@ def on(ids, log_p, log_q):
 
 def plain_full(loss, log_p, log_q, tokens):
     return kl(log_p, log_q).sum()
+
+
+def forward_kl(log_p, log_q):
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def plain_forward(loss, log_p, log_q, tokens):
+    return kl(log_q, log_p).sum()
 
 
 def plain_sampled(loss, log_p, log_q, tokens):
@@ -117,6 +132,28 @@ def plain_detached(loss, log_p, log_q, tokens):
     return -(weight * log_p_on).sum()
 
 
+def live_tensors(function, size):
+    """The largest tensor that any operation within `function` made, and how many of `size` elements lived at once."""
+    largest, at_once, references = 0, 0, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal largest, at_once, references
+            result = operation(*args, **(kwargs or {}))
+            made = [r for r in tree_leaves(result) if isinstance(r, torch.Tensor) and not r._is_view()]
+            largest = max([largest, *(r.numel() for r in made)])
+            references += map(weakref.ref, made)
+            del made
+            references = [r for r in references if r() is not None]
+            storages = {r().untyped_storage().data_ptr() for r in references if r().numel() == size}
+            at_once = max(at_once, len(storages))
+            return result
+
+    with Watch():
+        function()
+    return largest, at_once
+
+
 # Name -> how to make the loss from further arguments, its formula.
 LOSSES = {
     "full": (FullReverseKL, plain_full),
@@ -130,4 +167,5 @@ LOSSES = {
     "top-k teacher": (lambda **k: TopKReverseKL(k=K, support="teacher", **k), plain_topk),
     "top-k union": (lambda **k: TopKReverseKL(k=K, support="union", **k), plain_topk),
     "top-k detached": (lambda **k: DetachedTopKReverseKL(k=K, **k), plain_detached),
+    "a function": (lambda **k: PerTokenLoss(per_token=forward_kl, **k), plain_forward),
 }

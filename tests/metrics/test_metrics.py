@@ -4,31 +4,63 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oprd_tune.metrics.buffer import MetricBuffer
 
 from oprd_tune.metrics import TensorBoardLogger
 from oprd_tune.metrics.history import History
-from oprd_tune.metrics.names import METRICS, check_names
+from oprd_tune.metrics.names import METRICS
+from oprd_tune.metrics.step import Metrics, StepResult, rollout_metrics, speed_metrics
 from oprd_tune.ranks import Ranks
-from oprd_tune.types import LogprobGap
+from oprd_tune.types import LogprobGap, Reading
 from tests.losses.test_composite import rollout
 
 
-def test_buffer_divides_sums_once_and_empties():
-    buffer = MetricBuffer()
-    buffer.add("rollout/entropy", torch.tensor(3.0), 2)
-    buffer.add("rollout/entropy", torch.tensor(5.0), 6)
-    buffer.add("positions/cosine_quarter_2", torch.tensor(0.0), 0)
-    buffer.set("optimizer/lr", 0.5)
-    assert buffer.finish(Ranks()) == {"rollout/entropy": 1.0, "optimizer/lr": 0.5}
-    assert buffer.finish(Ranks()) == {}
+def test_sums_are_divided_once():
+    metrics = Metrics()
+    metrics.add("rollout/entropy", torch.tensor(3.0), 2)
+    metrics.add("rollout/entropy", torch.tensor(5.0), 6)
+    metrics.add("positions/cosine_quarter_2", torch.tensor(0.0), 0)
+    metrics.set("optimizer/lr", 0.5)
+    assert metrics.reduce(Ranks()) == {"rollout/entropy": 1.0, "optimizer/lr": 0.5}
+    assert metrics.reduce(Ranks()) == {"rollout/entropy": 1.0, "optimizer/lr": 0.5}
+    assert Metrics().reduce(Ranks()) == {}
 
 
-def test_a_metric_that_is_not_described_cannot_be_logged():
-    check_names(["layers/mse_07", "time/rollout", "positions/cosine_quarter_4"])
-    check_names(["loss/opd", "token/kl", "token/opd/kl"])
-    with pytest.raises(KeyError, match="loss/of/kl"):
-        check_names(["loss/of/kl"])
+def test_any_name_may_be_logged_and_sums_and_counts_may_be_tensors_or_numbers():
+    metrics = Metrics()
+    for total, count in ((1.5, torch.tensor(2)), (torch.tensor(2, dtype=torch.int32), 1.0), (0.5, 1)):
+        metrics.add("my/own mean, of ‖x‖", total, count)
+    metrics.set("", 1)
+    assert metrics.reduce(Ranks()) == {"my/own mean, of ‖x‖": 1.0, "": 1}
+
+
+def test_tokens_add_up_in_fp64_without_their_graph():
+    metrics, value_T = Metrics(), torch.full((3,), 0.1, dtype=torch.bfloat16, requires_grad=True)
+    metrics.add_each("a", 1e8 + torch.arange(2, dtype=torch.float32))
+    metrics.add_each("a", value_T * 2)
+    metrics.add_each("a", torch.zeros(0))
+    metrics.add("b", value_T.sum(), 3)
+    assert metrics.reduce(Ranks())["a"] == pytest.approx((2e8 + 3 * 0.2001953125) / 5, rel=1e-15)
+    assert not any(total.requires_grad for total in metrics._sums.values())
+
+
+def test_merging_adds_sums_and_takes_over_values():
+    one, other = Metrics(), Metrics()
+    one.add("a", 1.0, 1)
+    one.set("c", 1.0)
+    other.add("a", 5.0, 2)
+    other.add("b", 3.0, 2)
+    other.set("c", 2.0)
+    one.merge(other)
+    one.merge(other, lambda name: f"twice/{name}")
+    twice = {"twice/a": 2.5, "twice/b": 1.5, "twice/c": 2.0}
+    assert one.reduce(Ranks()) == {"a": 2.0, "b": 1.5, "c": 2.0, **twice}
+    assert other.reduce(Ranks()) == {"a": 2.5, "b": 1.5, "c": 2.0}
+    one.merge(other, lambda name: "a")
+    assert one.reduce(Ranks())["a"] == 2.0  # the value is what counts
+    assert StepResult(None, rollout()).metrics is not StepResult(None, rollout()).metrics
+
+
+def test_every_metric_is_described_once():
     assert len({m.name for m in METRICS}) == len(METRICS)
 
 
@@ -52,13 +84,36 @@ def test_the_best_is_the_first_most_accurate_or_else_the_least_perplexed():
     assert history.best["step"] == 0
 
 
+def test_a_rollout_tells_of_itself():
+    told = rollout_metrics(rollout()).reduce(Ranks())
+    assert told.keys() == {"rollout/response_tokens", "rollout/truncated_share", "rollout/entropy"}
+    assert (told["rollout/response_tokens"], told["rollout/truncated_share"]) == (4, 0)
+    assert told["rollout/entropy"] == pytest.approx(-rollout().sampler_logprobs_BS.sum().item() / 8)
+    column_BS = torch.full((2, 9), -1)
+    column_BS[0, 2:5] = column_BS[1, 4] = 1  # of these, three are response tokens
+    reading = Reading(torch.zeros(2, 4, dtype=torch.long), torch.tensor([4, 4]), column_BS)
+    read = replace(rollout(), reading=reading, truncated_B=torch.tensor([True, False]))
+    told = rollout_metrics(read).reduce(Ranks())
+    assert (told["rollout/matched_share"], told["rollout/truncated_share"]) == (3 / 8, 0.5)
+
+
+def test_seconds_are_told_with_the_speeds_that_follow():
+    told = speed_metrics({"rollout": 2.0, "student": 5.0, "sync": 1.0}, sampled=40, read=100).reduce(Ranks())
+    assert told == {
+        "time/rollout": 2.0,
+        "time/student": 5.0,
+        "time/sync": 1.0,
+        "time/step": 8.0,
+        "speed/rollout": 20.0,
+        "speed/student": 20.0,
+        "speed/step": 5.0,
+    }
+
+
 def test_a_rollout_tells_its_gap_where_one_was_measured():
-    buffer = MetricBuffer()
-    buffer.add_rollout(rollout())
-    assert not [name for name in buffer.finish(Ranks()) if "gap" in name]
+    assert not [name for name in rollout_metrics(rollout()).reduce(Ranks()) if "gap" in name]
     gap = LogprobGap(mean=0.25, largest=0.5, tokens=7, seconds=3.0)
-    buffer.add_rollout(replace(rollout(), logprob_gap=gap))
-    metrics = buffer.finish(Ranks())
+    metrics = rollout_metrics(replace(rollout(), logprob_gap=gap)).reduce(Ranks())
     assert (metrics["rollout/logprob_gap"], metrics["rollout/logprob_gap_max"]) == (0.25, 0.5)
     assert metrics["rollout/proof_seconds"] == 3.0
 
@@ -81,7 +136,11 @@ def test_history_thins_out_its_heatmap():
         history.add_cosines(step, {"layers/cosine_01": 0.1, "layers/cosine_02": 0.2, "loss/total": 1.0})
     assert len(history.cosines) <= 256
     assert history.cosines[999] == [0.1, 0.2]
-    assert history.cosine_figure([1, 2]).axes
+    assert history.layers == [1, 2]
+    resumed = History()
+    resumed.load_state_dict(history.state_dict())
+    for drawn in (history, resumed):
+        assert [label.get_text() for label in drawn.cosine_figure().axes[0].get_yticklabels()] == ["1", "2"]
 
 
 def read_scalars(folder, name):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torchtune.models.qwen2 import lora_qwen2
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import (
     adapter_names,
@@ -47,20 +48,9 @@ def files(tmp_path):
     return checkpointer("student", str(tmp_path / "files"))
 
 
-def load(files, kind, *, seed=0, dtype=torch.float32, **kwargs):
-    return load_student(
-        ADAPTERS[kind],
-        files,
-        top=DEPTH,
-        trains_head=False,
-        freeze_embedding=False,
-        activation_checkpointing=False,
-        compile=False,
-        seed=seed,
-        dtype=dtype,
-        device=CPU,
-        **kwargs,
-    )
+def load(files, kind, *, sharding=None, **settings):
+    settings = OPRDSettings("", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, **{"dtype": "fp32", **settings})
+    return load_student(ADAPTERS[kind], files, settings, top=DEPTH, trains_head=False, device=CPU, sharding=sharding)
 
 
 def load_base(files):
@@ -111,7 +101,7 @@ def test_adapters_have_the_masters_dtype_over_a_bf16_base(files, kind):
     model = build_on_meta(ADAPTERS[kind])
     freeze(model, top=DEPTH, trains_head=False, freeze_embedding=False)
     load_weights(model, files, dtype=torch.bfloat16, device=CPU, trained_dtype=torch.float32)
-    for loaded in (model, load(files, kind, dtype=torch.bfloat16, master_dtype=torch.float32)):
+    for loaded in (model, load(files, kind, dtype="bf16", master_dtype="fp32")):
         assert adapters_of(loaded)
         for name, parameter in loaded.named_parameters():
             assert parameter.dtype == (torch.float32 if name in adapter_names(loaded) else torch.bfloat16)

@@ -27,12 +27,10 @@ def file(tmp_path):
 
 def loss_and_gradient(bridge, normalisation):
     generator = torch.Generator().manual_seed(3)
-    loss = BridgedMSE(normalisation)
-    loss.bridge = bridge
     selection = select_states(torch.ones(2, 6, dtype=torch.bool), anchor="consume")
     student = {p.student: torch.randn(2, 6, 5, generator=generator).requires_grad_() for p in PAIRS}
     targets = {p.student: bridge.teacher(p.student, torch.randn(12, 7, generator=generator)) for p in PAIRS}
-    stream = loss.stream(PAIRS, targets, selection)
+    stream = BridgedMSE(normalisation).stream(PAIRS, targets, selection, bridge)
     for layer, state in student.items():
         total = stream(layer, state)
     return total, *torch.autograd.grad(total, list(student.values()))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torchtune.models.qwen2 import qwen2
-from torchtune.training import FullModelHFCheckpointer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from oprd_tune.config import Component
 from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import select_states
 from oprd_tune.modeling.taps import collect_states, layer_taps
@@ -44,10 +44,9 @@ def torchtune_model(folder, tied):
     def build():
         return qwen2(**SHAPE, max_seq_len=64, norm_eps=1e-6, rope_base=10_000.0, tie_word_embeddings=tied)
 
-    files = open_checkpointer(
-        "checkpointer",
-        lambda: FullModelHFCheckpointer(str(folder), ["model.safetensors"], "QWEN2", str(folder.parent / "out")),
-    )
+    section = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(folder)}
+    section |= {"checkpoint_files": ["model.safetensors"], "model_type": "QWEN2"}
+    files = open_checkpointer(Component.find("checkpointer", section), str(folder.parent / "out"))
     check_weights("checkpointer", files, build())
     return load_decoder(build, files, dtype=torch.float32, device=torch.device("cpu"))
 

@@ -14,6 +14,7 @@ from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from oprd_tune import modeling
+from oprd_tune.config import Component
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling import hugging_face_checkpointer
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
@@ -21,6 +22,7 @@ from oprd_tune.modeling.families.qwen3 import lora_qwen3, qwen3, qwen3_hf_to_tun
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.modeling.weights import build_on_meta, check_weights, load_decoder, load_weights, open_checkpointer
+from oprd_tune.protocols import Policy
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.decoding import incremental_decoding
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
@@ -171,12 +173,16 @@ def test_what_vllm_gets_makes_the_students_model(reference, tied, tmp_path):
     """From fewer blocks and tokens than the folder has."""
     model = load(tmp_path / "model", tied)
     model.layers = model.layers[:2]
-    weights = PolicyWeights(model, open_files(tmp_path / "model"), dtype=torch.float32, vocabulary=50, ranks=Ranks())
+    weights = PolicyWeights(policy(model, tmp_path / "model", 50, Ranks()))
     sent = {name: value for part in weights.parts() for name, value in part.items()}
     assert {name: tuple(value.shape) for name, value in sent.items()} == weights.shapes()
     engine = Qwen3ForCausalLM(Qwen3Config(**weights.config)).eval()
     engine.load_state_dict(sent)
     assert_close(engine(TOKENS % 50).logits, model(TOKENS % 50)[..., :50])
+
+
+def policy(model, folder, vocabulary, ranks):
+    return Policy(model, open_files(folder), torch.float32, vocabulary, ranks, folder.parent)
 
 
 def load_quantised(folder, sharding=None):
@@ -207,12 +213,9 @@ def on_two_ranks(rank, folder):
     sharding.rest(model)
     own = TOKENS.roll(rank, 0)
     assert all(map(torch.equal, states(model, own), states(whole, own)))
-    files = open_files(folder / "model")
     sent, wanted = (
         {name: value for part in weights.parts() for name, value in part.items()}
-        for weights in (
-            PolicyWeights(m, files, dtype=torch.float32, vocabulary=VOCAB, ranks=ranks) for m in (model, whole)
-        )
+        for weights in (PolicyWeights(policy(m, folder / "model", VOCAB, ranks)) for m in (model, whole))
     )
     assert sent.keys() == wanted.keys()
     assert all(torch.equal(sent[name], wanted[name]) for name in wanted)
@@ -311,8 +314,10 @@ def test_a_folder_of_qwen3_is_not_taken_for_another(tmp_path):
             check_weights("checkpointer", hugging_face_checkpointer(folder, out, model_type=kind), model)
     with pytest.raises(ConfigError, match="model_type is QWEN4; allowed are .*QWEN2, QWEN3"):
         hugging_face_checkpointer(folder, out, model_type="QWEN4")
+    section = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": folder}
+    section |= {"checkpoint_files": ["model.safetensors"], "model_type": "QWEN3"}
     with pytest.raises(ConfigError, match="'QWEN3' is not known to torchtune's checkpointer; use oprd_tune.modeling"):
-        open_checkpointer("x", lambda: FullModelHFCheckpointer(folder, ["model.safetensors"], "QWEN3", out))
+        open_checkpointer(Component.find("x", section), out)
 
 
 def test_torchtunes_own_qwen2_is_left_as_it_was(tmp_path):

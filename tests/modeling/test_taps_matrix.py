@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import set_trainable_params
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import select_states
 from oprd_tune.modeling.adapters import adapter_names
@@ -119,16 +120,21 @@ def load(files, monkeypatch):
     counters.clear()
 
     def of(trained, *, checkpointed, compiled, sharded):
+        settings = OPRDSettings(
+            "",
+            max_steps=1,
+            max_prompt_tokens=1,
+            max_new_tokens=1,
+            dtype="fp32",
+            activation_checkpointing=checkpointed,
+            compile=compiled,
+        )
         model = load_student(
             BUILDERS[trained],
             files["student"],
+            settings,
             top=DEPTH,
             trains_head=False,
-            freeze_embedding=False,
-            activation_checkpointing=checkpointed,
-            compile=compiled,
-            seed=0,
-            dtype=torch.float32,
             device=CPU,
             sharding=Sharding(Ranks()) if sharded else None,
         )

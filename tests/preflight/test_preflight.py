@@ -11,23 +11,24 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.preflight import report as module
 from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
+from oprd_tune.ranks import Ranks
 from oprd_tune.run.launch import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from oprd_tune.training.student import freeze
 from tests.conftest import SMALL, load_config, recipe_class
 
+SETTINGS = OPRDSettings(
+    output_dir="", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, dtype="fp32", sync_every_micro_batch=True
+)
 PLAN = Plan(
-    dtype=torch.float32,
-    master_dtype=torch.float32,
-    world_size=1,
+    settings=SETTINGS,
+    ranks=Ranks(),
     sharded=False,
     trains_head=False,
-    reshard_after_forward=True,
-    activation_checkpointing=0,
-    sync_every_micro_batch=True,
     rows=3,
     row_tokens=20,
     selected=30,
@@ -35,6 +36,8 @@ PLAN = Plan(
     micro_batches=1,
     logit_bytes=0,
     rollout_bytes=1000,
+    engine_bytes=0,
+    whole_teacher_bytes=0,
     optimizer_bytes=8.0,
     teacher_bytes=7000,
     teacher_width=128,
@@ -45,7 +48,10 @@ PLAN = Plan(
 def predict(build=tiny_qwen2, **changes):
     student = build_on_meta(build)
     freeze(student, top=4, trains_head=False, freeze_embedding=False)
-    return predict_memory(student, build, replace(PLAN, **changes))
+    plan = {name: changes.pop(name) for name in list(changes) if hasattr(PLAN, name)}
+    if "world_size" in changes:
+        plan["ranks"] = Ranks(world_size=changes.pop("world_size"))
+    return predict_memory(student, build, replace(PLAN, settings=replace(SETTINGS, **changes), **plan))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +182,4 @@ def test_ranks_share_what_is_sharded():
     deferred = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=False)
     each = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=True)
     assert deferred.training > each.training
-    assert math.isclose(
-        predict(sharded=True, master_dtype=torch.float32, dtype=torch.bfloat16).optimizer, one.optimizer
-    )
+    assert math.isclose(predict(sharded=True, master_dtype="fp32", dtype="bf16").optimizer, one.optimizer)

@@ -10,11 +10,11 @@ from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.modeling.bridge import Bridge
 from oprd_tune.run.launch import run_recipe as launch
-from oprd_tune.training.bridge_fit import FIGURE, FILE, BridgeBuilder
+from oprd_tune.training.bridge_fit import FIGURE, FILE, _Fit
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 from tests.modeling.bridges import PAIRS, make_bridge
 
-NAME, CONFIG = "oprd_single_device", "tiny/bridge"
+NAME, CONFIG = "oprd_distributed", "tiny/bridge"
 LOG = {"metric_logger._component_": "tests.distributed.components.JSONLogger"}
 QUICK = {
     **SMALL,
@@ -41,7 +41,7 @@ def run(out, name=NAME, config_name=CONFIG, **overrides):
 
 def prepared(out, **overrides):
     recipe = recipe_class(NAME)(config(out, **overrides))
-    assert recipe.setup()
+    recipe.setup()
     return recipe
 
 
@@ -72,12 +72,12 @@ def fitted(tmp_path_factory):
     """The folder of a run that fitted a bridge and trained on it."""
     folder = tmp_path_factory.mktemp("fitted")
     recipe = run(folder / "run", **{"checkpoint_every_n_steps": 2})
-    held = {id(tensor) for own in recipe.loss.bridge._layers.values() for tensor in vars(own).values()}
+    held = {id(tensor) for own in recipe.bridge._layers.values() for tensor in vars(own).values()}
     trained = {id(p) for group in recipe.student.optimizer.param_groups for p in group["params"]}
     assert len(held) == 5 * 4
     assert not held & trained
     assert len(trained) == len(list(recipe.student.model.parameters()))
-    recipe.loss.bridge.save(folder / "after.safetensors")
+    recipe.bridge.save(folder / "after.safetensors")
     return folder / "run"
 
 
@@ -113,8 +113,7 @@ def test_training_leaves_the_bridge_as_it_was(fitted):
 
 def test_fit_only_ends_with_the_bridge_and_its_file_serves_another_run(fitted, out, tmp_path, capsys):
     fitting = tmp_path / "fitting"
-    recipe = recipe_class(NAME)(config(fitting, **{"bridge.fit_only": "true"}))
-    assert recipe.setup() is False
+    assert launch(recipe_class(NAME), config(fitting, **{"bridge.fit_only": "true"})) == 0
     assert f"bridge.fit_only: it lies in {fitting / FILE}" in capsys.readouterr().out
     assert_same_bridge(fitting, fitted)
     assert not (fitting / "final").exists()
@@ -130,7 +129,7 @@ def test_two_steps_and_two_more_are_four_bit_by_bit_on_the_same_bridge(fitted, o
     run(out, max_steps=2)
     assert_same_bridge(out, fitted)
     before = (out / FILE).read_bytes(), (out / FILE).stat().st_mtime_ns
-    monkeypatch.setattr(BridgeBuilder, "fit", lambda *_: pytest.fail("the bridge was fitted again"))
+    monkeypatch.setattr(_Fit, "fit", lambda *_: pytest.fail("the bridge was fitted again"))
     run(out, resume="true")
     assert_same_student(fitted, out)
     assert ((out / FILE).read_bytes(), (out / FILE).stat().st_mtime_ns) == before
@@ -149,8 +148,8 @@ def test_a_resumed_run_keeps_to_its_bridge(out, capsys):
 def test_the_first_loss_is_what_the_report_says_of_unseen_rows(tmp_path):
     fitting = tmp_path / "fitting"
     plan = {"bridge.prompts": 512, "bridge.held_out_prompts": 256, "prompts_per_step": 256, "dataset.count": 2000}
-    recipe = recipe_class(NAME)(config(fitting, **plan, **{"bridge.fit_only": "true", "bridge.rank": 8}))
-    assert recipe.setup() is False
+    fit = config(fitting, **plan, **{"bridge.fit_only": "true", "bridge.rank": 8})
+    assert launch(recipe_class(NAME), fit) == 0
     report = Bridge.load(fitting / FILE, device=CPU).report.values()
     unexplained = 1 - fmean(fit.held_out_r_squared for fit in report)
     cosine = fmean(fit.cosine for fit in report)
@@ -170,7 +169,7 @@ def test_a_teacher_keeps_its_top_only_where_the_basis_asks_for_it(basis, out, ca
     recipe = prepared(out, layers="[1,2]", **{"bridge.basis": basis})
     assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 3)]
     assert len(recipe.teacher._model.layers) == (6 if basis == "predictive" else 3)
-    assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)) < 1
+    assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)).loss < 1
     needed = capsys.readouterr().out
     assert f"teacher {'9.9' if basis == 'predictive' else '5.0'} MiB" in needed
 
@@ -179,31 +178,31 @@ def test_pairs_may_be_given_and_share_a_teacher_layer(out):
     recipe = prepared(out, layer_pairs="[[1,2],[2,2],[4,6]]", dtype="bf16", **{"bridge.basis": "reduced_rank"})
     bridge = Bridge.load(out / FILE, device=CPU)
     assert [(p.student, p.teacher) for p in bridge.pairs] == [(1, 2), (2, 2), (4, 6)]
-    layers = recipe.loss.bridge._layers
+    layers = recipe.bridge._layers
     assert torch.equal(layers[1].teacher_mean_C, layers[2].teacher_mean_C)
     assert not torch.equal(layers[1].teacher_RC, layers[2].teacher_RC)
     assert not torch.equal(layers[2].teacher_mean_C, layers[4].teacher_mean_C)
-    assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)) < 1
+    assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)).loss < 1
     assert set(recipe.teacher.targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {1, 2, 4}
 
 
 def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
     seen = {}
-    add = BridgeBuilder._observe
+    add = _Fit._observe
 
-    def observe(self, micro, on_pair, *, final):
+    def observe(self, teacher, micro, on_pair, *, final):
         def record(layer, h, g, f):
             if final:
                 seen.setdefault(layer, []).append((h.clone(), g.clone(), f.clone()))
             on_pair(layer, h, g, f)
 
-        add(self, micro, record, final=final)
+        add(self, teacher, micro, record, final=final)
 
-    monkeypatch.setattr(BridgeBuilder, "_observe", observe)
+    monkeypatch.setattr(_Fit, "_observe", observe)
     recipe = prepared(out, positions="last_k", positions_k=2, prompts_per_step=16, tokens_per_micro_batch=60)
     rollout = recipe.engine.generate(recipe.data.prompts.at_step(0))
-    selection = recipe._select(rollout)
-    recipe.teacher.bridge = None
+    selection = recipe.select(rollout)
+    recipe.teacher._bridge = None
     targets = recipe.teacher.targets(rollout.tokens_BS, selection.index_T, selection.index_T)
     assert sorted(seen) == [1, 2, 3, 4]
     for layer, batches in seen.items():
@@ -213,15 +212,14 @@ def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
         first = len(selection)
         for mine, wanted in ((g[:first], targets.states[layer]), (f[:first], targets.final_TC)):
             torch.testing.assert_close(mine.sum(0), wanted.sum(0), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(recipe.loss.bridge._layers[layer].student_mean_D, h.mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(recipe.loss.bridge._layers[layer].teacher_mean_C, g.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recipe.bridge._layers[layer].student_mean_D, h.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recipe.bridge._layers[layer].teacher_mean_C, g.mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_every_setting_of_a_fit_reaches_it(fitted, tmp_path, capsys):
     def fit(name, **plan):
         plan = {f"bridge.{key}": value for key, value in plan.items()}
-        recipe = recipe_class(NAME)(config(tmp_path / name, **plan, **{"bridge.fit_only": "true"}))
-        assert recipe.setup() is False
+        assert launch(recipe_class(NAME), config(tmp_path / name, **plan, **{"bridge.fit_only": "true"})) == 0
         own = load_file(tmp_path / name / FILE)
         return own["layers.2.student_RD"], own["layers.2.student_mean_D"]
 
@@ -238,13 +236,13 @@ def test_every_setting_of_a_fit_reaches_it(fitted, tmp_path, capsys):
 
 
 def test_a_bridge_beside_a_token_loss(out):
-    recipe = run(out, "opd_topk_single_device", "tiny/bridge_plus_opd", max_steps=1, **{"bridge.rank": 16})
+    recipe = run(out, "opd_topk_distributed", "tiny/bridge_plus_opd", max_steps=1, **{"bridge.rank": 16})
     logged = recipe.run.journal.logged
     assert logged["loss/total"] == pytest.approx(logged["loss/opd"] + logged["loss/bridge"], rel=1e-5)
     assert 1 < logged["loss/bridge"] < 30  # 100 times what the bridge leaves unexplained
     assert logged["loss/opd"] > 0.1
     assert Bridge.load(out / FILE, device=CPU).rank == 16
-    assert recipe.loss.hidden.bridge is recipe.teacher.bridge
+    assert recipe.teacher._bridge is recipe.bridge
 
 
 def test_without_a_single_state_there_is_no_bridge(out, capsys):
@@ -315,7 +313,7 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, fitted, out, monk
 
 def test_bad_input_is_explained_beside_a_token_loss_too(fitted, out, monkeypatch, capsys):
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
-    both = "opd_topk_single_device"
+    both = "opd_topk_distributed"
     assert "at most that" in refused(out, capsys, both, **{"bridge.rank": 193})
     assert "its rank is 32, bridge.rank is 128" in refused(
         out, capsys, both, **{"bridge.file": fitted / FILE, "bridge.rank": 128}

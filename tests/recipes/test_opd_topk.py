@@ -204,7 +204,11 @@ BAD_INPUTS = {
         "do not share their tokens: 2 of 16 ids differ, for example 12 is '+' and '='",
     ),
     "no parts": ("tiny/oprd_plus_opd", {"loss.parts": "null"}, "loss.parts is empty; give at least one loss"),
-    "negative weight": ("tiny/oprd_plus_opd", {"loss.weights.oprd": -1}, "loss.weights.oprd is -1; it must be a number"),
+    "negative weight": (
+        "tiny/oprd_plus_opd",
+        {"loss.weights.oprd": -1},
+        "loss.weights.oprd is -1; it must be a number",
+    ),
     "weight of nothing": ("tiny/oprd_plus_opd", {"loss.weights.kl": 1}, "names kl; the parts are opd, oprd"),
     "part's argument": ("tiny/oprd_plus_opd", {"loss.parts.opd.kk": 3}, "takes no argument loss.parts.opd.kk"),
     "parts that are none": ("tiny/oprd_plus_opd", {"loss.parts": 3}, "loss.parts maps names to losses"),

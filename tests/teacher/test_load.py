@@ -12,7 +12,7 @@ from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.modeling.taps import collect_states
 from oprd_tune.modeling.weights import load_decoder
 from oprd_tune.ranks import Ranks
-from oprd_tune.teacher import FrozenTeacher, check_teacher, load_teacher
+from oprd_tune.teacher import FrozenTeacher, TeacherPlan, load_teacher
 from oprd_tune.teacher.quantize import Int8Linear, quantize_linears
 from oprd_tune.tiny import checkpointer, tiny_qwen2
 from oprd_tune.types import LayerPair
@@ -137,29 +137,57 @@ def test_a_sharded_teacher_gives_the_unsharded_states(files, process_group):
 
 
 @pytest.mark.parametrize(
-    ("placement", "quantization", "can_shard", "message"),
+    ("placement", "quantization", "ranks", "message"),
     [
-        ("remote", None, True, "teacher_placement is 'remote'; allowed are replicated, sharded, offloaded"),
-        ("sharded", None, False, r"teacher_placement=sharded is for the \*_distributed recipes; allowed are replicat"),
-        ("offloaded", INT8, True, "teacher_quantization and teacher_placement=offloaded do not go together"),
-        ("replicated", "int7", False, "teacher_quantization=int7 is unknown; allowed: null, int8_weight_only"),
-        ("sharded", "int8_dynamic", True, "teacher_quantization=int8_dynamic: .* cannot be sharded"),
+        ("remote", None, 2, "teacher_placement is 'remote'; allowed are replicated, sharded, offloaded"),
+        ("offloaded", INT8, 2, "teacher_quantization and teacher_placement=offloaded do not go together"),
+        ("replicated", "int7", 1, "teacher_quantization=int7 is unknown; allowed: null, int8_weight_only"),
+        ("sharded", "int7", 2, "teacher_quantization=int7 is unknown; allowed: null, int8_weight_only"),
+        ("sharded", "int8_dynamic", 2, "teacher_quantization=int8_dynamic: .* cannot be sharded"),
     ],
 )
-def test_mistakes_are_found_before_weights_are_read(placement, quantization, can_shard, message):
+def test_mistakes_are_found_before_weights_are_read(placement, quantization, ranks, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        check_teacher(placement, quantization, CPU, can_shard=can_shard)
+        TeacherPlan(placement, quantization, Ranks(0, ranks))
 
 
 @pytest.mark.parametrize(
-    ("placement", "quantization", "can_shard"),
+    ("placement", "quantization", "ranks"),
     [
-        ("replicated", None, False),
-        ("offloaded", None, False),
-        ("sharded", None, True),
-        ("replicated", INT8, False),
-        ("sharded", INT8, True),
+        ("replicated", None, 1),
+        ("offloaded", None, 1),
+        ("sharded", None, 1),
+        ("sharded", None, 2),
+        ("replicated", INT8, 1),
+        ("sharded", INT8, 2),
+        ("sharded", "int8_dynamic", 1),
     ],
 )
-def test_what_goes_together_passes(placement, quantization, can_shard):
-    check_teacher(placement, quantization, CPU, can_shard=can_shard)
+def test_what_goes_together_passes(placement, quantization, ranks):
+    plan = TeacherPlan(placement, quantization, Ranks(0, ranks))
+    assert plan.sharded == (placement == "sharded" and ranks > 1)
+
+
+@pytest.mark.parametrize("quantization", [None, INT8])
+@torch.no_grad()
+def test_over_one_process_a_sharded_teacher_is_a_replicated_one(files, quantization):
+    loaded = (
+        TeacherPlan(placement, quantization, Ranks()).load(
+            tiny_qwen2, files, dtype=torch.float32, top=2, prompts=PROMPTS
+        )
+        for placement in ("sharded", "replicated")
+    )
+    (sharded, errors), (replicated, other_errors) = loaded
+    assert errors == other_errors
+    assert len(errors) == (0 if quantization is None else 2)
+    assert not any(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    assert len(sharded.layers) == 2
+    assert all(map(torch.equal, states(sharded), states(replicated)))
+
+
+def test_a_plan_loads_an_offloaded_teacher(files):
+    plan = TeacherPlan("offloaded", None, Ranks())
+    teacher, errors = plan.load(tiny_qwen2, files, dtype=torch.float32, top=None, prompts=PROMPTS)
+    assert errors == {}
+    assert all(block._forward_pre_hooks for block in teacher.layers)
+    assert_same_states(states(teacher), states(plain(files)))
