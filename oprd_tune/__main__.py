@@ -1,9 +1,10 @@
-"""`python -m oprd_tune`: torchtune's command line with our recipes in it, plus what torchtune lacks.
+"""`python -m oprd_tune`: torchtune's command line with our recipes in it, and one more command, `export`.
 
     python -m oprd_tune run oprd_distributed --config tiny/oprd
     python -m oprd_tune export CHECKPOINT_FOLDER HF_FOLDER
 
-It does what `tune` does where `.pth` files are not read. `export` writes a checkpoint as a Hugging Face folder.
+`export` writes a checkpoint as a Hugging Face folder. Everything else works like `tune`, and also works where Python
+reads no `.pth` files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How torchtune's command line learns of our recipes, without a change to torchtune.
+"""Adds our recipes to torchtune's command line, without a change to torchtune.
 
-`oprd_tune.pth`, one line that runs at interpreter start, puts a finder in front of Python's own. It imports nothing and
-answers for one module only, torchtune's recipe registry; then it leaves, and this file takes over.
-`OPRD_TUNE_NO_HOOK=1` switches it off.
+`oprd_tune.pth` holds one line, which runs when the interpreter starts. It puts a finder in front of Python's own. The
+finder imports nothing and answers for one module only: torchtune's recipe registry. Then it removes itself and calls
+this file. `OPRD_TUNE_NO_HOOK=1` switches the hook off.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from types import ModuleType
 
 
 def registry_spec(path: Sequence[str] | None) -> ModuleSpec | None:
-    """The registry module's own spec, with our registration after its execution.
-
-    Args:
-        path: where torchtune's modules are.
-    """
+    """The registry module's own spec, extended: after the module has run, our recipes are registered in it."""
     spec = PathFinder.find_spec("torchtune._recipe_registry", path)
     if spec is None or spec.loader is None or os.environ.get("OPRD_TUNE_NO_HOOK"):
         return spec

@@ -1,4 +1,4 @@
-"""The processes of a run, and the few numbers that they have to agree on."""
+"""The processes of a run, and what they exchange outside the models."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from torch import Tensor
 from oprd_tune.errors import RolloutError
 
 T = TypeVar("T")
-# How long ranks wait for the slowest: for its rollout, or for the first one's export. NCCL's own 10 minutes are few.
+# How long ranks wait for the slowest one: for its rollout, or for the first rank's export. NCCL's default, 10 minutes,
+# is too short for these.
 PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run. One alone needs no process group, and then nothing here communicates.
+    """One process among those of a run. A single process needs no process group; its methods do not communicate.
 
     Attributes:
-        rank: this process, from 0.
-        world_size: how many there are; each works on its own part of the data.
-        device: where this one computes.
+        rank: the number of this process, from 0.
+        world_size: the number of processes; each works on its own part of the data.
+        device: the device that this process computes on.
     """
 
     rank: int = 0
@@ -35,11 +36,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that prints, logs and writes."""
+        """Whether this is rank 0, which prints, logs and writes."""
         return self.rank == 0
 
     def gather(self, value_N: Tensor) -> Tensor:
-        """Everybody's values, [world_size, N]: one collective."""
+        """The values of all ranks, [world_size, N]. It takes one collective."""
         if self.world_size == 1:
             return value_N[None]
         value_N = value_N.to(self.device)
@@ -48,29 +49,29 @@ class Ranks:
         return torch.stack(rows)
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over ranks, in fp64; the same on all of them."""
+        """Each value summed over ranks, in fp64. All ranks get the same sums."""
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
     def sum(self, count: int) -> int:
-        """A whole number summed over ranks."""
+        """An integer summed over ranks."""
         return int(self.total([count])[0])
 
     def add_up(self, value: Tensor) -> None:
-        """Sum a tensor over ranks, in its place."""
+        """Sum a tensor over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(value)
 
     def share(self, value: Tensor, owner: int) -> None:
-        """Overwrite a tensor by the one of rank `owner`."""
+        """Overwrite a tensor with that of rank `owner`."""
         if self.world_size > 1:
             dist.broadcast(value, owner)
 
     def largest(self, value: float) -> float:
-        """The largest of everybody's values."""
+        """The largest value on any rank."""
         return self.gather(torch.tensor([value], dtype=torch.float64)).max().item()
 
     def collect(self, value: T) -> list[T]:
-        """Everybody's object, in the order of ranks, on every rank."""
+        """The objects of all ranks, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         objects: list[T] = [value] * self.world_size
@@ -78,7 +79,7 @@ class Ranks:
         return objects
 
     def agree(self, action: Callable[[], T]) -> T:
-        """Do something that may end in a RolloutError on one rank, which then is one on all of them."""
+        """Carry out an action on every rank. If it raises RolloutError on one rank, all ranks raise it."""
         failure: str | None = None
         result: list[T] = []
         try:
@@ -90,16 +91,15 @@ class Ranks:
         return result[0]
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all ranks have come here."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """Meet the processes that a launcher such as torchrun has started. One process alone needs no process group.
+    """Join the processes that a launcher such as torchrun has started. A single process makes no process group.
 
-    Args:
-        device: this process's own, such as `cuda:3`.
+    `device` is this process's own, such as `cuda:3`.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -111,7 +111,7 @@ def join_ranks(device: torch.device) -> Ranks:
 
 
 def need_process_group(ranks: Ranks) -> None:
-    """Make a process group of one, for what does not work without any."""
+    """Make a process group of one process if there is none: FSDP2 does not work without one."""
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(_backend(ranks.device), store=store, rank=0, world_size=1)

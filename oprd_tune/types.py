@@ -1,17 +1,17 @@
-"""What flows through a training step, as frozen dataclasses, and the letters that name tensor dimensions.
+"""The data of a training step as frozen dataclasses, and the letters that name tensor dimensions.
 
-Dimension letters, used as suffixes of tensor names everywhere in this package:
+Tensor names in this package end in one letter per dimension:
 
     B  sequences           T  selected response tokens, packed over the batch    V  vocabulary
     P  prompt tokens       L  tapped layer pairs                                 H  attention heads
     S  tokens of a row     D  student width        C  teacher width              K  top-k
-    U  tokens of a row as a teacher with another tokenizer reads it              R  rank of a bridge
+    U  tokens of a row in the tokenizer of a teacher that has its own            R  rank of a bridge
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ class Prompts:
     """Tokenized prompts of one step.
 
     Attributes:
-        tokens: token ids of each prompt; none is empty.
-        positions: each prompt's place in the run's endless stream of prompts. The same on any number of ranks, so
-            sampling noise that depends on it is too.
-        answers: reference answers, or None where the data has none.
-        teacher_tokens: the same prompts as a teacher with another tokenizer reads them; None where it has the same.
+        tokens: token ids of each prompt; no prompt is empty.
+        positions: index of each prompt in the run's endless stream of prompts. It does not depend on the number of
+            ranks, and neither does sampling noise that is seeded with it.
+        answers: reference answers; None for a prompt without one.
+        teacher_tokens: the prompts in the tokens of a teacher with another tokenizer; None if both models share one.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -49,14 +49,13 @@ class SamplingRequest:
     """What a run asks of the engine that samples its responses.
 
     Attributes:
-        stop_tokens: ids that end a response; the one sampled belongs to it.
-        pad_id: fills rows up to the longest.
-        max_prompt_tokens: the longest prompt.
-        max_new_tokens: a response that reaches it is cut and marked `truncated`.
-        samples_per_prompt: responses to each prompt.
-        seed: with the step and the sample's place in the run, determines the noise.
-        vocabulary: sample from the first so many tokens only: those that the teacher has too. None takes all.
-        top_k_ids: return that many of the most probable tokens with each sampled one; 0 returns none.
+        stop_tokens: ids that end a response. The sampled stop token is part of the response.
+        pad_id: id that pads rows to the length of the longest.
+        max_prompt_tokens: length of the longest prompt, in tokens.
+        max_new_tokens: longest response, in tokens. A response without a stop token is cut there and marked truncated.
+        seed: seed of the sampling noise, which also depends on the step and on the sample's position in the run.
+        vocabulary: sample only ids below this number, which the teacher knows too; None allows all ids.
+        top_k_ids: how many of the most probable tokens to return with each sampled one; 0 returns none.
     """
 
     stop_tokens: Collection[int]
@@ -71,13 +70,9 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class LogprobGap:
-    """How far a sampler's log-probabilities of some of its tokens are from the trainer's, |Δ| in nats, over all ranks.
+    """The difference |Δ|, in nats, between a sampler's and the trainer's log-probabilities of the same tokens.
 
-    Attributes:
-        mean: over the tokens.
-        largest: among them.
-        tokens: how many were compared.
-        seconds: that the comparison took.
+    It covers all ranks: `tokens` were compared in `seconds`.
     """
 
     mean: float
@@ -88,13 +83,13 @@ class LogprobGap:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a teacher with another tokenizer reads a rollout's rows: the same text in tokens of its own.
+    """The rows of a rollout in the tokens of a teacher with another tokenizer.
 
     Attributes:
-        tokens_BU: the teacher's ids, prompt then response then right padding.
-        lengths_B: its prompt and response tokens of each row.
-        column_BS: for each column of the rollout, the teacher's column whose state has read exactly as much of the
-            response; -1 where there is none, so in padding and in the prompt, except for the prompt's last column.
+        tokens_BU: the teacher's token ids: prompt, response, right padding.
+        lengths_B: number of teacher tokens in each row's prompt and response together.
+        column_BS: for each column of the rollout, the matching teacher column: the one whose state has read exactly
+            as much of the response. It is -1 where none matches, also in padding and before the prompt's last column.
     """
 
     tokens_BU: Tensor
@@ -102,38 +97,38 @@ class Reading:
     column_BS: Tensor
 
     def rows(self, index_B: Tensor, width: int) -> Reading:
-        """The given rows: the teacher's tokens trimmed to the longest of them, its columns to the student's `width`."""
+        """The given rows: teacher tokens trimmed to the longest of them, and `column_BS` to the rollout's `width`."""
         lengths_B = self.lengths_B[index_B]
         tokens_BU = self.tokens_BU[index_B, : int(lengths_B.max())]
         return Reading(tokens_BU=tokens_BU, lengths_B=lengths_B, column_BS=self.column_BS[index_B, :width])
 
     def within(self, context: int) -> Reading:
-        """Without the tokens that are beyond a context; what meets there is not met."""
+        """The reading cut to the teacher's `context`, in tokens. Columns that matched a cut token become -1."""
         column_BS = self.column_BS.where(self.column_BS < context, -1)
         return Reading(self.tokens_BU[:, :context], self.lengths_B.clamp(max=context), column_BS)
 
     def idle(self) -> Reading:
-        """One token of one row, met by nothing."""
+        """A reading of one row and one token that no column matches."""
         one_B = torch.ones_like(self.lengths_B[:1])
         return Reading(self.tokens_BU[:1, :1], one_B, torch.full_like(self.column_BS[:1, :1], -1))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts with sampled responses. Rows are right-padded: a token's column is its rotary position.
+    """Prompts with sampled responses. Rows are right-padded, so a token's column is its rotary position.
 
     Attributes:
-        tokens_BS: token ids, prompt then response then padding.
-        response_mask_BS: True on response tokens. A sampled EOS is one; padding never is.
-        sampler_logprobs_BS: fp32 log-probabilities in nats that the sampler gave its tokens; 0 elsewhere.
-        lengths_B: prompt and response tokens of each row.
+        tokens_BS: token ids: prompt, response, padding.
+        response_mask_BS: True on response tokens, including a sampled EOS; False on padding.
+        sampler_logprobs_BS: fp32 log-probabilities, in nats, that the sampler gave the response tokens; 0 elsewhere.
+        lengths_B: number of tokens in each row's prompt and response together.
         truncated_B: True where the response hit the token limit instead of a stop token.
         prompt_positions_B: `Prompts.positions` of each row's prompt.
-        policy_version: optimizer steps that the sampling weights had seen.
-        sampler_top_ids_BSK: the sampler's K most probable tokens at each response token, if it was asked for them.
-        sampler_top_mass_BS: their probability together.
-        logprob_gap: what was found when an engine with weights of its own was compared with the trainer.
-        reading: the rows as a teacher with another tokenizer reads them; None where it reads the same tokens.
+        policy_version: number of optimizer steps behind the weights that sampled.
+        sampler_top_ids_BSK: the sampler's K most probable tokens at each response token; None unless requested.
+        sampler_top_mass_BS: total probability of those K tokens.
+        logprob_gap: difference from the trainer, measured when an engine with its own weights samples.
+        reading: the rows in the teacher's tokens; None if both models share a tokenizer.
     """
 
     tokens_BS: Tensor
@@ -153,7 +148,7 @@ class Rollout:
 
     @property
     def teacher_tokens(self) -> Tensor:
-        """Right-padded token ids as the teacher reads them."""
+        """Token ids as the teacher reads them, right-padded."""
         return self.tokens_BS if self.reading is None else self.reading.tokens_BU
 
     @property
@@ -163,7 +158,7 @@ class Rollout:
 
     @property
     def matched_tokens(self) -> int:
-        """Number of response tokens that end where one of the teacher's ends too."""
+        """Number of response tokens that end where a token of the teacher's also ends."""
         if self.reading is None:
             return self.response_tokens
         return int(((self.reading.column_BS >= 0) & self.response_mask_BS).sum())
@@ -171,17 +166,16 @@ class Rollout:
     def rows(self, index_B: Tensor) -> Rollout:
         """The given rows, trimmed to the longest of them."""
         width = int(self.lengths_B[index_B].max())
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        picked: dict[str, Any] = {k: v[index_B] for k, v in values.items() if isinstance(v, Tensor)}
+        picked: dict[str, Any] = {k: v[index_B] for k, v in vars(self).items() if isinstance(v, Tensor)}
         trimmed: dict[str, Any] = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
         reading = None if self.reading is None else self.reading.rows(index_B, width)
         return replace(self, **trimmed, reading=reading)
 
     def split(self, tokens_per_micro_batch: int) -> list[Rollout]:
-        """Cut into microbatches of at most that many tokens, padding included, longest rows first.
+        """Cut into microbatches of at most `tokens_per_micro_batch` tokens, padding included, longest rows first.
 
-        Rows of similar length share a microbatch, so little is spent on padding. A row that is longer than the
-        budget gets a microbatch of its own. The loss does not depend on the split: its denominator is global.
+        Rows of similar length share a microbatch, so little padding is needed. A row that exceeds the budget gets a
+        microbatch of its own. The split does not change the loss, because its denominator is global.
         """
         order = torch.sort(self.lengths_B, descending=True, stable=True).indices
         lengths = self.lengths_B[order].tolist()
@@ -193,11 +187,11 @@ class Rollout:
         return micro_batches
 
     def without_truncated(self, policy: str) -> Rollout:
-        """What is left to learn from when responses that hit the limit are not trusted.
+        """Apply the `policy` for truncated responses; `mask` and `drop` give the same losses.
 
         Args:
-            policy: `keep` leaves everything; `mask` leaves the rows but none of their tokens; `drop` removes the rows,
-                or all but one masked row where every response was cut. Losses do not tell `mask` from `drop`.
+            policy: `keep` changes nothing. `mask` keeps the rows of truncated responses but clears their response
+                mask. `drop` removes those rows; if every response was truncated, one masked row remains.
         """
         if policy == "keep" or not bool(self.truncated_B.any()):
             return self
@@ -208,19 +202,17 @@ class Rollout:
         return masked.rows(whole_B if len(whole_B) else whole_B.new_zeros(1))
 
     def idle(self) -> Rollout:
-        """A microbatch of one token of which nothing is selected, for a rank that has to keep pace with others."""
+        """A microbatch of one token that is not a response token, for a rank with fewer microbatches than others."""
         row = self.rows(torch.zeros(1, dtype=torch.long, device=self.tokens_BS.device))
-        tensors = {f.name: getattr(row, f.name) for f in fields(self) if "_BS" in f.name}
-        cut = {name: value[:, :1] for name, value in tensors.items() if value is not None}
-        nothing = torch.zeros_like(cut["response_mask_BS"])
-        reading = None if row.reading is None else row.reading.idle()
-        rest: dict[str, Any] = {"response_mask_BS": nothing, "lengths_B": torch.ones_like(row.lengths_B)}
-        return replace(row, **cut | rest, reading=reading)
+        cut: dict[str, Any] = {k: v[:, :1] for k, v in vars(row).items() if "_BS" in k and v is not None}
+        cut["response_mask_BS"] = torch.zeros_like(cut["response_mask_BS"])
+        cut["lengths_B"] = torch.ones_like(row.lengths_B)
+        return replace(row, **cut, reading=None if row.reading is None else row.reading.idle())
 
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A student block and the teacher block whose output it imitates, both counted from 1."""
+    """A student block and the teacher block whose output it imitates. Blocks count from 1."""
 
     student: int
     teacher: int
@@ -232,9 +224,9 @@ class Selection:
 
     Attributes:
         index_T: positions in the flattened [B * S] grid, ascending and unique.
-        quarter_T: the quarter (0 to 3) of its response that each selected token lies in; metrics only.
-        teacher_index_T: where the teacher has read as much: the same positions, or for one with another tokenizer those
-            in its own [B * U] grid.
+        quarter_T: which quarter (0 to 3) of its response each selected token lies in; used for metrics only.
+        teacher_index_T: the teacher's matching positions. They equal `index_T`, unless the teacher has another
+            tokenizer: then they are positions in its own [B * U] grid.
     """
 
     index_T: Tensor
@@ -247,14 +239,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """The response tokens of a microbatch, packed, in row-major order.
+    """The response tokens of a microbatch, packed in row-major order. The other fields are those of `Rollout`.
 
     Attributes:
-        index_T: positions in the flattened [B * S] grid of the states that predict them.
-        tokens_T: the sampled ids.
-        sampler_logprobs_T: log-probabilities in nats that the sampler gave them.
-        sampler_top_ids_TK: see `Rollout`.
-        sampler_top_mass_T: see `Rollout`.
+        index_T: for each token, the position in the flattened [B * S] grid of the state that predicts it.
     """
 
     index_T: Tensor
@@ -267,19 +255,18 @@ class ResponseTokens:
         return self.index_T.numel()
 
     def chunk(self, start: int, size: int) -> ResponseTokens:
-        """`size` tokens from `start`, or what is left of them."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[start : start + size] for name, t in tensors.items() if t is not None})
+        """The `size` tokens from `start` on, or fewer at the end."""
+        return replace(self, **{k: v[start : start + size] for k, v in vars(self).items() if v is not None})
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What the teacher says about a microbatch.
+    """What the student is compared with on a microbatch.
 
     Attributes:
-        states: by student layer, what it imitates at the selection of the hidden-state loss: the paired teacher
-            layer's states [T, C], or their projections [T, R] on a bridge.
-        final_TC: states after the final norm that predict the response tokens; None without a token loss.
+        states: targets of the hidden-state loss by student layer: the selected states [T, C] of the paired teacher
+            layer or, with a bridge, their projections [T, R].
+        final_TC: the teacher's states, after the final norm, that predict the response tokens; None without a token loss.
     """
 
     states: dict[int, Tensor]

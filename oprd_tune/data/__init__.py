@@ -1,4 +1,4 @@
-"""Prompts and reference answers: where they come from, how they become tokens, in which order they are used."""
+"""Prompts and reference answers: their sources, their tokens and their order."""
 
 from oprd_tune.data.alignment import Reader
 from oprd_tune.data.prompts import PromptDataset, prompt_dataset

@@ -1,6 +1,7 @@
-"""A teacher with another tokenizer reads the student's responses: which tokens it reads, and where states meet.
+"""Lets a teacher with another tokenizer read the student's responses, and finds the places where the two compare.
 
-A state has read so many UTF-8 bytes of the response; two states meet where both models have read the same number.
+At each token, a model has read a certain number of UTF-8 bytes of the response. A student state and a teacher state
+meet if both models have read the same number of bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,8 @@ Integers = NDArray[np.int64]
 class Reader:
     """Tokenizes sampled responses for the teacher and aligns both tokenizations.
 
-    Args:
-        student: tokenizer that the responses were sampled with.
-        teacher: the teacher's. What it puts behind an answer is its `end_of_turn`.
-
     Raises:
-        ConfigError: for a tokenizer of another class, or one whose tokens do not stand for bytes.
+        ConfigError: if a tokenizer is of another class, or if its tokens do not stand for bytes.
     """
 
     def __init__(self, student: HuggingFaceTokenizer, teacher: HuggingFaceTokenizer) -> None:
@@ -44,19 +41,20 @@ class Reader:
         self._teacher_stop = teacher.end_of_turn
 
     def read(self, rollout: Rollout, teacher_prompts: Sequence[Sequence[int]]) -> Reading:
-        """The teacher's tokens of each row, and the columns where it has read what the student has.
+        """Tokenize each row for the teacher, and find the columns where both models have read the same bytes.
 
-        The teacher reads the longest prefix of the response that is text: up to the first bytes that are not UTF-8, and
-        up to a special token. Behind a whole response that has ended stands its stop token, and that alone meets the
-        student's. Of several states that have read the same, the last one of each side meets. A tokenizer may change
-        the text: nothing meets behind the first byte that differs.
+        The teacher reads the longest prefix of the response that is text. This prefix ends before the first special
+        token and before the first bytes that are not UTF-8. If it is the whole response and the response has ended,
+        then the teacher's `end_of_turn` follows and meets the student's stop token. If several states of a model have
+        read the same bytes, only the last of them meets another. A tokenizer may change the text that it encodes;
+        after the first byte that differs, no states meet.
 
         Args:
             rollout: prompts and responses in the student's tokens.
-            teacher_prompts: the prompt of each row in the teacher's.
+            teacher_prompts: the prompt of each row in the teacher's tokens.
 
         Returns:
-            The reading, where the rollout is.
+            The reading, on the rollout's device.
 
         Raises:
             ValueError: if a prompt is missing or empty.
@@ -96,13 +94,13 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Response:
-    """A response as its reader sees it.
+    """A response as text.
 
     Attributes:
-        text: what is text of it, from its start.
-        data: the same in UTF-8.
-        offset_N: bytes that were read at the prompt's last column and at each token up to the first that is not text.
-        ends: whether all of it is text, but for the stop token at its end.
+        text: the longest prefix of the response that is text.
+        data: that prefix in UTF-8.
+        offset_N: bytes read at the prompt's last column, then after each token before the first special one.
+        ends: whether a stop token ends the response and all before it is text.
     """
 
     text: str
@@ -123,9 +121,9 @@ def _understand(tokens_T: Integers, own: TokenBytes, stops: frozenset[int]) -> _
 
 
 def _meet(response: _Response, ids: Integers, own: TokenBytes) -> tuple[Integers, bool]:
-    """Which teacher token meets each of the response's states, and whether both read the same text to the end.
+    """The teacher token that meets each state of the response, and whether both models read the same text to the end.
 
-    Counted from 0, the prompt's last column; -1 for none.
+    Teacher tokens are counted from 0, which is the prompt's last column; -1 stands for no token.
     """
     data, sizes_T = own.read(ids)
     added = own.space_added(data, response.data)
@@ -138,7 +136,7 @@ def _meet(response: _Response, ids: Integers, own: TokenBytes) -> tuple[Integers
 
 
 def _offsets(sizes_T: Integers, without: int) -> Integers:
-    """Bytes read before the first token and after each one, if the first bytes do not count."""
+    """Bytes read before the first token and after each token. The first `without` bytes do not count."""
     return np.maximum(np.concatenate([[0], np.cumsum(sizes_T)]) - without, 0)
 
 

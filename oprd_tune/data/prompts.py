@@ -1,4 +1,4 @@
-"""Prompts with reference answers, through the `datasets` library."""
+"""Prompts with reference answers, loaded by the `datasets` library."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ class PromptDataset:
     """Tokenized prompts and their reference answers.
 
     Args:
-        rows: texts, with `prompt` and, where known, `answer` (None otherwise).
-        tokenizer: makes the tokens; the only place where prompts are tokenized.
-        max_prompt_tokens: longer prompts, and empty ones, are dropped and counted; None keeps all.
-        prompt_template: a plain text around `{prompt}`, or None for the tokenizer's chat template.
+        rows: texts in the columns `prompt` and `answer`; an answer is None if it is not known.
+        max_prompt_tokens: drop prompts with more tokens of the student's; None keeps them. Empty prompts always go.
+        prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template.
         system_prompt: a system message for the chat template.
-        teacher_tokenizer: of a teacher that reads the same prompts in other tokens; None if it reads these.
-        teacher_prompt_template: like `prompt_template`, for the teacher; `chat` asks for its chat template. None leaves
-            it with the plain text that the student reads, or else with its own chat template.
+        teacher_tokenizer: the tokenizer of a teacher that reads the prompts in other tokens; None if it reads these.
+        teacher_prompt_template: the teacher's `prompt_template`; `chat` uses its chat template. None uses the student's
+            plain text if there is one, otherwise the teacher's own chat template.
 
     Attributes:
-        dropped: how many prompts were empty or too long. What is too long is the student's tokens.
+        dropped: how many prompts were empty or too long.
         largest_token: the largest token id in any prompt.
-        largest_teacher_token: likewise in the teacher's tokens; None without `teacher_tokenizer`.
-        longest_teacher_prompt: tokens in the longest prompt that the teacher reads; None likewise.
+        largest_teacher_token: the same in the teacher's tokens; None without `teacher_tokenizer`.
+        longest_teacher_prompt: the most tokens in a prompt that the teacher reads; None without `teacher_tokenizer`.
 
     Raises:
-        ConfigError: for a template without placeholder, a system prompt without chat, or no prompt left.
+        ConfigError: if a template lacks its placeholder, a system prompt has no chat template, or no prompt is left.
     """
 
     def __init__(
@@ -67,10 +66,10 @@ class PromptDataset:
             self._readers["teacher_tokens"] = (teacher_tokenizer, teacher_template)
         self._system_prompt = system_prompt
         found = len(rows)
-        longest = max_prompt_tokens or 2**31
-        # Never cached on disk: a tokenizer's identity is not part of the library's fingerprint.
+        # Not read from the library's disk cache: its keys do not tell one tokenizer from another.
         tokenized = rows.map(self._tokenize, desc="Tokenizing prompts", load_from_cache_file=False)
-        kept = tokenized.filter(_fits, fn_kwargs={"longest": longest}, load_from_cache_file=False)
+        longest = {"longest": max_prompt_tokens or 2**31}
+        kept = tokenized.filter(_fits, fn_kwargs=longest, load_from_cache_file=False)
         self.dropped = found - len(kept)
         if not len(kept):
             reason = f"all {found} prompts are empty or longer than max_prompt_tokens {max_prompt_tokens}"
@@ -92,11 +91,11 @@ class PromptDataset:
         return tuple(self._tokens[index]), self._answers[index]
 
     def teacher_prompt(self, index: int) -> tuple[int, ...] | None:
-        """The prompt in the teacher's tokens; None if it reads the student's."""
+        """The prompt in the teacher's tokens; None if the teacher reads the student's tokens."""
         return None if self._teacher_tokens is None else tuple(self._teacher_tokens[index])
 
     def as_teacher_reads(self) -> PromptDataset:
-        """The same prompts and answers in the teacher's tokens; itself if it reads the student's."""
+        """The same prompts and answers in the teacher's tokens; this data set if it reads the student's tokens."""
         if self._teacher_tokens is None:
             return self
         view = copy(self)
@@ -109,7 +108,7 @@ class PromptDataset:
         return all(answer is not None for answer in self._answers)
 
     def answer_tokens(self, index: int) -> tuple[int, ...]:
-        """The reference answer as the response it should have been: its tokens and EOS."""
+        """The tokens of the reference answer, and EOS."""
         answer = self._answers[index]
         if answer is None:
             raise ConfigError("this data set has no reference answers; give dataset.answer_column")
@@ -152,24 +151,18 @@ def prompt_dataset(
     teacher_tokenizer: Tokenizer | None = None,
     teacher_prompt_template: str | None = None,
 ) -> PromptDataset:
-    """Load prompts from the hub or from a local file.
+    """Load prompts from the hub or from a local file. `PromptDataset` describes the arguments that are not listed here.
 
     Args:
-        tokenizer: makes the tokens.
         source: a hub name such as `openai/gsm8k`, or a path to a .json, .jsonl, .csv or .parquet file.
-        prompt_column: column with the prompt's text.
-        answer_column: column with the reference answer, for evaluation and perplexity.
-        split: split of the hub's data set, slices such as `train[:2000]` included; also works on a file.
-        subset: configuration of the hub's data set, such as `main`.
-        first: keep only that many rows, from the start.
-        max_prompt_tokens: see `PromptDataset`.
-        prompt_template: see `PromptDataset`.
-        system_prompt: see `PromptDataset`.
-        teacher_tokenizer: see `PromptDataset`.
-        teacher_prompt_template: see `PromptDataset`.
+        prompt_column: the column with the prompts' texts.
+        answer_column: the column with the reference answers, for evaluation and perplexity.
+        split: a split of the hub's data set or of the file; may be a slice such as `train[:2000]`.
+        subset: the configuration of the hub's data set, such as `main`.
+        first: keep only this many rows, from the start.
 
     Raises:
-        ConfigError: if the source cannot be read, lacks a named column, or no prompt is left.
+        ConfigError: if the source cannot be read or lacks a named column, or if no prompt is left.
     """
     data = _load(source, split, subset)
     columns = {"prompt": prompt_column} | ({"answer": answer_column} if answer_column else {})
@@ -191,14 +184,13 @@ def prompt_dataset(
 
 def _load(source: str, split: str, subset: str | None) -> Dataset:
     path = Path(source).expanduser()
+    file_format = _LOCAL_FORMATS.get(path.suffix)
+    if file_format is not None and not path.is_file():
+        raise ConfigError(f"dataset.source: there is no file {path}")
     try:
-        if path.suffix in _LOCAL_FORMATS:
-            if not path.is_file():
-                raise ConfigError(f"dataset.source: there is no file {path}")
-            return load_dataset(_LOCAL_FORMATS[path.suffix], data_files=str(path), split=split)
+        if file_format is not None:
+            return load_dataset(file_format, data_files=str(path), split=split)
         return load_dataset(source, subset, split=split)
-    except ConfigError:
-        raise
     except Exception as error:  # the library raises many kinds, most of them about the hub
         raise ConfigError(
             f"dataset.source {source!r} (split {split!r}) cannot be loaded: {error}. Give a hub name, or a file "
@@ -212,5 +204,5 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 
 def in_memory(prompts: Sequence[str], answers: Sequence[str]) -> Dataset:
-    """A data set of texts that are made rather than loaded."""
+    """A data set of texts that are already in memory."""
     return Dataset.from_dict({"prompt": list(prompts), "answer": list(answers)})

@@ -1,4 +1,4 @@
-"""The order of prompts: an endless, shuffled stream that is a function of its position."""
+"""The order of prompts: an endless, shuffled stream in which each prompt depends on its position alone."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from oprd_tune.types import Prompts
 
 
 class PromptStream:
-    """Shuffled passes over a data set, one after the other.
+    """Shuffled passes over a data set of n prompts, one after the other.
 
-    Position p of the stream is entry p mod n of a permutation that depends on the seed and on p div n. So a run resumes
-    from one number, on any number of ranks, and nobody sees a prompt twice within a pass.
+    Position p of the stream is entry p mod n of a permutation, which depends on the seed and on p div n. So a run can
+    resume from one number, on any number of ranks, and no prompt comes twice within a pass.
 
     Args:
-        dataset: the prompts.
-        prompts_per_step: how many one optimizer step uses, over all ranks.
-        seed: of the shuffles.
-        rank: this process.
-        world_size: how many share each step's prompts.
+        prompts_per_step: prompts of one optimizer step, over all ranks.
 
     Raises:
-        ConfigError: if a process would get none.
+        ConfigError: if a rank would get no prompt.
     """
 
     def __init__(
@@ -50,11 +46,11 @@ class PromptStream:
         self._permutation = permutation
 
     def __len__(self) -> int:
-        """Prompts of one pass."""
+        """The number of prompts in one pass."""
         return len(self._dataset)
 
     def at_step(self, step: int) -> Prompts:
-        """This rank's prompts of optimizer step `step`, from 0."""
+        """This rank's prompts of optimizer step `step`, counted from 0."""
         start = step * self._prompts_per_step
         positions = range(start + self._rank, start + self._prompts_per_step, self._world_size)
         return self.at(positions)

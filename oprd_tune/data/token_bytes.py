@@ -1,4 +1,4 @@
-"""What the tokens of a `tokenizers` vocabulary say, in bytes."""
+"""The bytes that each token of a `tokenizers` vocabulary stands for."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes of a vocabulary of V ids, and what the tokenizer does about a space in front of a text.
+    """The bytes of a vocabulary of V ids, and how the tokenizer treats a space at the start of a text.
 
     Attributes:
         pieces: the bytes of each id; empty for an id that stands for no text.
-        sizes_V1: how many bytes each id says, [V + 1]; -1 for special tokens, for ids without token, and in the last
-            place, which stands for all ids beyond the vocabulary.
-        decoding_drops_space: whether decoding drops a space in front of the text.
-        no_space_before: encoding puts a space in front of every text but those that start with one of these; None if it
-            never does.
+        sizes_V1: the number of bytes of each id, [V + 1]; -1 for special tokens and for ids without a token. The last
+            entry, -1 too, serves all ids beyond the vocabulary.
+        decoding_drops_space: whether decoding drops a space at the start of a text.
+        no_space_before: encoding puts a space in front of a text unless the text starts with one of these; None if
+            encoding never does.
     """
 
     pieces: tuple[bytes, ...]
@@ -42,13 +42,13 @@ class TokenBytes:
     no_space_before: tuple[bytes, ...] | None
 
     def __getitem__(self, token: int) -> bytes | None:
-        """The bytes of one id; None for a special token, or an id that is none."""
+        """The bytes of one id; None for a special token and for an id without a token."""
         if not 0 <= token < len(self.pieces) or self.sizes_V1[token] < 0:
             return None
         return self.pieces[token]
 
     def read(self, tokens_T: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
-        """The bytes of the tokens before the first one that is special or none, and how many each of these has."""
+        """The bytes of all tokens before the first one without bytes (see `sizes_V1`), and the size of each token."""
         ids_T = np.minimum(tokens_T, len(self.pieces))
         sizes_T = self.sizes_V1[ids_T]
         unreadable = np.flatnonzero(sizes_T < 0)
@@ -56,18 +56,18 @@ class TokenBytes:
         return b"".join([self.pieces[i] for i in ids_T[:readable].tolist()]), sizes_T[:readable]
 
     def space_added(self, encoded: bytes, text: bytes) -> int:
-        """How many of the first bytes of an encoded text (0 or 1) are a space that encoding has put there."""
+        """How many bytes (0 or 1) at the start of an encoded text are a space that encoding has added."""
         adds = self.no_space_before is not None and not text.startswith(self.no_space_before)
         return int(adds and encoded.startswith(b" "))
 
 
 def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    """Work out from a tokenizer's definition what each of its tokens says.
+    """Work out from a tokenizer's definition which bytes each token stands for.
 
-    An added token that is not special says what is written in it.
+    An added token that is not special stands for its own text.
 
     Raises:
-        ConfigError: if the definition is none in which a text is its tokens' bytes, one after the other.
+        ConfigError: if decoding does more than to join the bytes of the tokens.
     """
     definition = json.loads(tokenizer.to_str())
     steps = _steps(definition["decoder"], "decoders")
@@ -99,7 +99,7 @@ def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
 
 
 def _steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a component, those of nested sequences one after the other."""
+    """The steps of a component, with nested sequences flattened."""
     if definition is None:
         return []
     if definition["type"] != "Sequence":
@@ -108,7 +108,7 @@ def _steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _is_plain(step: dict[str, Any]) -> bool:
-    """Whether a decoding step does the same to a token wherever it stands, but for one space in front of the text."""
+    """Whether a decoding step treats a token the same at every place, except for one space at the start of the text."""
     if step["type"] == "Replace":
         return "String" in step["pattern"]
     return step["type"] != "Strip" or (step["content"] == " " and step["start"] <= 1 and step["stop"] == 0)
@@ -132,7 +132,7 @@ def _no_space_before(definition: dict[str, Any]) -> tuple[bytes, ...] | None:
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: a printable byte is its own, the others follow from 256 on."""
+    """GPT-2's letters for bytes: a printable byte is its own letter, the others get the letters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -142,7 +142,7 @@ _BYTE_OF_LETTER = _alphabet()
 
 
 def _from_alphabet(token: str) -> bytes:
-    """As the library decodes: a token with any other letter stands for its own text."""
+    """The bytes of a token's letters. As in the library, a token with any other letter stands for its own text."""
     try:
         return bytes([_BYTE_OF_LETTER[letter] for letter in token])
     except KeyError:

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face model folder, in the shape that torchtune's components expect."""
+"""The tokenizer of a Hugging Face model folder, with the interface that torchtune's components expect."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class HuggingFaceTokenizer:
-    """Reads `tokenizer.json` and `tokenizer_config.json`, and the chat template where there is one.
+    """Reads `tokenizer.json`, `tokenizer_config.json` and, if there is one, the chat template.
 
-    Fits every model folder, whatever its pre-tokenization; torchtune's `Qwen2_5Tokenizer` serves as well where it
-    applies. Special tokens are added by the chat template alone, never by `encode`.
+    It works for every model folder, whatever its pre-tokenization. For Qwen2.5, torchtune's `Qwen2_5Tokenizer` works
+    as well. Only the chat template adds special tokens; `encode` does not.
 
     Args:
         path: a model folder.
-        max_seq_len: not used for truncation; prompts that are too long are dropped by the data set instead.
-        chat_template_kwargs: values of the chat template's own variables, such as `enable_thinking` of Qwen3's.
+        max_seq_len: not used for truncation; the data set drops prompts that are too long.
+        chat_template_kwargs: values for the chat template's own variables, such as Qwen3's `enable_thinking`.
 
     Attributes:
-        eos_id: ends a response.
-        pad_id: fills rows; the EOS id if the folder names no pad token.
-        stop_tokens: every id that ends a response, those of `generation_config.json` included.
+        pad_id: the id that fills rows; the EOS id if the folder names no pad token.
+        stop_tokens: every id that ends a response: EOS, and those in `generation_config.json`.
 
     Raises:
-        ConfigError: if a file is missing or names no EOS token, or the chat template does not have such variables.
+        ConfigError: if a file is missing, no EOS token is named, or the chat template lacks a given variable.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class HuggingFaceTokenizer:
                 raise ConfigError(f"tokenizer.path: {folder} has no {name}; give a Hugging Face model folder")
         self.max_seq_len = max_seq_len
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()  # a folder's own habits for training are not ours
+        self._tokenizer.no_truncation()  # the folder may ask for either, as it was used in training
         self._tokenizer.no_padding()
         self._config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
         eos_id = self._special_id("eos_token")
@@ -65,30 +64,26 @@ class HuggingFaceTokenizer:
         self._template_variables = {} if chat_template_kwargs is None else self._variables(chat_template_kwargs)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens written out in it are recognised."""
+        """Token ids of `text`. Special tokens that are spelt out in the text are recognised."""
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         eos = [self.eos_id] if add_eos else []
         return [*bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, *eos]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, each as `encode` gives them, on all cores."""
+        """Token ids of several texts, the same as from `encode`, computed on all cores."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
-        """What each token says, in bytes.
-
-        Raises:
-            ConfigError: if the folder's definition does not tell.
-        """
+        """The bytes of each token. Raises ConfigError if the folder's definition does not tell them."""
         return token_bytes(self._tokenizer)
 
     @cached_property
     def end_of_turn(self) -> int:
-        """The stop token that the chat template puts behind an answer; EOS where there is no template or no such token.
+        """The stop token that the chat template puts after an answer; EOS if there is no template or no such token.
 
-        A folder's `eos_token` may be another one: that which ends a document.
+        The folder's `eos_token` may be a different one, which ends a document.
         """
         question, answers = Message(role="user", content="1"), ("", "2")
         try:
@@ -108,8 +103,8 @@ class HuggingFaceTokenizer:
     def tokenize_messages(self, messages: list[Message], *, add_eos: bool = False) -> tuple[list[int], list[bool]]:
         """Render the folder's chat template and tokenize it.
 
-        An empty last assistant message asks for its header, so that a response can follow. Returns ids and, as
-        torchtune does, which of them are masked: here all, since prompts are never trained on.
+        If the last message is an empty one of the assistant's, only its header is rendered, so that a response can
+        follow. Like torchtune, this returns the ids and which of them are masked. All are: prompts are not trained on.
 
         Raises:
             ConfigError: if the folder has no chat template, or the template rejects the messages.
@@ -125,7 +120,7 @@ class HuggingFaceTokenizer:
         return ids, [True] * len(ids)
 
     def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        special = {k: self._special_text(k) or "" for k in _SPECIAL_TOKENS}
+        special = {key: _special_text(self._config, key) or "" for key in _SPECIAL_TOKENS}
         variables = {**special, **self._template_variables, "messages": turns}
         try:
             template = _environment().from_string(self.chat_template or "")
@@ -134,7 +129,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"the chat template rejects this conversation: {error}") from error
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The chat template's own variables, all of which it has to read."""
+        """Check that the chat template reads each given variable, and copy them."""
         where = "tokenizer.chat_template_kwargs"
         if not isinstance(given, Mapping):
             raise ConfigError(f"{where} is {given!r}; give variables and values, such as {{enable_thinking: false}}")
@@ -156,21 +151,17 @@ class HuggingFaceTokenizer:
         if own_file.is_file():
             return own_file.read_text()
         template = self._config.get("chat_template")
-        if isinstance(template, list):  # several named ones
+        if isinstance(template, list):  # several templates with names
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         return template
 
-    def _special_text(self, key: str) -> str | None:
-        token = self._config.get(key)
-        return token["content"] if isinstance(token, dict) else token
-
     def _special_id(self, key: str) -> int | None:
-        text = self._special_text(key)
+        text = _special_text(self._config, key)
         return None if text is None else self._tokenizer.token_to_id(text)
 
 
 def tokens_by_id(folder: Path) -> tuple[dict[int, str], set[int]] | None:
-    """The tokens of a model folder's `tokenizer.json`, and which ids are special; None where there is none."""
+    """The tokens of a model folder's `tokenizer.json`, and its special ids; None without such a file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -180,16 +171,23 @@ def tokens_by_id(folder: Path) -> tuple[dict[int, str], set[int]] | None:
 
 
 def conventions(folder: Path) -> dict[str, str | None] | None:
-    """How a model folder ends a turn, pads, and renders a chat; None where it does not say."""
+    """A model folder's EOS token, padding token and chat template; None without a `tokenizer_config.json`."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
     config = json.loads(path.read_text())
-    tokens = {name: config.get(f"{name}_token") for name in ("eos", "pad")}
-    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     template = folder / "chat_template.jinja"
     chat = template.read_text() if template.is_file() else config.get("chat_template")
-    return {"EOS": texts["eos"], "padding": texts["pad"], "chat template": None if chat is None else str(chat)}
+    return {
+        "EOS": _special_text(config, "eos_token"),
+        "padding": _special_text(config, "pad_token"),
+        "chat template": None if chat is None else str(chat),
+    }
+
+
+def _special_text(config: Mapping[str, Any], key: str) -> str | None:
+    token = config.get(key)
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _generation_stops(folder: Path) -> list[int]:
@@ -199,7 +197,7 @@ def _generation_stops(folder: Path) -> list[int]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are rendered in, as in transformers."""
+    """The environment that chat templates are rendered in, with the same settings as in transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

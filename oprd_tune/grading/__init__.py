@@ -1,4 +1,4 @@
-"""Is a response right? Graders are functions of the response's text and the reference answer."""
+"""Graders decide whether a response is right. They are functions of its text and the reference answer."""
 
 from oprd_tune.grading.graders import exact_match, math_answer
 

@@ -1,18 +1,18 @@
-"""Graders: to the letter, and mathematically by math-verify (`\\boxed{1/2}` equals `0.5`)."""
+"""Two graders: one compares texts, the other compares mathematical values (`\\boxed{1/2}` equals `0.5`)."""
 
 
 def exact_match(response: str, answer: str) -> bool:
-    """True if response and answer are the same text, white space at both ends aside."""
+    """True if response and answer are the same text, apart from white space at both ends."""
     return response.strip() == answer.strip()
 
 
 def math_answer(response: str, answer: str) -> bool:
-    """True if the last mathematical expression of the response equals the reference's.
+    """True if the last mathematical expression of the response equals the reference, as math-verify judges.
 
-    In a reference, what stands after `####` counts (GSM8K), or else the whole text.
+    The reference is the text after `####`, as in GSM8K, or else the whole answer.
 
     Raises:
-        ImportError: without the `eval` extra.
+        ImportError: if the `eval` extra is not installed.
     """
     try:
         from math_verify import parse, verify

@@ -112,6 +112,11 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
     teacher_files = open_checkpointer(parts.teacher_checkpointer, out)
     student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
     check_adapters("model", student)
+    if settings.activation_checkpointing > len(student.layers):
+        raise ConfigError(
+            f"activation_checkpointing is {settings.activation_checkpointing}, but the student has "
+            f"{len(student.layers)} blocks, so none would be recomputed; give true, or a smaller number"
+        )
     if adapter_names(teacher):
         raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
     pairs: list[LayerPair] = []

@@ -163,7 +163,7 @@ class RunFolder:
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=staged,
                 process_group=self._group(),
-                no_dist=not dist.is_initialized(),
+                no_dist=self._ranks.world_size == 1,
             )
         assert isinstance(written, Future)
         self._pending = _PendingCheckpoint(written, staged, target, self._keep if self._ranks.first else None)

@@ -15,7 +15,6 @@ from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings, Parts, construct
-from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.adapters import adapter_names
 from oprd_tune.modeling.sharding import Sharding, sync_gradients
@@ -161,11 +160,6 @@ def load_student(
     """
     s, every = settings, settings.activation_checkpointing
     model = build_on_meta(build)
-    if every > len(model.layers):
-        raise ConfigError(
-            f"activation_checkpointing is {every}, but the student has {len(model.layers)} blocks, "
-            "so none would be recomputed; give true, or a smaller number"
-        )
     if frozen := freeze(model, top=top, trains_head=trains_head, freeze_embedding=s.freeze_embedding):
         print(frozen)
 

@@ -5,10 +5,15 @@ import torch
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses import HiddenStateMSE
-from oprd_tune.losses.masking import select_states
+from oprd_tune.losses.masking import StateSelector, select_states
 from oprd_tune.losses.streaming import streamed_sum
+from oprd_tune.modeling.taps import collect_states
 from oprd_tune.ranks import Ranks
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.training.calibration import calibrate
 from oprd_tune.types import LayerPair, Selection
+from tests.conftest import DEPTH, make_model
+from tests.losses.test_composite import rollout
 
 D = 6
 PAIRS = [LayerPair(1, 2), LayerPair(3, 2), LayerPair(4, 5)]
@@ -185,6 +190,22 @@ def test_coefficient_scales_and_constructor_explains():
         HiddenStateMSE("unit")
     with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a number that is not negative"):
         HiddenStateMSE(coefficient=-1)
+
+
+def test_rms_scales_are_the_teachers_mean_squares_at_the_selected_states_of_all_microbatches():
+    pairs = [LayerPair(1, 2), LayerPair(2, 2), LayerPair(DEPTH, DEPTH)]
+    loss, select, batch = HiddenStateMSE("rms"), StateSelector("first_k", 3), rollout()
+    micro_batches = batch.split(9)
+    calibrate(loss, FrozenTeacher(make_model(), pairs), [*micro_batches, batch.idle()], select, Ranks())
+    index_T = select(batch).index_T
+    assert (len(micro_batches), len(index_T), loss.needs_calibration) == (2, 5, False)
+    found = collect_states(make_model(), batch.tokens_BS, [(pair.teacher, index_T, None) for pair in pairs])
+    wanted = {pair.student: state.square().mean().item() for pair, state in zip(pairs, found, strict=True)}
+    assert loss.scales == pytest.approx(wanted, rel=1e-5)
+    before = dict(loss.scales)
+    for uncalled in (loss, HiddenStateMSE(), None):  # done already, or nothing to do
+        calibrate(uncalled, None, micro_batches, select, Ranks())
+    assert loss.scales == before
 
 
 def test_rms_scales_survive_a_checkpoint_and_must_be_positive():

@@ -1,4 +1,4 @@
-"""Token losses written as a function of two log-probabilities; tests/losses/test_token_losses.py has one of them too."""
+"""Token losses written as a function of two log-probabilities. One of them is in `LOSSES` of test_token_losses.py too."""
 
 import weakref
 

@@ -11,6 +11,7 @@ from oprd_tune.losses import (
     ControlVariateReverseKL,
     DetachedTopKReverseKL,
     FullReverseKL,
+    PerTokenLoss,
     SampledReverseKL,
     TopKReverseKL,
 )
@@ -321,19 +322,30 @@ def test_a_frozen_head_gets_no_gradient(name):
     torch.testing.assert_close(got, wanted, **EXACT)
 
 
-def test_the_loss_that_the_docs_show_how_to_write_is_right():
-    pages = [page.read_text() for page in (Path(__file__).parents[2] / "docs").glob("*.md")]
-    (code,) = [part.split("```")[0] for page in pages for part in page.split("```python") if "class ForwardKL" in part]
+@pytest.mark.parametrize("page", ["docs/opd_topk_distributed.md", "CONTRIBUTING.md"])
+ROOT = Path(__file__).parents[2]
+PAGES = ["CONTRIBUTING.md", "docs/opd_topk_distributed.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_loss_that_the_docs_show_how_to_write_is_right(page):
+    blocks = [block.split("```")[0] for block in (ROOT / page).read_text().split("```python")[1:]]
+    (code,) = [block for block in blocks if "def forward_kl" in block]
     namespace = {}
     exec(code, namespace)
     case = Case()
     log_p, log_q = case.distributions()
     expected = kl(log_q, log_p).sum()
     wanted = case.gradients(expected)
-    stream = case.stream(namespace["ForwardKL"](chunk_tokens=3))
+    stream = case.stream(PerTokenLoss(per_token=namespace["forward_kl"], chunk_tokens=3))
     torch.testing.assert_close(stream.total, expected.detach(), **EXACT)
     for g, w in zip(case.gradients(stream.total), wanted, strict=True):
         torch.testing.assert_close(g, w, **EXACT)
+
+
+def test_every_loss_that_the_docs_show_is_tested():
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert sorted(str(p.relative_to(ROOT)) for p in pages if "def forward_kl" in p.read_text()) == PAGES
 
 
 # ---- mistakes ----

@@ -165,10 +165,19 @@ def test_the_first_loss_is_what_the_report_says_of_unseen_rows(tmp_path):
 
 
 @pytest.mark.parametrize("basis", ["pca", "predictive"])
-def test_a_teacher_keeps_its_top_only_where_the_basis_asks_for_it(basis, out, capsys):
+def test_a_teacher_keeps_its_top_only_where_the_basis_asks_for_it(basis, out, capsys, monkeypatch):
+    """And only for the fit: training reads no more than the pairs."""
+    depths, observe = [], _Fit._observe
+
+    def note(self, teacher, *args, **kwargs):
+        depths.append(len(teacher._model.layers))
+        observe(self, teacher, *args, **kwargs)
+
+    monkeypatch.setattr(_Fit, "_observe", note)
     recipe = prepared(out, layers="[1,2]", **{"bridge.basis": basis})
     assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 3)]
-    assert len(recipe.teacher._model.layers) == (6 if basis == "predictive" else 3)
+    assert set(depths) == {6 if basis == "predictive" else 3}
+    assert len(recipe.teacher._model.layers) == 3
     assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)).loss < 1
     needed = capsys.readouterr().out
     assert f"teacher {'9.9' if basis == 'predictive' else '5.0'} MiB" in needed

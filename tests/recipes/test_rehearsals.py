@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from oprd_tune.config.components import Components
+from oprd_tune.config import Component, OPDSettings, OPRDSettings, resolve
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.registry import config_files
 from tests.conftest import load_config
@@ -25,23 +25,16 @@ REHEARSALS = ("qwen2_5_0_5b_to_0_5b", "qwen2_5_7b_to_1_5b", "qwen3_4b_to_1_7b_ba
 def test_every_component_can_be_constructed(name, tmp_path):
     """Models on the meta device; what reads files is constructed by rehearsals and by the tiny runs."""
     cfg = load_config(name, output_dir=tmp_path)
-    make = Components(cfg)
-    student, teacher = (build_on_meta(lambda key=key: make(key)) for key in ("model", "teacher_model"))
+    settings = OPRDSettings if cfg.recipe == "oprd_distributed" else OPDSettings
+    settings, parts = resolve(cfg, settings, recipe=cfg.recipe)
+    student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
     assert student.tok_embeddings.weight.is_meta
     assert len(student.layers) <= len(teacher.layers)
-    make("loss")
-    optimizer = make("optimizer", [torch.nn.Parameter(torch.zeros(2))])
-    make("lr_scheduler", optimizer, num_training_steps=cfg.max_steps)
-    make("metric_logger")
-    engine = make(
-        "rollout",
-        torch.nn.Linear(1, 1),
-        stop_tokens=[0],
-        pad_id=0,
-        max_new_tokens=cfg.max_new_tokens,
-        samples_per_prompt=1,
-    )
-    assert hasattr(engine, "generate")
+    parts.loss()
+    optimizer = parts.optimizer([torch.nn.Parameter(torch.zeros(2))])
+    parts.lr_scheduler(optimizer, num_training_steps=settings.max_steps)
+    parts.metric_logger()
+    assert hasattr(parts.rollout(), "generate")
 
 
 @pytest.mark.slow
@@ -75,7 +68,7 @@ def test_a_rehearsal_changes_nothing_but_paths_depth_and_sizes():
     cfg = load_config("qwen2_5_7b_to_7b")
     overrides = shallow_overrides(cfg, "model")
     shallow = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}" for key, value in overrides.items()]))
-    whole, cut = (build_on_meta(lambda c=c: Components(c)("model")) for c in (cfg, shallow))
+    whole, cut = (build_on_meta(Component.find("model", OmegaConf.to_container(c.model))) for c in (cfg, shallow))
     assert len(cut.layers) == 2
     shapes = {name: p.shape for name, p in whole.named_parameters()}
     assert all(shapes[name] == p.shape for name, p in cut.named_parameters())
