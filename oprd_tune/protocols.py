@@ -1,6 +1,6 @@
-"""What the exchangeable pieces of a run have to offer. A class needs no base for it, only these members.
+"""What the exchangeable pieces of a run have to offer. A class needs no base class for it, only these members.
 
-Each guide in CONTRIBUTING.md ("Add a loss", "Add an engine", …) starts from one of these.
+Each guide in CONTRIBUTING.md ("Add a loss", "Add an engine", …) starts from one of these protocols.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Policy:
     """The student as a rollout engine gets it.
 
     Attributes:
-        model: the trainer's own model, as it trains: sharded, checkpointed, with adapters.
-        files: the checkpointer that it was loaded with.
-        dtype: that it computes in.
-        vocabulary: token ids that the teacher knows too.
-        ranks: the processes that it is spread over.
-        folder: where an engine may write, within the run's folder.
+        model: the trainer's own model in the form that it trains in: sharded, checkpointed, with adapters.
+        files: the checkpointer that loaded the model.
+        dtype: the precision that the model computes in.
+        vocabulary: the number of token ids that the teacher knows too. An engine samples from these alone.
+        ranks: the processes that the model is spread over.
+        folder: a folder within the run's folder, where the engine may write.
     """
 
     model: TransformerDecoder
@@ -42,15 +42,16 @@ class Policy:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with the student's weights. Constructed from its section of the config alone.
+    """Samples responses with the student's weights. An engine is constructed from its section of the config alone.
 
-    A run calls `check`, `memory_bytes`, `start`, then `sync_weights` and `generate` in every step, and `close`.
+    A run calls `check`, `memory_bytes` and `start` once, then `sync_weights` and `generate` in every step, and `close`
+    at the end.
 
     Attributes:
-        samples_with_student: whether the trainer's own model samples, so that there is no other engine to correct for.
-        temperature: that it samples at; 1 is on-policy.
-        free_on_resume: arguments that may change when a run resumes: those that decide where and how fast it samples,
-            not what.
+        samples_with_student: True if the trainer's own model samples. Losses then have no other sampler to correct for.
+        free_on_resume: the engine's arguments that may change when a run resumes. They decide where and how fast the
+            engine samples, but not what it samples.
+        temperature: the sampling temperature; 1 is on-policy.
     """
 
     samples_with_student: ClassVar[bool]
@@ -63,100 +64,89 @@ class RolloutEngine(Protocol):
     def memory_bytes(
         self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
     ) -> tuple[int, int]:
-        """Bytes on each rank's device, beside the student: held all the time, and only while sampling.
+        """Bytes that the engine needs on each rank's device, beside the student: all the time, and while it samples.
 
         Args:
             model: the student, possibly on the meta device.
-            rows: responses of a rank's largest rollout.
-            columns: tokens of its longest row, prompt included.
-            dtype: that the student computes in.
+            rows: the number of responses in a rank's largest rollout.
+            columns: the length of the longest row in tokens, prompt included.
+            dtype: the precision that the student computes in.
         """
 
     def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Get ready to sample. Every rank calls.
-
-        Raises:
-            ConfigError: if the engine cannot start.
-        """
+        """Get ready to sample; raise ConfigError if that fails. Every rank calls."""
 
     def sync_weights(self, policy_version: int) -> None:
-        """Take over the trainer's weights; rollouts carry `policy_version` from now on.
-
-        Raises:
-            RolloutError: if that fails.
-        """
+        """Take over the trainer's weights, or raise RolloutError. Later rollouts carry `policy_version`."""
 
     def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
-        """Sample responses to each prompt, rows of one prompt side by side.
+        """Sample responses to each prompt. The rows of one prompt lie side by side.
 
         Args:
-            prompts: what to answer.
-            stream: separates the noise of otherwise equal calls, such as training steps.
+            prompts: the prompts to answer.
+            stream: separates the noise of otherwise equal calls. A run passes the training step.
 
         Raises:
-            RolloutError: if that fails, or if the responses are not proven to be the current student's.
+            RolloutError: if sampling fails, or if nothing proves that the current student gave the responses.
         """
 
     def close(self) -> None:
-        """Free what the engine holds. It cannot be used afterwards."""
+        """Free what the engine holds. The engine cannot be used afterwards."""
 
 
 # ---- what the student is compared with ----
 
 
 class Teacher(Protocol):
-    """Says what the student should have said."""
+    """Gives the states that the student should have had."""
 
     def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
-        """What the losses compare the student with.
+        """The teacher's states, with which the losses compare the student.
 
         Args:
             tokens_BS: right-padded token ids, as the teacher reads them.
             index_T: positions in the flattened [B * S] grid, for the layers of a hidden-state loss.
-            final_index_T: positions of the final states, for a token loss; None without one.
+            final_index_T: positions of the final states, for a token loss; None without a token loss.
         """
 
 
 class Projections(Protocol):
-    """Makes states of unlike models comparable: what a hidden-state loss needs of a bridge."""
+    """Makes states of unlike models comparable. A hidden-state loss needs these members of a bridge."""
 
     def student(self, layer: int, state_TD: Tensor) -> Tensor:
-        """A student layer's states, [T, R]."""
+        """The projected states of a student layer, [T, R]."""
 
     def teacher(self, layer: int, state_TC: Tensor) -> Tensor:
-        """The states of the teacher layer that this student layer is paired with, [T, R]."""
+        """The projected states, [T, R], of the teacher layer that this student layer is paired with."""
 
     def variance(self, layer: int) -> Tensor:
         """E‖z_T‖² of the teacher's projections, a scalar."""
 
 
 class LossStream(Protocol):
-    """One microbatch of a loss. The taps call it with each layer that it reads, in ascending order.
-
-    Attributes:
-        layers: those layers, ascending.
-        metrics: sums over the microbatch's tokens, by name; complete after the last call.
-    """
+    """One microbatch of a loss. The taps call it once for each layer that it reads, in ascending order."""
 
     @property
-    def layers(self) -> Collection[int]: ...
+    def layers(self) -> Collection[int]:
+        """The student layers that the loss reads, ascending."""
 
     @property
-    def metrics(self) -> Any: ...
+    def metrics(self) -> Any:
+        """Sums over the microbatch's tokens, by name. They are complete after the last call."""
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
-        """Take one layer's output; the last call returns the sum, or those of several parts, with a graph."""
+        """Take one layer's output. The last call returns the loss sum with a graph, or one sum for each part."""
 
 
 # ---- data and evaluation ----
 
 
 class Tokenizer(Protocol):
-    """Turns texts into the tokens that both models know, and back. torchtune's tokenizers serve, and ours.
+    """Turns texts into the tokens that both models know, and back. torchtune's tokenizers and ours fit.
 
     Attributes:
-        eos_id: ends a reference answer.
-        pad_id: fills rows.
+        eos_id: the id that ends a reference answer.
+        pad_id: the id that fills rows.
         stop_tokens: every id that ends a response.
     """
 
@@ -169,19 +159,19 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
     def tokenize_messages(self, messages: list[Any], *, add_eos: bool) -> tuple[list[int], list[bool]]:
-        """Ids of a chat, and which of them are masked. An empty last assistant message asks for its header."""
+        """The ids of a chat, and a mask of its ids. An empty last assistant message asks for the header alone."""
 
 
 class PromptSource(Protocol):
     """Tokenized prompts with reference answers. The function that a config names returns one; see `prompt_dataset`.
 
-    It is called with the tokenizer and `max_prompt_tokens`, and with `teacher_tokenizer` where there is one.
+    The function is called with the tokenizer and `max_prompt_tokens`, and with `teacher_tokenizer` where there is one.
 
     Attributes:
-        dropped: how many prompts were left out, empty or too long; said at the start.
-        largest_token: the largest token id in any prompt; the models have to know it.
-        longest_teacher_prompt: tokens of the longest prompt that a teacher with another tokenizer reads, or None.
-        has_answers: whether every prompt has a reference answer.
+        dropped: how many prompts were left out because they were empty or too long. The run reports it at the start.
+        largest_token: the largest token id in any prompt. The models must know it.
+        longest_teacher_prompt: the longest prompt in tokens of a teacher with another tokenizer; None without such a
+            teacher.
     """
 
     dropped: int
@@ -189,21 +179,22 @@ class PromptSource(Protocol):
     longest_teacher_prompt: int | None
 
     @property
-    def has_answers(self) -> bool: ...
+    def has_answers(self) -> bool:
+        """Whether every prompt has a reference answer."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[tuple[int, ...], str | None]:
-        """Prompt tokens and reference answer."""
+        """A prompt's tokens and its reference answer."""
 
     def teacher_prompt(self, index: int) -> tuple[int, ...] | None:
-        """The prompt in the teacher's own tokens; None if it reads the student's."""
+        """The prompt in the teacher's own tokens; None if the teacher reads the student's tokens."""
 
     def answer_tokens(self, index: int) -> tuple[int, ...]:
-        """The reference answer as the response it should have been: its tokens and EOS."""
+        """The reference answer as a response: its tokens and EOS."""
 
     def as_teacher_reads(self) -> PromptSource:
-        """The same prompts and answers in the teacher's tokens; itself if it reads the student's."""
+        """The same prompts and answers in the teacher's tokens; itself if the teacher reads the student's tokens."""
 
 
 class Grader(Protocol):
@@ -216,7 +207,7 @@ class Grader(Protocol):
 
 
 class MetricLogger(Protocol):
-    """What every logger of torchtune's offers. One that also is a `RichLogger` gets texts and figures."""
+    """The members that every torchtune logger has. A logger that also is a `RichLogger` gets texts and figures too."""
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None: ...
 
@@ -227,13 +218,13 @@ class MetricLogger(Protocol):
 
 @runtime_checkable
 class RichLogger(Protocol):
-    """A logger that takes texts and figures, and that can go on where a checkpoint was."""
+    """A logger that takes texts and figures, and that can continue from a checkpoint's step."""
 
     def resume_at(self, step: int) -> None:
-        """Hide everything logged at `step` or later. Called before the first entry."""
+        """Hide everything that was logged at `step` or later. A run calls this before the first entry."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Log a text; Markdown is rendered."""
+        """Log a text. Markdown is rendered."""
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         """Log a matplotlib figure."""

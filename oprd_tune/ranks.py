@@ -111,7 +111,7 @@ def join_ranks(device: torch.device) -> Ranks:
 
 
 def need_process_group(ranks: Ranks) -> None:
-    """Make a process group of one process if there is none: FSDP2 does not work without one."""
+    """Make a process group of one process if there is none. Sharding needs one even then."""
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(_backend(ranks.device), store=store, rank=0, world_size=1)

@@ -1,7 +1,6 @@
-"""Our recipes and configs, for torchtune's own command line.
+"""Our recipes and configs, for torchtune's own command line. A config's `recipe:` key names the recipe it belongs to.
 
-A config belongs to the recipe that its `recipe:` key names. Paths are absolute: torchtune joins them to its own recipe
-folder, and an absolute path wins there.
+Paths are absolute: torchtune joins them to its own recipe folder, and an absolute path wins there.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_SHIPPED = Path(__file__).parent / "_shipped"  # in a wheel; an editable install finds them in the checkout
+_SHIPPED = Path(__file__).parent / "_shipped"  # exists in a wheel; an editable install reads from the checkout
 _ROOT = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[1]
-# A recipe runs on any number of devices. Under these names it starts on one, also where there are several.
-FURTHER_NAMES = {
-    "oprd_single_device": "oprd_distributed",
-    "opd_topk_single_device": "opd_topk_distributed",
-}
+# A recipe runs on any number of devices. Called by one of these names, it uses one device even if there are more.
+FURTHER_NAMES = {"oprd_single_device": "oprd_distributed", "opd_topk_single_device": "opd_topk_distributed"}
 _RECIPE_KEY = re.compile(r"^recipe:\s*(\w+)", re.MULTILINE)
 
 
@@ -28,7 +24,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def full_name(recipe: str) -> str:
-    """The name of a recipe's file; other words as they are."""
+    """The name of a recipe's file. Any other word is returned unchanged."""
     return FURTHER_NAMES.get(recipe, recipe)
 
 
@@ -38,19 +34,19 @@ def asked_for_one_process() -> bool:
 
 
 def config_files() -> dict[str, Path]:
-    """Our configs by the name that `--config` takes, such as `tiny/oprd`."""
+    """Our configs, by the name that `--config` takes, such as `tiny/oprd`."""
     folder = _ROOT / "configs"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def recipe_named_in(config: Path) -> str | None:
-    """The value of a config file's `recipe:` key."""
+    """The value of a config file's `recipe:` key; None if it has none."""
     match = _RECIPE_KEY.search(config.read_text())
     return match[1] if match else None
 
 
 def register(registry: ModuleType) -> None:
-    """Append our recipes to torchtune's registry module, unless they are there already."""
+    """Append our recipes to torchtune's registry module, unless it already lists them."""
     known = {recipe.name for recipe in registry._ALL_RECIPES}
     for recipe, path in recipe_files().items():
         if recipe in known:

@@ -266,7 +266,7 @@ class TeacherTargets:
     Attributes:
         states: targets of the hidden-state loss by student layer: the selected states [T, C] of the paired teacher
             layer or, with a bridge, their projections [T, R].
-        final_TC: the teacher's states, after the final norm, that predict the response tokens; None without a token loss.
+        final_TC: the teacher's normed final states that predict the response tokens; None without a token loss.
     """
 
     states: dict[int, Tensor]

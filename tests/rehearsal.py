@@ -162,13 +162,13 @@ def rehearse(cfg):
     recipe = make_recipe(cfg)
     memory = PeakMemory()
     recipe.setup()
-    save, peak = recipe._save, []
+    save, peak = recipe.run._save, []
 
     def measure_and_save():
         peak.append(memory.stop())
         save()
 
-    recipe._save = measure_and_save
+    recipe.run._save = measure_and_save
     status = recipe.train()
     logged = recipe.run.journal.logged
     return {

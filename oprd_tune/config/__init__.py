@@ -1,4 +1,4 @@
-"""From a config to settings and parts."""
+"""Turn a config into settings and parts."""
 
 from oprd_tune.config.components import Component, construct
 from oprd_tune.config.parts import Parts, resolve

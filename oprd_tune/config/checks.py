@@ -1,4 +1,4 @@
-"""Checks of single numbers, with one message each."""
+"""Checks of single numbers. Each check has one message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from oprd_tune.errors import ConfigError
 
 
 def check_whole(name: str, value: object, *, at_least: int = 1) -> None:
-    """Raise ConfigError unless a value is a whole number, and not too small."""
+    """Raise ConfigError unless a value is a whole number and is not too small."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {at_least}")
 

@@ -1,4 +1,4 @@
-"""Components, the sections of a config with a `_component_`: found and checked first, constructed later."""
+"""Components: the config's sections with a `_component_`. They are found and checked first, and constructed later."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from oprd_tune.torchtune_compat import component_at
 
 @dataclass(frozen=True)
 class Component:
-    """What a section names, and the arguments that it gives. Call it to construct the thing.
+    """A class or function that a section names, and the arguments for it. Call the component to construct the object.
 
     Attributes:
         name: the section's key, for messages.
         path: the dotted path in `_component_`.
-        target: the class or function there.
-        arguments: plain values, or components to construct first.
+        target: the class or function at that path.
+        arguments: plain values, or components that are constructed first.
     """
 
     name: str
@@ -30,14 +30,10 @@ class Component:
 
     @classmethod
     def find(cls, name: str, section: object) -> Component:
-        """Look a section's component up.
-
-        Args:
-            name: the section's key.
-            section: plain values.
+        """Find the component of a section of plain values; `name` is the section's key.
 
         Raises:
-            ConfigError: if the component does not exist, or does not take an argument.
+            ConfigError: if the component does not exist, or if it does not take one of the arguments.
         """
         if not isinstance(section, Mapping) or "_component_" not in section:
             raise ConfigError(f"{name} must be a component: give it a `_component_` with a dotted path")
@@ -55,10 +51,10 @@ class Component:
         return cls(name, path, target, {key: _find_within(f"{name}.{key}", value) for key, value in given.items()})
 
     def __call__(self, *args: Any, **added: Any) -> Any:
-        """Construct it, with what only the recipe knows added.
+        """Construct the object from the section's arguments and those that the recipe adds.
 
         Raises:
-            ConfigError: if it refuses its arguments; the message starts with the section's key.
+            ConfigError: if the component refuses its arguments. The message starts with the section's key.
         """
         try:
             return self.plainly(*args, **added)
@@ -68,32 +64,24 @@ class Component:
             raise ConfigError(f"{self.name}: {self.path} cannot be constructed: {error}") from error
 
     def plainly(self, *args: Any, **added: Any) -> Any:
-        """Construct it and let its errors pass, for a caller that explains them better."""
+        """Construct the object, but do not translate its errors. The caller explains them better."""
         if taken := sorted(set(self.arguments) & set(added)):
             raise ConfigError(f"{self.name}.{taken[0]} is set by the recipe; leave it out of {self.name}")
         return self.target(*args, **_construct(self.arguments), **added)
 
     @property
     def free_on_resume(self) -> set[str]:
-        """Keys of the arguments that may change when a run resumes; the component declares them itself."""
+        """The keys of the arguments that may change when a run resumes. The component itself declares them."""
         return {f"{self.name}.{key}" for key in getattr(self.target, "free_on_resume", ())}
 
 
 def construct(component: Component | None, *args: Any, **added: Any) -> Any:
-    """Construct an optional component; None where there is none."""
+    """Construct an optional component; None if the config has none."""
     return None if component is None else component(*args, **added)
 
 
 def find_function(name: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
-    """A function, given as itself or by its dotted path.
-
-    Args:
-        name: the config key, for messages.
-        function: the function or its path.
-
-    Raises:
-        ConfigError: if there is none.
-    """
+    """A function, given as itself or by its dotted path; raises ConfigError, with the config key, if there is none."""
     if isinstance(function, str):
         try:
             function = component_at(function)
@@ -105,7 +93,7 @@ def find_function(name: str, function: Callable[..., Any] | str) -> Callable[...
 
 
 def _find_within(name: str, value: Any) -> Any:
-    """A value with the sections in it turned into components."""
+    """A value whose inner sections with a `_component_` are turned into components."""
     if not isinstance(value, Mapping):
         return value
     if "_component_" in value:
@@ -122,7 +110,7 @@ def _construct(value: Any) -> Any:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the most similar known word, or at all of them."""
+    """A hint at the most similar known word, or at all known words if none is similar."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

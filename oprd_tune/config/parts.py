@@ -1,4 +1,4 @@
-"""From a config to a recipe's settings and parts. This is where the config ends: nothing else ever sees it."""
+"""Turn a config into a recipe's settings and parts. The config ends here: nothing below takes one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from oprd_tune.torchtune_compat import recipe_of_running_config
 
 @dataclass(frozen=True)
 class Parts:
-    """A recipe's components by config key; one with a default is optional.
+    """A recipe's components, by config key. A component with a default is optional.
 
-    A recipe of your own may take more: derive a frozen dataclass, and give each new field the default None.
+    For more components in a recipe of your own, derive a frozen dataclass, and give each new field the default None.
 
     Attributes:
-        record: the whole config as plain values, for a checkpoint; overrides included.
+        record: the whole config as plain values, overrides included. Checkpoints keep it.
     """
 
     record: Mapping[str, Any] = field(metadata={"key": False})
@@ -47,19 +47,19 @@ class Parts:
     bridge: Component | None = None
 
     def components(self) -> list[Component]:
-        """Those that the config has."""
+        """The components that the config has."""
         return [part for f in fields(self) if isinstance(part := getattr(self, f.name), Component)]
 
     def with_rollout(self, path: str) -> Parts:
-        """The same with another engine under the same arguments; the record says so."""
+        """A copy with another rollout engine that gets the same arguments. The record names the new engine too."""
         section = {**self.record["rollout"], "_component_": path}
         return replace(self, record={**self.record, "rollout": section}, rollout=Component.find("rollout", section))
 
     def differences(self, saved: Mapping[str, Any], settings: type) -> list[str]:
-        """What differs from the record of a run that is to be resumed, and may not; one line a key.
+        """The keys that must not differ from a saved run's record but do, one line each.
 
         Args:
-            saved: that record.
+            saved: the record of the run to resume.
             settings: the dataclass of the recipe's scalars.
         """
         may_differ = free_fields(settings) | free_fields(type(self))
@@ -79,12 +79,12 @@ def resolve(
     Args:
         cfg: the merged config.
         settings: the dataclass of the recipe's scalars.
-        recipe: the recipe's name; the config's `recipe` key must say the same, or a further name of that recipe.
-        parts: the dataclass of its components.
+        recipe: the recipe's name. The config's `recipe` key must give this name or another name of the same recipe.
+        parts: the dataclass of the recipe's components.
 
     Raises:
-        ConfigError: for a config of another recipe; an unknown key, here or inside a component, with the nearest valid
-            one; a missing key; or a value of another type.
+        ConfigError: if the config belongs to another recipe; if it has an unknown key, also inside a component; if a
+            key is missing; or if a value has the wrong type.
     """
     _check_recipe(cfg, recipe)
     try:
@@ -131,7 +131,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collectio
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type; only whole numbers turn into floats, nothing else is converted."""
+    """`value` as the annotated type. Whole numbers become floats where a float is wanted; nothing else is converted."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if option is type(None) and value is None:

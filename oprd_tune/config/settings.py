@@ -11,13 +11,13 @@ from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Marks a field that may change when a run resumes: it says where the run ends, what it logs, where things are kept or
-# how work is cut. Every other field decides what is computed, and has to stay.
+# Marks a field that may change when a run resumes. Such a field decides where the run ends, what it logs, where things
+# are kept or how work is divided. Every other field decides what is computed, and must stay the same.
 FREE_ON_RESUME = {"free_on_resume": True}
 
 
 def free(default: Any) -> Any:
-    """A field with a default that may change when a run resumes."""
+    """A field that has a default, and whose value may change when a run resumes."""
     return field(default=default, metadata=FREE_ON_RESUME)
 
 
@@ -28,9 +28,9 @@ def free_fields(kind: type) -> set[str]:
 
 @dataclass(frozen=True)
 class OPRDSettings:
-    """Scalars of `oprd_distributed`.
+    """The scalars of `oprd_distributed`.
 
-    A recipe of your own may add some: derive a frozen dataclass, and give each new field a default.
+    For more scalars in a recipe of your own, derive a frozen dataclass, and give each new field a default.
     """
 
     output_dir: str = field(metadata=FREE_ON_RESUME)
@@ -101,18 +101,18 @@ class OPRDSettings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What both models compute in."""
+        """The precision in which both models compute."""
         return DTYPES[self.dtype]
 
     @property
     def torch_master_dtype(self) -> torch.dtype:
-        """What trained parameters and the optimizer's state are kept in."""
+        """The precision in which trained parameters and the optimizer's state are kept."""
         return DTYPES[self.master_dtype or self.dtype]
 
 
 @dataclass(frozen=True)
 class OPDSettings(OPRDSettings):
-    """Scalars of `opd_topk_distributed`: those of `oprd_distributed`, and when to look at whole distributions."""
+    """The scalars of `opd_topk_distributed`: those of `oprd_distributed`, and when to compare whole distributions."""
 
     diagnostics_every_n_steps: int = free(10)
     diagnostics_tokens: int = free(256)

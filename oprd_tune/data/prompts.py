@@ -24,7 +24,8 @@ class PromptDataset:
 
     Args:
         rows: texts in the columns `prompt` and `answer`; an answer is None if it is not known.
-        max_prompt_tokens: drop prompts with more tokens of the student's; None keeps them. Empty prompts always go.
+        max_prompt_tokens: the most tokens of a prompt, in the student's tokens; None sets no limit. Longer prompts and
+            empty ones are dropped.
         prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template.
         system_prompt: a system message for the chat template.
         teacher_tokenizer: the tokenizer of a teacher that reads the prompts in other tokens; None if it reads these.

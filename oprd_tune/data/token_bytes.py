@@ -67,7 +67,7 @@ def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
     An added token that is not special stands for its own text.
 
     Raises:
-        ConfigError: if decoding does more than to join the bytes of the tokens.
+        ConfigError: if decoding does more than join the bytes of the tokens.
     """
     definition = json.loads(tokenizer.to_str())
     steps = _steps(definition["decoder"], "decoders")

@@ -48,7 +48,7 @@ class HuggingFaceTokenizer:
                 raise ConfigError(f"tokenizer.path: {folder} has no {name}; give a Hugging Face model folder")
         self.max_seq_len = max_seq_len
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()  # the folder may ask for either, as it was used in training
+        self._tokenizer.no_truncation()  # the folder may ask for both, for its own training
         self._tokenizer.no_padding()
         self._config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
         eos_id = self._special_id("eos_token")

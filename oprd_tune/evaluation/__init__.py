@@ -1,4 +1,4 @@
-"""How good a model is at the task."""
+"""Measures of how good a model is at its task."""
 
 from oprd_tune.evaluation.perplexity import ReferencePerplexity
 from oprd_tune.evaluation.task_accuracy import TaskAccuracy

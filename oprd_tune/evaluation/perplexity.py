@@ -1,4 +1,4 @@
-"""Perplexity of held-out reference answers."""
+"""The perplexity of held-out reference answers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from oprd_tune.ranks import Ranks
 
 
 class ReferencePerplexity:
-    """exp of the mean −log p, in nats, that a model gives the tokens of held-out reference answers, EOS included.
+    """exp(mean of −log p), in nats, over the tokens of held-out reference answers, EOS included.
 
     Args:
-        dataset: held-out prompts with reference answers; None is explained.
-        tokenizer: pads.
-        first: use only that many rows, from the start.
-        max_answer_tokens: longer answers are cut there.
-        tokens_per_micro_batch: prompts, answers and padding together.
-        vocabulary: normalise over the first so many tokens, as in training; None takes all.
-        ranks: the processes that share the work; each must call.
+        dataset: held-out prompts with reference answers. None raises a ConfigError that says what is missing.
+        tokenizer: gives the padding token.
+        first: use only the first so many prompts; None uses all.
+        max_answer_tokens: longer answers are cut at that length.
+        tokens_per_micro_batch: tokens of prompts, answers and padding together.
+        vocabulary: normalise over the first so many token ids, as in training; None takes all.
+        ranks: the processes that share the work.
     """
 
     def __init__(
@@ -47,18 +47,17 @@ class ReferencePerplexity:
         count = len(dataset) if first is None else min(first, len(dataset))
         pairs = [(dataset[i][0], dataset.answer_tokens(i)[:max_answer_tokens]) for i in range(count)]
         self._pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-        self._pad_id = tokenizer.pad_id
+        self._pad_id, self._vocabulary = tokenizer.pad_id, vocabulary
         self._tokens_per_micro_batch = tokens_per_micro_batch
-        self._vocabulary = vocabulary
         self._ranks = ranks or Ranks()
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with its answer."""
+        """The number of tokens in the longest prompt with its answer."""
         return max(len(prompt) + len(answer) for prompt, answer in self._pairs)
 
     def __call__(self, model: TransformerDecoder) -> float:
-        """The perplexity; infinite where it exceeds what a float holds."""
+        """The perplexity of a model; infinite if it exceeds what a float holds. Every rank must call."""
         device = device_of(model)
         total, count = 0.0, 0.0
         rows = self._pairs[self._ranks.rank :: self._ranks.world_size]

@@ -1,4 +1,4 @@
-"""Held-out accuracy: answers are sampled and graded."""
+"""Held-out accuracy: a model samples answers, and a grader grades them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from oprd_tune.types import Prompts, SamplingRequest
 
 
 class TaskAccuracy:
-    """Share of right answers to held-out prompts, sampled at temperature 1 with fixed noise.
+    """The share of right answers to held-out prompts, sampled at temperature 1 with fixed noise.
 
     Args:
-        dataset: held-out prompts with reference answers; None is explained.
+        dataset: held-out prompts with reference answers. None raises a ConfigError that says what is missing.
         tokenizer: decodes responses.
         grader: a function (response, answer) → bool, or its dotted path, such as `oprd_tune.grading.exact_match`.
-        max_new_tokens: length limit of an answer.
-        samples_per_prompt: answers to each prompt.
-        seed: of the noise; the same at every evaluation, so differences are the model's.
-        batch_size: most answers sampled at once.
-        vocabulary: sample from the first so many tokens, as in training; None takes all.
-        ranks: the processes that share the work; each must call.
+        max_new_tokens: the length limit of an answer.
+        samples_per_prompt: the number of answers to each prompt.
+        seed: the seed of the noise. Every evaluation uses the same noise, so only the model makes a difference.
+        batch_size: the largest number of answers sampled at once.
+        vocabulary: sample from the first so many token ids, as in training; None takes all.
+        ranks: the processes that share the work.
 
     Raises:
         ConfigError: if the grader cannot be found or a reference answer is missing.
@@ -46,8 +46,8 @@ class TaskAccuracy:
         vocabulary: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("samples_per_prompt", samples_per_prompt)):
-            check_whole(f"task_accuracy.{name}", value)
+        check_whole("task_accuracy.max_new_tokens", max_new_tokens)
+        check_whole("task_accuracy.samples_per_prompt", samples_per_prompt)
         check_whole("task_accuracy.batch_size", batch_size)
         self._grader: Grader = find_function("task_accuracy.grader", grader)
         try:
@@ -58,7 +58,7 @@ class TaskAccuracy:
         self._ranks = ranks or Ranks()
         own = range(self._ranks.rank, len(dataset), self._ranks.world_size)
         self._counts = bool(own)
-        own = own or range(1)  # a rank without a prompt of its own keeps pace with the others
+        own = own or range(1)  # a rank without a prompt samples too, since every rank must run a sharded model
         rows = [dataset[i] for i in own]
         self._prompts = Prompts(tuple(t for t, _ in rows), tuple(own), tuple(a for _, a in rows))
         self._tokenizer = tokenizer
@@ -74,7 +74,7 @@ class TaskAccuracy:
         self._batch_size = min(batch_size, len(rows) * samples_per_prompt)
 
     def memory_bytes(self, model: TransformerDecoder, dtype: torch.dtype) -> int:
-        """Bytes that sampling the answers takes beside the model's weights."""
+        """Bytes that the sampling of answers takes beside the model's weights."""
         columns = self.request.max_prompt_tokens + self.request.max_new_tokens
         return sampling_bytes(model, rows=self._batch_size, columns=columns, dtype=dtype)
 

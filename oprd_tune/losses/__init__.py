@@ -1,4 +1,4 @@
-"""Losses as sums: what a recipe divides once by the count of the whole optimizer step."""
+"""Losses. Each returns a sum over tokens; the recipe divides it once, by the count of the whole optimizer step."""
 
 from oprd_tune.losses.bridged_mse import BridgedMSE
 from oprd_tune.losses.composite import Composite

@@ -1,4 +1,4 @@
-"""OPRD-Bridge (§3.3 of arXiv 2606.06021): squared distance between projections of unlike models' hidden states.
+"""OPRD-Bridge (§3.3 of arXiv 2606.06021): squared distance between projected hidden states of two different models.
 
     L = 1/|layers| · Σ_ℓ 1/N · Σ_t m_t · ‖z_S − sg(z_T)‖²,    z_S = P_S (h − μ_S),  z_T = P_T (g − μ_T)
 
@@ -37,8 +37,9 @@ class BridgedMSE(HiddenStateLoss):
     """The hidden-state loss of OPRD-Bridge.
 
     Args:
-        normalisation: `l2`, both projections scaled to unit length, as in the paper; `variance`, each layer's error
-            divided by the variance of the teacher's projections, so that a guess of their mean costs 1; `none`.
+        normalisation: `l2` scales both projections to unit length, as in the paper. `variance` divides each layer's
+            error by the variance of the teacher's projections; always predicting their mean then costs 1. `none` does
+            neither.
         coefficient: factor on the whole loss.
 
     Raises:
@@ -52,6 +53,5 @@ class BridgedMSE(HiddenStateLoss):
         self._by_variance = normalisation == "variance"
 
     def scale(self, layer: int, bridge: Projections | None) -> float | Tensor:
-        """What a layer's errors are divided by."""
         assert bridge is not None
         return bridge.variance(layer) if self._by_variance else 1.0

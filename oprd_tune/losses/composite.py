@@ -1,4 +1,4 @@
-"""Several losses of one student forward and one teacher forward (Eq. 7 of arXiv 2606.06021: L_OPD + μ · L_OPRD)."""
+"""Several losses on one student and one teacher forward pass (Eq. 7 of arXiv 2606.06021: L_OPD + μ · L_OPRD)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Composite:
     """loss = Σ_parts weight · sum_part / N_part: each part is divided by its own count.
 
     Args:
-        parts: losses by name; any number of token losses, and at most one on hidden states.
-        weights: by the same names; a part without one weighs 1.
+        parts: losses by name: any number of token losses, and at most one on hidden states.
+        weights: weights by the same names; a part without one has weight 1.
 
     Raises:
-        ConfigError: if there is no part, two are on hidden states, a weight is negative or belongs to no part, or
-            something else than a loss is given.
+        ConfigError: if there is no part, a part is not a loss, two parts are on hidden states, a name is not allowed,
+            or a weight is negative or belongs to no part.
     """
 
     def __init__(self, parts: Mapping[str, Loss], weights: Mapping[str, float] | None = None) -> None:
@@ -60,16 +60,15 @@ class Composite:
 
     @property
     def sampler_top_k(self) -> int:
-        """How many of the sampler's top tokens a part wants with the rollout."""
+        """How many of the sampler's most probable tokens the parts need with the rollout."""
         return max((part.sampler_top_k for part in self.token_losses.values()), default=0)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """See `TokenLoss.check`."""
         for part in self.token_losses.values():
             part.check(vocabulary, engine)
 
     def counts(self, rollout: Rollout, select: StateSelector) -> list[int]:
-        """N of each part: selected states for hidden states, all response tokens for token losses."""
+        """N of each part: the selected states for a hidden-state loss, all response tokens for a token loss."""
         tokens = rollout.response_tokens
         return [len(select(rollout)) if part is self.hidden else tokens for part in self.parts.values()]
 
@@ -84,16 +83,9 @@ class Composite:
         bridge: Projections | None = None,
         probe: Probe | None = None,
     ) -> CompositeStream:
-        """Open one microbatch.
+        """Start one microbatch. Token losses read `tokens` and `heads`; a hidden-state loss reads the rest.
 
-        Args:
-            targets: what the teacher says about it.
-            tokens: its response tokens, for token losses.
-            selection: its selected states, for a hidden-state loss.
-            heads: both LM heads.
-            pairs: the layers of a hidden-state loss.
-            bridge: of a hidden-state loss.
-            probe: also looks at the final state; None in most steps.
+        A `probe` also gets the final state; most steps have none.
         """
         streams: dict[str, LayerStream | TokenStream] = {}
         for name, part in self.parts.items():
@@ -105,21 +97,16 @@ class Composite:
         return CompositeStream(streams, self.weights, probe)
 
     def state_dict(self) -> dict[str, object]:
-        """What a part has to remember."""
+        """State of the hidden-state loss, if there is one; token losses have none."""
         return self.hidden.state_dict() if self.hidden is not None else {}
 
     def load_state_dict(self, state: Mapping[str, dict[int, float]]) -> None:
-        """Restore it."""
         if self.hidden is not None:
             self.hidden.load_state_dict(state)
 
 
 def as_composite(loss: Loss | Composite) -> Composite:
-    """A composite as it is; a single loss as one of a single part.
-
-    Raises:
-        ConfigError: for what is neither.
-    """
+    """A composite unchanged, or a single loss as a composite of one part. Raises ConfigError for anything else."""
     if isinstance(loss, Composite):
         return loss
     if not isinstance(loss, (HiddenStateLoss, TokenLoss)):
@@ -128,14 +115,10 @@ def as_composite(loss: Loss | Composite) -> Composite:
 
 
 class CompositeStream:
-    """One microbatch: call it with each tapped layer in ascending order.
+    """One microbatch. Call it with each of `layers`, the student layers to tap, in ascending order.
 
-    The call with the last layer returns [parts]: each part's sum times its weight, with a graph.
-
-    Attributes:
-        layers: the student layers to tap, ascending.
-        metrics: of all parts and the probe, after the last call. Where several parts are token losses, theirs are
-            called `token/<part>/…`.
+    The call with the last layer returns each part's sum times its weight, [parts], with a graph. It also completes
+    `metrics`, those of all parts and the probe. If several parts are token losses, theirs are named `token/<part>/…`.
     """
 
     def __init__(
@@ -146,7 +129,7 @@ class CompositeStream:
         self.metrics = Metrics()
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
-        """Feed the parts that read this layer."""
+        """Give the state to the parts that read this layer; return the weighted sums after the last layer."""
         for stream in self._streams.values():
             if layer in stream.layers:
                 stream(layer, state_BSD)

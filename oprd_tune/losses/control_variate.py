@@ -1,4 +1,4 @@
-"""vOPD (arXiv 2605.07865): the sampled-token estimate with a control variate."""
+"""vOPD (arXiv 2605.07865): the sampled-token estimate of the reverse KL with a control variate."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from oprd_tune.protocols import RolloutEngine
 
 @dataclass(kw_only=True, eq=False)
 class ControlVariateReverseKL(SampledReverseKL):
-    """loss = −w · A · log p(y) with the advantage A = r + baseline, which carries no gradient.
+    """loss = −w · A · log p(y), where the advantage A = r + baseline carries no gradient.
 
-    E_y r = −KL(p‖q) at a position. Adding the KL back leaves the expectation of the gradient as it is, since the
-    baseline does not depend on y; with the exact KL, E_y A = 0 and E_y A² ≤ E_y r².
+    The baseline is the KL, because E_y r = −KL(p‖q) at a position. It does not depend on y, so the expected gradient
+    stays the same. With the exact KL, E_y A = 0 and E_y A² ≤ E_y r².
 
     Attributes:
-        baseline_k: None takes the exact KL over the vocabulary; a number the KL between both distributions
-            renormalised on the student's top-k, as published. Either is unbiased. A clipped reward meets the unclipped
-            baseline.
+        baseline_k: None uses the exact KL over the vocabulary. A number uses the KL of both distributions renormalised
+            on the student's top-k, as published. Both are unbiased. `reward_clip` does not apply to the baseline.
     """
 
     baseline_k: int | None = None
@@ -35,13 +34,11 @@ class ControlVariateReverseKL(SampledReverseKL):
             check_whole("loss.baseline_k", self.baseline_k, at_least=2)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """See `TokenLoss.check`."""
         super().check(vocabulary, engine)
         if self.baseline_k is not None:
             check_k("baseline_k", self.baseline_k, vocabulary)
 
     def baseline(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """See `SampledReverseKL.baseline`."""
         if self.baseline_k is None:
             return exact_kl(chunk, metrics)
         log_p_TK, ids_TK = chunk.log_p_TV.topk(self.baseline_k, dim=-1)

@@ -1,5 +1,6 @@
-"""What takes both whole distributions to know, on a few tokens: how the student differs from the teacher, and how noisy
-the sampled objectives are. Exact at each position: expectations over the next token are sums over the vocabulary.
+"""Diagnostics on a few tokens: how the student differs from the teacher, and how noisy the sampled objectives are.
+
+They use both full next-token distributions, so expectations over the next token are exact sums over the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,17 +17,13 @@ _TOKENS_AT_ONCE = 16
 
 
 class Probe:
-    """Diagnoses a few evenly spaced response tokens of a microbatch: call it with the student's final state.
+    """Runs `diagnose` on `count` evenly spaced response tokens. Call it with the student's final state.
 
     Args:
-        heads: both heads.
         teacher_TC: the teacher's final state at `tokens.index_T`.
-        tokens: the microbatch's response tokens.
-        count: how many of them to look at.
-        k: see `diagnose`.
 
     Attributes:
-        metrics: sums over those tokens, after the call.
+        metrics: sums over those tokens; empty before the call.
     """
 
     def __init__(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens, *, count: int, k: int) -> None:
@@ -36,29 +33,22 @@ class Probe:
         self.metrics = Metrics()
 
     def __call__(self, state_BSD: Tensor) -> None:
-        """Measure."""
         student_TD = state_BSD.detach().flatten(0, 1)[self._index_T]
         self.metrics = diagnose(student_TD, self._teacher_TC, self._heads, k=self._k)
 
 
 def evenly_spaced(count: int, wanted: int, device: torch.device) -> Tensor:
-    """Indices of `wanted` of `count` tokens, or of all if there are fewer."""
+    """Indices of `wanted` of `count` tokens, or of all tokens if there are fewer."""
     wanted = min(count, wanted)
     return torch.arange(wanted, device=device) * count // max(1, wanted)
 
 
 @torch.no_grad()
 def diagnose(student_TD: Tensor, teacher_TC: Tensor, heads: Heads, *, k: int) -> Metrics:
-    """Compare both distributions at the given positions, at temperature 1.
+    """The metrics `diagnostics/…` of both distributions at the given final states, at temperature 1; sums over tokens.
 
-    Args:
-        student_TD: the student's final states.
-        teacher_TC: the teacher's.
-        heads: both heads.
-        k: size of the support for P(𝒮), Q(𝒮) and the overlap; the student's top-k.
-
-    Returns:
-        Sums over the tokens of the metrics `diagnostics/…`.
+    P(𝒮) and Q(𝒮) are the masses that student and teacher put on the student's `k` most probable tokens. The overlap is
+    the share of those tokens that are also among the teacher's `k` most probable.
     """
     metrics = Metrics()
     for student, teacher in zip(student_TD.split(_TOKENS_AT_ONCE), teacher_TC.split(_TOKENS_AT_ONCE), strict=True):
@@ -84,9 +74,9 @@ def _supports(metrics: Metrics, log_p_TV: Tensor, log_q_TV: Tensor, k: int) -> N
 
 
 def _gradients(metrics: Metrics, p_TV: Tensor, log_ratio_TV: Tensor) -> None:
-    """E and variance, over the next token y ~ p, of an estimate −A(y)·∇log p(y) of ∇KL with respect to the logits.
+    """Squared mean and variance, over y ~ p, of the estimate −A(y)·∇log p(y) of ∇KL with respect to the logits.
 
-    ‖∇log p(y)‖² = 1 − 2·p_y + ‖p‖², and the expectation is ∇KL whatever constant A contains.
+    ‖∇log p(y)‖² = 1 − 2·p_y + ‖p‖². The mean is ∇KL, whatever constant A contains.
     """
     kl_T = row_dot(p_TV, log_ratio_TV)
     centred_TV = log_ratio_TV - kl_T.unsqueeze(-1)

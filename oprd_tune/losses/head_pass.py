@@ -1,8 +1,8 @@
-"""Sums over tokens that need the LM head: value and gradients are formed in one pass over chunks of tokens.
+"""Sums over tokens that need the LM head. One pass over chunks of tokens forms both the sum and its gradients.
 
-A sum is linear in its terms, so both gradients are formed unscaled while the logits of a chunk exist, and multiplied by
-the upstream factor in the backward pass. What waits for it is [T, D] for the state, and for the head either one [V, D]
-buffer in fp32, or the states once more with the K factors of each. No [T, V] ever exists.
+The gradients of state and head are formed unscaled while the logits of a chunk exist. The backward pass multiplies them
+by the upstream factor. Until then they take [T, D] for the state and, for the head, either one [V, D] buffer in fp32 or
+the states once more with K factors each. No [T, V] ever exists.
 """
 
 from __future__ import annotations
@@ -21,37 +21,35 @@ class HeadGradient(Protocol):
     """The unscaled gradient of a sum with respect to the head's weight."""
 
     def add_to(self, grad_VD: Tensor, upstream: Tensor) -> None:
-        """Add it, times a scalar, to the first rows of a buffer."""
+        """Add the gradient, times the scalar `upstream`, to the first rows of `grad_VD`. Called once."""
 
 
 @dataclass(frozen=True)
 class DenseHeadGradient:
-    """A gradient in every row, in at least fp32; used up when it is added."""
+    """A gradient in every row of the head, in at least fp32. `add_to` overwrites it."""
 
     gradient_VD: Tensor
 
     def add_to(self, grad_VD: Tensor, upstream: Tensor) -> None:
-        """See `HeadGradient`."""
         for start, rows_RD in row_blocks(self.gradient_VD):
             grad_VD[start : start + len(rows_RD)] += rows_RD.mul_(upstream)
 
 
 @dataclass(frozen=True)
 class SparseHeadGradient:
-    """A gradient in the rows of K tokens a state: factor_tk · state_t."""
+    """A gradient in the rows of K tokens per state: row ids_tk receives factor_tk · state_t."""
 
     ids_TK: Tensor
     factor_TK: Tensor
     state_TD: Tensor
 
     def add_to(self, grad_VD: Tensor, upstream: Tensor) -> None:
-        """See `HeadGradient`."""
         add_outer_rows(grad_VD, self.ids_TK, self.factor_TK * upstream, self.state_TD)
 
 
 @dataclass(frozen=True)
 class HeadSum:
-    """A sum over tokens and its unscaled gradients; `head` may be None where the head does not train."""
+    """A sum over tokens with its unscaled gradients. `head` may be None if the head does not train."""
 
     total: Tensor
     state_TD: Tensor
@@ -62,18 +60,15 @@ Evaluate = Callable[[Tensor], HeadSum]
 
 
 def head_sum(state_BSD: Tensor, index_T: Tensor, weight_VD: Tensor, evaluate: Evaluate) -> Tensor:
-    """Apply `evaluate` to the selected rows of the model's final state.
+    """The scalar sum of `evaluate` on the selected rows of the model's final state; differentiable once.
 
     Args:
         state_BSD: the final state, after the norm.
-        index_T: unique positions in the flattened [B * S] grid; may be empty, which still yields a graph.
-        weight_VD: the head's weight. If it trains, the backward pass adds its gradient to `weight_VD.grad` in place,
-            past autograd: a tied embedding would otherwise wait for the rest of the model with a second [V, D] in hand.
-            So `torch.autograd.grad` does not see this gradient; `backward` does.
+        index_T: unique positions in the flattened [B * S] grid. It may be empty; the result still has a graph.
+        weight_VD: the head's weight. If it trains, the backward pass adds its gradient directly to `weight_VD.grad`, so
+            `torch.autograd.grad` does not return it. Going through autograd would keep a second [V, D] for a tied
+            embedding until the backward pass has gone through the whole model.
         evaluate: called once, in the forward pass, with the selected states [T, D].
-
-    Returns:
-        The scalar sum, differentiable once.
     """
     total: Tensor = _HeadSum.apply(state_BSD, weight_VD, index_T, evaluate)
     return total
@@ -82,7 +77,6 @@ def head_sum(state_BSD: Tensor, index_T: Tensor, weight_VD: Tensor, evaluate: Ev
 class _HeadSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state_BSD: Tensor, weight_VD: Tensor, index_T: Tensor, evaluate: Evaluate) -> Tensor:
-        """Evaluate the sum and its gradients."""
         result = evaluate(state_BSD.detach().flatten(0, 1)[index_T])
         ctx.gradient, ctx.weight_VD = result, weight_VD
         ctx.index_T, ctx.shape_BSD = index_T, state_BSD.shape
@@ -90,7 +84,7 @@ class _HeadSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
-        """Put the state's gradient into its rows, and the head's where it belongs."""
+        """Scatter the state's gradient into its rows and add the head's gradient to `weight_VD.grad`."""
         gradient, weight_VD = ctx.gradient, ctx.weight_VD
         ctx.gradient = ctx.weight_VD = None  # the buffers must not outlive this call
         if ctx.needs_input_grad[1]:

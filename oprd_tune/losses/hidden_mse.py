@@ -2,9 +2,9 @@
 
     L = 1/|layers| · Σ_ℓ 1/N · Σ_t m_t · 1/D · ‖h_ℓ,t − sg(g_ℓ,t)‖²
 
-`HiddenStateLoss` takes any error between two states, `HiddenStateMSE` those of the paper. `LayerStream` is one
-microbatch, fed layer by layer by the taps. All yield sums: N, the selected tokens of the whole optimizer step, divides
-once, in the recipe.
+`HiddenStateLoss` takes any error between two states; `HiddenStateMSE` has those of the paper. The taps feed one
+microbatch, a `LayerStream`, layer by layer. Losses are sums; the recipe divides once by N, the number of selected
+tokens in the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from oprd_tune.config.checks import check_not_negative
 from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError
-from oprd_tune.losses.streaming import streamed_sum
+from oprd_tune.losses.streaming import check_one_a_token, streamed_sum
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import Projections
 from oprd_tune.types import LayerPair, Selection
 
 QUARTERS = 4
-# Student and teacher states, [T, D] each or [T, R] over a bridge, in fp32, to one error a token, [T].
+# Maps student and teacher states in fp32, each [T, D] (or [T, R] with a bridge), to one error per token, [T].
 StateError = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -40,18 +40,16 @@ def unit_squared_error(student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
 
 
 class HiddenStateLoss:
-    """A loss on hidden states from any error between a student's and a teacher's state.
-
-    It compares states as they are, or their projections where the run has a bridge.
+    """A loss on hidden states with any error function; it compares projections of the states if the run has a bridge.
 
     Args:
         error: a differentiable function of `student_TD` and `teacher_TD` that returns [T], or its dotted path. It runs
-            once for each layer and microbatch; its graph is gone before the next layer.
+            once per layer and microbatch, and its graph is freed before the next layer.
         coefficient: factor on the whole loss.
 
     Attributes:
-        bridged: whether it needs a bridge (True), cannot use one (False), or takes either (None).
-        needs_calibration: whether `calibrate` has to come before the first `stream`.
+        bridged: True if the loss needs a bridge, False if it cannot use one, None if both work.
+        needs_calibration: whether `calibrate` must be called before the first `stream`.
 
     Raises:
         ConfigError: if there is no such function, or for a negative coefficient.
@@ -67,14 +65,14 @@ class HiddenStateLoss:
         self.scales: dict[int, float] = {}
 
     def calibrate(self, square_sums: Mapping[int, float], count: int) -> None:
-        """Freeze what each layer's errors are divided by: the teacher's mean square there.
+        """Fix the divisor of each layer's errors: the mean square of the paired teacher layer.
 
         Args:
-            square_sums: Σ_t 1/D · ‖g_t‖² over all selected tokens of the first step, all ranks, by student layer.
-            count: how many tokens that were.
+            square_sums: by student layer, Σ_t 1/D · ‖g_t‖² over all selected tokens of the first step on all ranks.
+            count: number of those tokens.
 
         Raises:
-            ValueError: if a teacher layer is zero everywhere.
+            ValueError: if a layer's mean square is zero or not finite.
         """
         scales = {layer: total / count for layer, total in square_sums.items()}
         if dead := [layer for layer, scale in scales.items() if not scale > 0]:
@@ -85,7 +83,7 @@ class HiddenStateLoss:
         self.needs_calibration = False
 
     def scale(self, layer: int, bridge: Projections | None) -> float | Tensor:
-        """What a layer's errors are divided by."""
+        """The divisor of a layer's errors."""
         return self.scales.get(layer, 1.0)
 
     def stream(
@@ -97,23 +95,21 @@ class HiddenStateLoss:
         *,
         measured: bool = True,
     ) -> LayerStream:
-        """Open one microbatch.
+        """Start one microbatch.
 
         Args:
-            pairs: the paired layers, ascending by student layer.
-            targets: by student layer, what it imitates. Emptied as they are used.
-            selection: the selected states.
-            bridge: projects the student's states; the targets are projections then.
-            measured: whether to measure errors and cosines too.
+            pairs: layer pairs, ascending by student layer.
+            targets: the teacher's states by student layer, or their projections. Each is removed once it is used.
+            bridge: projects the student's states; None compares them as they are.
+            measured: whether to collect metrics as well.
         """
         return LayerStream(self, pairs, targets, selection, bridge, measured=measured)
 
     def state_dict(self) -> dict[str, object]:
-        """The frozen scales; empty unless the loss is calibrated."""
+        """The fixed divisors; empty unless the loss is calibrated."""
         return {"scales": dict(self.scales)}
 
     def load_state_dict(self, state: Mapping[str, dict[int, float]]) -> None:
-        """Restore frozen scales."""
         if state["scales"]:
             self.scales = dict(state["scales"])
             self.needs_calibration = False
@@ -126,9 +122,9 @@ class HiddenStateMSE(HiddenStateLoss):
     """The hidden-state loss of OPRD.
 
     Args:
-        normalisation: `none`, Eq. 6 as written; `l2`, both states scaled to unit length (wants a coefficient of about
-            D); `rms`, each layer's error divided by the teacher's mean square there, taken over the first step's
-            selected tokens and then frozen.
+        normalisation: `none` is Eq. 6 as written. `l2` scales both states to unit length; use a coefficient of about D
+            with it. `rms` divides each layer's error by the teacher's mean square at that layer, which is measured on
+            the selected tokens of the first step and then fixed.
         coefficient: factor on the whole loss.
 
     Raises:
@@ -143,23 +139,19 @@ class HiddenStateMSE(HiddenStateLoss):
 
 
 def named_error(normalisation: str, known: Mapping[str, StateError]) -> StateError:
-    """The error of a normalisation.
-
-    Raises:
-        ConfigError: for one that is not known.
-    """
+    """The error function of a normalisation. Raises ConfigError for an unknown name."""
     if normalisation not in known:
         raise ConfigError(f"loss.normalisation is {normalisation!r}; allowed are {', '.join(known)}")
     return known[normalisation]
 
 
 class LayerStream:
-    """One microbatch of the loss: call it with each tapped layer in ascending order, then read the results.
+    """One microbatch of the loss. Call it with each layer of `layers` in ascending order, then read the results.
 
     Attributes:
         layers: the student layers that it reads.
-        total: Σ_ℓ Σ_t of the token errors, divided by |layers| and times the coefficient; a scalar with a graph.
-        metrics: `layers/mse_<layer>`, never normalised, `layers/cosine_<layer>`, and `positions/cosine_quarter_<n>`.
+        total: coefficient / |layers| · Σ_ℓ Σ_t of the token errors; a scalar with a graph.
+        metrics: `layers/mse_<layer>` (never normalised), `layers/cosine_<layer>` and `positions/cosine_quarter_<n>`.
     """
 
     def __init__(
@@ -180,7 +172,7 @@ class LayerStream:
         self.metrics = Metrics()
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
-        """Add one student layer's errors; returns the running total."""
+        """Add one student layer's errors and return the running total."""
         teacher_TD = self._targets.pop(layer)
 
         def sum_of_errors(state_TD: Tensor) -> Tensor:
@@ -188,10 +180,11 @@ class LayerStream:
             target_TD = teacher_TD.to(student_TD.dtype)
             if self._measured:
                 self._measure(layer, student_TD.detach(), target_TD)
-            scale = torch.as_tensor(
-                self._loss.scale(layer, self._bridge), dtype=student_TD.dtype, device=student_TD.device
-            )
-            return (self._loss.error(student_TD, target_TD) / scale).sum()
+            scale = self._loss.scale(layer, self._bridge)
+            scale = torch.as_tensor(scale, dtype=student_TD.dtype, device=student_TD.device)
+            error_T = self._loss.error(student_TD, target_TD)
+            check_one_a_token("loss.error", error_T, student_TD)
+            return (error_T / scale).sum()
 
         layer_sum = streamed_sum(state_BSD, self._selection.index_T, sum_of_errors)
         term = layer_sum * (self._loss.coefficient / len(self.layers))

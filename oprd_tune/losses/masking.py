@@ -1,4 +1,4 @@
-"""Which hidden states enter the loss: response tokens by position, states by anchor."""
+"""Which hidden states enter the loss: response tokens chosen by position, and the state that stands for each token."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError
 from oprd_tune.types import ResponseTokens, Rollout, Selection
 
-# Token rank within its response (from 1), response length, k -> is the token selected?
+# From a token's rank in its response (counted from 1), the response's length and k: is the token selected?
 POSITIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "all": lambda rank, length, k: rank >= 1,
     "last": lambda rank, length, k: rank == length,
     "first_k": lambda rank, length, k: rank <= k,
     "last_k": lambda rank, length, k: rank > length - k,
 }
-# How far left of its token the compared state stands.
+# How many columns left of its token the compared state is.
 ANCHORS = {"predict": 1, "consume": 0}
 
 
 @dataclass(frozen=True)
 class StateSelector:
-    """Selects states as a config says: call it with a microbatch.
+    """Selects the states of a microbatch as a config says.
 
     Attributes:
-        positions: which response tokens: `all`, `last`, `first_k` or `last_k`, counted per response.
-        k: tokens per response for `first_k` and `last_k`; a shorter response is taken whole.
-        anchor: which state stands for a token: `predict`, the one that it was predicted from, or `consume`, its own.
+        positions: which tokens of each response are selected: `all`, `last`, `first_k` or `last_k`.
+        k: number of tokens per response for `first_k` and `last_k`. A shorter response is selected whole.
+        anchor: which state stands for a token: `predict`, the state that predicts it, one column to its left (OPRD §6),
+            or `consume`, the token's own. The anchor never changes the number of selected states.
 
     Raises:
         ConfigError: for an unknown name or a k below 1.
@@ -48,7 +49,7 @@ class StateSelector:
             raise ConfigError(f"anchor is {self.anchor!r}; allowed are {', '.join(ANCHORS)}")
 
     def __call__(self, rollout: Rollout) -> Selection:
-        """The selected states, without those that a teacher with another tokenizer has no equal of."""
+        """The selected states. With a teacher that has another tokenizer: those that match one of its states."""
         selection = select_states(rollout.response_mask_BS, positions=self.positions, k=self.k, anchor=self.anchor)
         if (reading := rollout.reading) is None:
             return selection
@@ -62,29 +63,21 @@ class StateSelector:
         )
 
     def most(self, response_length: int) -> int:
-        """The most states that a response of some length can have selected."""
+        """The largest number of states that can be selected in a response of this length."""
         return min(response_length, {"last": 1, "all": response_length}.get(self.positions, self.k))
 
 
 def select_states(
     response_mask_BS: Tensor, *, positions: str = "all", k: int = 2000, anchor: str = "predict"
 ) -> Selection:
-    """Select response tokens by position and return where their states stand.
-
-    Positions choose *tokens*; the anchor then shifts the index and never changes the count. Under `predict` a token's
-    state is the one it was predicted from, one column to the left (OPRD §6); under `consume` it is its own.
+    """Select response tokens by position and return the positions of their states, in row-major order.
 
     Args:
         response_mask_BS: True on response tokens, contiguous in each row.
-        positions: see `StateSelector`, as for the others.
-        k: with `first_k` and `last_k`.
-        anchor: one of `ANCHORS`.
-
-    Returns:
-        The selection, in row-major order; empty if no row has a response.
+        positions: as in `StateSelector`, like `k` and `anchor`.
 
     Raises:
-        ValueError: if, under `predict`, a response starts in column 0, where nothing predicts it.
+        ValueError: if, under `predict`, a response starts in column 0, where no state predicts it.
     """
     if anchor == "predict" and bool(response_mask_BS[:, 0].any()):
         raise ValueError("a response starts in column 0, so no state predicts it; rows need a prompt")

@@ -1,4 +1,4 @@
-"""A token loss of your own, written as a plain function of two log-probabilities."""
+"""A custom token loss, written as a plain function of both models' log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from oprd_tune.config.components import find_function
-from oprd_tune.errors import ConfigError
-from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss
+from oprd_tune.losses.streaming import check_one_a_token
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, row_dot
 from oprd_tune.metrics.step import Metrics
 
-# log p and log q over the vocabulary, [T, V] each in fp32, to one loss a token, [T].
+# Maps log p and log q over the vocabulary, each [T, V] in fp32, to one loss per token, [T].
 TokenError = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -21,16 +21,16 @@ TokenError = Callable[[Tensor, Tensor], Tensor]
 class PerTokenLoss(DenseTokenLoss):
     """Any differentiable function of the student's and the teacher's log-probabilities.
 
-    It runs on `chunk_tokens` tokens at a time, and autograd differentiates it there and then. So nothing of size
-    tokens × vocabulary outlives a chunk, however many tokens there are.
+    The function runs on `chunk_tokens` tokens at a time, and autograd differentiates each chunk right away. So nothing
+    of size tokens × vocabulary outlives its chunk.
 
     Attributes:
-        per_token: a function of `log_p_TV`, the student's, and `log_q_TV`, the teacher's, that returns [T]; or its
-            dotted path. Forward KL is `lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(-1)`.
-        chunk_tokens: see `TokenLoss`; the function's own intermediates come on top of the usual three [chunk, V].
+        per_token: a function of the student's `log_p_TV` and the teacher's `log_q_TV` that returns [T], or its dotted
+            path. Forward KL is `lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(-1)`.
+        chunk_tokens: see `TokenLoss`. The function's own intermediates add to the usual three [chunk, V] tensors.
 
     Raises:
-        ConfigError: if there is no such function; in the first step, if it returns something else.
+        ConfigError: if there is no such function, or, in the first step, if it does not return [T].
     """
 
     per_token: TokenError | str
@@ -41,25 +41,19 @@ class PerTokenLoss(DenseTokenLoss):
         self._function: TokenError = find_function("loss.per_token", self.per_token)
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
-        """See `TokenLoss.working_bytes`; autograd is taken to keep four tensors of a chunk."""
+        """As in `TokenLoss`, plus four [chunk, V] tensors that autograd is assumed to keep."""
         return super().working_bytes(vocabulary, width) + 4 * self.chunk_tokens * vocabulary * 4
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """See `DenseTokenLoss.objective`.
-
-        With g = ∂loss/∂log p, the gradient with respect to the logits is g − p · Σ_v g.
-        """
+        """As in `DenseTokenLoss`. With g = ∂loss/∂log p, the gradient with respect to the logits is g − p · Σ_v g."""
         log_p_TV = chunk.log_p_TV
+        p_TV = log_p_TV.exp()
+        metrics.add_each("token/kl", row_dot(p_TV, chunk.log_ratio_TV))
         log_q_TV = torch.sub(log_p_TV, chunk.log_ratio_TV, out=chunk.log_ratio_TV)
         with torch.enable_grad():
             leaf_TV = log_p_TV.requires_grad_()
             loss_T = self._function(leaf_TV, log_q_TV)
-            if not isinstance(loss_T, Tensor) or loss_T.shape != leaf_TV.shape[:1]:
-                got = tuple(loss_T.shape) if isinstance(loss_T, Tensor) else type(loss_T).__name__
-                raise ConfigError(f"loss.per_token returned {got}; it must return one loss a token: ({len(leaf_TV)},)")
-            if not loss_T.requires_grad:
-                raise ConfigError("loss.per_token does not depend on the student's log-probabilities")
+            check_one_a_token("loss.per_token", loss_T, leaf_TV)
             total = loss_T.sum()
             (gradient_TV,) = torch.autograd.grad(total, leaf_TV)
-        p_TV = log_p_TV.detach().exp_()
         return total.detach(), gradient_TV - p_TV.mul_(gradient_TV.sum(-1, keepdim=True))

@@ -15,13 +15,9 @@ from oprd_tune.protocols import RolloutEngine
 
 
 class FullReverseKL(DenseTokenLoss):
-    """Exact KL(p‖q) over the whole vocabulary at every response token (Eq. 4).
-
-    ∂KL/∂logit_v = p_v · (log p_v − log q_v − KL).
-    """
+    """Exact KL(p‖q) over the whole vocabulary (Eq. 4). ∂KL/∂logit_v = p_v · (log p_v − log q_v − KL)."""
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """See `DenseTokenLoss.objective`."""
         kl_T, p_TV = exact_kl(chunk, metrics)
         return kl_T.sum(), chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
 
@@ -30,13 +26,13 @@ class FullReverseKL(DenseTokenLoss):
 class SampledReverseKL(DenseTokenLoss):
     """The score-function estimate of ∇KL(p‖q) from the sampled token y (Eq. 3).
 
-    loss = −w · r · log p(y) with the reward r = log q(y) − log p(y); w and r carry no gradient. Unbiased where y was
-    sampled from p, so `student_temperature` has to be the sampler's temperature.
+    loss = −w · r · log p(y) with the reward r = log q(y) − log p(y); w and r carry no gradient. The estimate is
+    unbiased only if y was sampled from p, so `student_temperature` must equal the sampler's temperature.
 
     Attributes:
-        reward_clip: limits r to ±reward_clip, at the price of a bias; None leaves it alone.
-        importance_ratio_cap: weighs each token by w = min(p(y)/μ(y), importance_ratio_cap), where μ is the probability
-            that the sampler reported: for a sampler that is another engine. None means w = 1.
+        reward_clip: limits r to ±reward_clip, which adds a bias; None does not clip.
+        importance_ratio_cap: weights each token by w = min(p(y)/μ(y), importance_ratio_cap) to correct for a sampler
+            that is another engine; μ is the probability that the sampler reported. None means w = 1.
     """
 
     reward_clip: float | None = None
@@ -49,7 +45,7 @@ class SampledReverseKL(DenseTokenLoss):
                 check_positive(f"loss.{name}", value)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """See `TokenLoss.check`."""
+        """As in `TokenLoss`: the temperatures must be equal, and the cap needs another engine at temperature 1."""
         if self.student_temperature != engine.temperature:
             raise ConfigError(
                 f"loss.student_temperature is {self.student_temperature} and rollout.temperature "
@@ -69,7 +65,7 @@ class SampledReverseKL(DenseTokenLoss):
             )
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """See `DenseTokenLoss.objective`."""
+        """As in `DenseTokenLoss`."""
         token_T1 = chunk.tokens.tokens_T.unsqueeze(-1)
         log_p_T1, log_ratio_T1 = chunk.log_p_TV.gather(1, token_T1), chunk.log_ratio_TV.gather(1, token_T1)
         reward_T1 = -log_ratio_T1
@@ -77,7 +73,7 @@ class SampledReverseKL(DenseTokenLoss):
             reward_T1.clamp_(-self.reward_clip, self.reward_clip)
         weight_T1 = torch.ones_like(reward_T1)
         gap_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
-        if self.student_temperature == 1:  # as samplers report
+        if self.student_temperature == 1:  # samplers report log-probabilities at temperature 1
             metrics.add_each("token/logprob_gap", gap_T1.abs())
         if self.importance_ratio_cap is not None:
             weight_T1 = gap_T1.exp().clamp_(max=self.importance_ratio_cap)
@@ -87,13 +83,13 @@ class SampledReverseKL(DenseTokenLoss):
         return score_gradient(p_TV, log_p_T1, token_T1, advantage_T1)
 
     def baseline(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """What is added to the reward, [T], and p, [T, V], in the place of its logarithm."""
+        """The baseline that is added to the reward, [T], and p, [T, V], which overwrites log p."""
         kl_T, p_TV = exact_kl(chunk, metrics)
         return torch.zeros_like(kl_T), p_TV
 
 
 def exact_kl(chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-    """KL(p‖q) at each token, which is measured too, and p in the place of its logarithm."""
+    """KL(p‖q) at each token, also added to `metrics`, and p, which overwrites log p."""
     p_TV = chunk.log_p_TV.exp_()
     kl_T = row_dot(p_TV, chunk.log_ratio_TV)
     metrics.add_each("token/kl", kl_T)
@@ -101,7 +97,7 @@ def exact_kl(chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
 
 
 def score_gradient(p_TV: Tensor, log_p_TK: Tensor, ids_TK: Tensor, advantage_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """−Σ_tk A_tk · log p(ids_tk) with A held constant, and its gradient (Σ_k A_tk) · p − A in the place of p."""
+    """−Σ_tk A_tk · log p(ids_tk) with A held constant, and its gradient (Σ_k A_tk) · p − A, which overwrites p."""
     total = -(advantage_TK * log_p_TK).sum()
     gradient_TV = p_TV.mul_(advantage_TK.sum(-1, keepdim=True))
     return total, gradient_TV.scatter_add_(1, ids_TK, -advantage_TK)

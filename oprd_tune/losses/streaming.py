@@ -1,7 +1,7 @@
-"""A loss on selected rows of a layer's output, evaluated where the output is produced.
+"""A loss on selected rows of a layer's output, evaluated as soon as the layer has produced it.
 
-The sum and its gradient are formed together in the forward pass, in fp32. What survives until the backward pass is
-one [T, D] gradient in the layer's own dtype: neither the fp32 copy nor the target lives on.
+The forward pass forms both the sum and its gradient, in fp32. Only the [T, D] gradient, in the layer's own dtype, is
+kept until the backward pass; the fp32 copy of the state and the target are freed.
 """
 
 from __future__ import annotations
@@ -12,27 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oprd_tune.errors import ConfigError
+
 
 def streamed_sum(state_BSD: Tensor, index_T: Tensor, sum_of_errors: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `sum_of_errors` to the selected rows of a hidden state, keeping only the rows' gradient.
+    """The scalar `sum_of_errors` of the selected rows; differentiable once with respect to `state_BSD`.
 
     Args:
         state_BSD: a layer's output.
-        index_T: unique positions in the flattened [B * S] grid; may be empty, which still yields a graph.
-        sum_of_errors: maps the selected states [T, D], in fp32 (fp64 stays fp64), to a scalar sum. Any differentiable
-            function of its argument; it runs once, in the forward pass.
-
-    Returns:
-        The scalar sum, differentiable with respect to `state_BSD` once.
+        index_T: unique positions in the flattened [B * S] grid. It may be empty; the result still has a graph.
+        sum_of_errors: any differentiable function from the selected states [T, D], in fp32 (fp64 stays fp64), to a
+            scalar. It runs once, in the forward pass.
     """
     total: Tensor = _StreamedSum.apply(state_BSD, index_T, sum_of_errors)
     return total
 
 
+def check_one_a_token(name: str, error: object, student_TA: Tensor) -> None:
+    """Raise ConfigError unless a user's function has returned one value a token that depends on the student.
+
+    Args:
+        name: The config key of the function, for the message.
+        error: What it returned.
+        student_TA: What it was given of the student.
+    """
+    if not isinstance(error, Tensor) or error.shape != student_TA.shape[:1]:
+        got = tuple(error.shape) if isinstance(error, Tensor) else type(error).__name__
+        raise ConfigError(f"{name} returned {got}; it must return one value a token: ({len(student_TA)},)")
+    if student_TA.requires_grad and not error.requires_grad:
+        raise ConfigError(f"{name} returned something that does not depend on the student, so nothing can be learned")
+
+
 class _StreamedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state_BSD: Tensor, index_T: Tensor, sum_of_errors: Callable[[Tensor], Tensor]) -> Tensor:
-        """Evaluate the sum and, if anybody will ask for it, its gradient."""
+        """Evaluate the sum and, if the state needs one, its gradient."""
         selected_TD = state_BSD.detach().flatten(0, 1)[index_T]
         selected_TD = selected_TD.to(torch.promote_types(selected_TD.dtype, torch.float32))
         if not ctx.needs_input_grad[0]:
@@ -47,7 +61,6 @@ class _StreamedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        """Scale the gradient and put it back into its rows."""
         gradient_TD, index_T = ctx.saved_tensors
         batch, length, width = ctx.shape_BSD
         gradient_BSD = gradient_TD.new_zeros(batch * length, width)

@@ -1,8 +1,7 @@
-"""What the output-space losses share: their arguments, the stream of one microbatch, and the dense pass.
+"""What the losses on next-token distributions share: arguments, the stream of one microbatch, and the dense pass.
 
-Throughout, p is the student and q the teacher, KLs are reverse, KL(p‖q), in nats, and a position is a response token
-given its prefix. The score term that a gradient of the whole trajectory would have is dropped, as everywhere in the
-field.
+Throughout, p is the student and q the teacher. KLs are reverse, KL(p‖q), in nats. A position is a response token given
+its prefix. As is usual, gradients leave out the score term of the whole trajectory.
 """
 
 from __future__ import annotations
@@ -19,29 +18,23 @@ from oprd_tune.modeling.heads import Heads, add_product, gathered_logits, head_l
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.types import ResponseTokens
 
-_ROWS_AT_ONCE = 32  # rows of [V] whose exponentials live at once in `logsumexp`
+_ROWS_AT_ONCE = 32  # rows whose exponentials, [rows, V], exist at once in `logsumexp`
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models at a chunk of positions. All logits are divided by its temperature, in at least fp32.
-
-    Attributes:
-        state_TD: final states.
-        weight_VD: its LM head.
-        temperature: divides the logits.
-    """
+    """Final states and LM head of one model. All logits are divided by `temperature` and have at least fp32."""
 
     state_TD: Tensor
     weight_VD: Tensor
     temperature: float
 
     def logits(self) -> Tensor:
-        """Of every token, [T, V]."""
+        """Logits of the whole vocabulary, [T, V]."""
         return head_logits(self.state_TD, self.weight_VD).div_(self.temperature)
 
     def logits_on(self, ids_TK: Tensor) -> Tensor:
-        """Of K tokens at each position, [T, K], without the others."""
+        """Logits of K tokens at each position, [T, K]; the other tokens' logits are not computed."""
         return gathered_logits(self.state_TD, self.weight_VD, ids_TK).div_(self.temperature)
 
 
@@ -50,11 +43,11 @@ class TokenLoss:
     """Base of the losses that compare next-token distributions.
 
     Attributes:
-        student_temperature: divides the student's logits.
-        teacher_temperature: divides the teacher's. The loss is not rescaled by either.
-        chunk_tokens: tokens whose logits exist at once; each takes 4·V bytes, once or twice. Bounds memory, never
-            changes the loss.
-        sampler_top_k: how many of the sampler's top tokens the loss wants with the rollout.
+        student_temperature: divides the student's logits; the loss is not rescaled.
+        teacher_temperature: divides the teacher's logits; the loss is not rescaled.
+        chunk_tokens: how many tokens have logits at the same time. Each takes 4·V bytes, once or twice. This limits
+            memory and never changes the loss.
+        sampler_top_k: how many of the sampler's most probable tokens the loss needs with the rollout.
 
     Raises:
         ConfigError: for a temperature that is not positive, or an empty chunk.
@@ -71,21 +64,16 @@ class TokenLoss:
         check_whole("loss.chunk_tokens", self.chunk_tokens)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """Raise ConfigError if the loss does not suit the models or the engine.
-
-        Args:
-            vocabulary: tokens that both heads have.
-            engine: that samples the responses.
-        """
+        """Raise ConfigError if the loss cannot use this engine, or these heads, which share `vocabulary` tokens."""
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
-        """Memory that chunks of logits take, at most, in a vocabulary of that size and at the student's width."""
+        """Upper bound, in bytes, on the memory for chunks of logits. `width` is the student's."""
         return 3 * self.chunk_tokens * vocabulary * 4
 
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
-        """The sum over tokens with its unscaled gradients, and what it measured on the way."""
+        """The sum over tokens with its unscaled gradients. Adds what it measures to `metrics`."""
         raise NotImplementedError
 
     def sides(self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads) -> tuple[Side, Side]:
@@ -94,21 +82,14 @@ class TokenLoss:
         return student, Side(teacher_TC, heads.teacher_VC, self.teacher_temperature)
 
     def stream(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
-        """Open one microbatch.
-
-        Args:
-            heads: both heads.
-            teacher_TC: the teacher's final state at `tokens.index_T`.
-            tokens: the microbatch's response tokens.
-        """
+        """Start one microbatch. `teacher_TC` is the teacher's final state at `tokens.index_T`."""
         return TokenStream(self, heads, teacher_TC, tokens)
 
 
 class TokenStream:
-    """One microbatch of a token loss: call it with the last layer's state, then read the results.
+    """One microbatch of a token loss. Call it with the last layer's state, then read the results.
 
     Attributes:
-        layers: the one layer that it reads.
         total: the sum over tokens, a scalar with a graph; None before the call.
         metrics: sums over the microbatch's tokens.
     """
@@ -120,8 +101,6 @@ class TokenStream:
         self.metrics = Metrics()
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
-        """Form the sum and its gradients."""
-
         def evaluate(student_TD: Tensor) -> HeadSum:
             return self._loss.evaluate(student_TD, self._teacher_TC, self._heads, self._tokens, self.metrics)
 
@@ -131,13 +110,7 @@ class TokenStream:
 
 @dataclass
 class Comparison:
-    """Both next-token distributions over a chunk of tokens. Objectives may overwrite the tensors.
-
-    Attributes:
-        log_p_TV: the student's log-probabilities.
-        log_ratio_TV: log p − log q.
-        tokens: the chunk's tokens.
-    """
+    """The student's log p and the ratio log p − log q on a chunk of tokens. Objectives may overwrite the tensors."""
 
     log_p_TV: Tensor
     log_ratio_TV: Tensor
@@ -145,26 +118,26 @@ class Comparison:
 
 
 def compare(student: Side, teacher: Side, tokens: ResponseTokens) -> Comparison:
-    """Run both heads on a chunk; two [T, V] come of it."""
+    """Run both heads on a chunk. The result holds two [T, V] tensors."""
     log_p_TV, log_q_TV = log_softmax_(student.logits()), log_softmax_(teacher.logits())
     return Comparison(log_p_TV, torch.sub(log_p_TV, log_q_TV, out=log_q_TV), tokens)
 
 
 class DenseTokenLoss(TokenLoss):
-    """Base of the losses whose gradient reaches every token's logit: one pass over chunks, each head once forward."""
+    """Base of the losses whose gradient reaches every logit. Each head runs forward once per chunk of tokens."""
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """The chunk's sum, and its gradient with respect to the student's tempered logits, [T, V]."""
+        """The chunk's sum, and its gradient [T, V] with respect to the student's temperature-scaled logits."""
         raise NotImplementedError
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
-        """See `TokenLoss.working_bytes`; the head's gradient is collected in fp32."""
+        """As in `TokenLoss`, plus the head's gradient, which is collected in fp32."""
         return super().working_bytes(vocabulary, width) + vocabulary * width * 4
 
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
-        """See `TokenLoss.evaluate`."""
+        """As in `TokenLoss`, chunk by chunk."""
         weight_VD = heads.student_VD
         student_TD, dtype = student_TD.to(weight_VD.dtype), wide(weight_VD.dtype)
         gradient_TD = torch.empty_like(student_TD)
@@ -176,25 +149,25 @@ class DenseTokenLoss(TokenLoss):
             chunk = compare(student, teacher, tokens.chunk(start, self.chunk_tokens))
             chunk_total, logits_TV = self.objective(chunk, metrics)
             total += chunk_total
-            del chunk  # and with it one of its two [T, V]
+            del chunk  # frees one of its two [T, V]
             logits_TV = logits_TV.div_(self.student_temperature).to(weight_VD.dtype)
             gradient_TD[rows] = logits_TV @ weight_VD
             if gradient_VD is not None:
                 add_product(gradient_VD, logits_TV, student_TD[rows])
-            del logits_TV  # before the next chunk's exist
+            del logits_TV  # free them before those of the next chunk are formed
         return HeadSum(total, gradient_TD, None if gradient_VD is None else DenseHeadGradient(gradient_VD))
 
 
 def logsumexp(logits_TV: Tensor) -> Tensor:
-    """log Σ_v exp, [T]; without a second [T, V]."""
+    """log Σ_v exp, [T], formed without a second [T, V]."""
     return torch.cat([rows.logsumexp(-1) for rows in logits_TV.split(_ROWS_AT_ONCE)])
 
 
 def log_softmax_(logits_TV: Tensor) -> Tensor:
-    """Log-probabilities in the place of logits."""
+    """Log-probabilities, which overwrite the logits."""
     return logits_TV.sub_(logsumexp(logits_TV).unsqueeze(-1))
 
 
 def row_dot(a_TV: Tensor, b_TV: Tensor) -> Tensor:
-    """Σ_v a·b, [T]; without a third [T, V]."""
+    """Σ_v a·b, [T], formed without a third [T, V]."""
     return torch.bmm(a_TV.unsqueeze(1), b_TV.unsqueeze(2)).flatten()

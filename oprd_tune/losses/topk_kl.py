@@ -1,4 +1,4 @@
-"""Reverse KL on a support of K tokens (Eq. 5 of arXiv 2606.06021), and the detached form of the published baseline."""
+"""Reverse KL on a support of K tokens (Eq. 5 of arXiv 2606.06021), and the detached loss of the published baseline."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from oprd_tune.types import ResponseTokens
 
 @dataclass(frozen=True)
 class Support:
-    """The tokens 𝒮 of a chunk, and what choosing them has brought to light.
+    """The support 𝒮 at each token of a chunk, with the logits and masses that were computed to choose it.
 
     Attributes:
-        ids_TK: token ids.
-        repeated_TK: True where an id stands in its row a second time; None where none can.
-        student_TK: the student's tempered logits there, or None if they are still to be computed.
-        teacher_TK: the teacher's.
-        student_normaliser_T: log Σ_v exp of the student's tempered logits, or None if its head did not run.
-        teacher_normaliser_T: the teacher's.
-        student_mass_T: P(𝒮), where it is known without the above.
+        repeated_TK: True where an id repeats the one before it in its row; None if ids cannot repeat.
+        student_TK: the student's logits on the support, divided by its temperature; None if not computed yet.
+        teacher_TK: the same for the teacher.
+        student_normaliser_T: log Σ_v exp of all such logits of the student; None if its head did not run.
+        teacher_normaliser_T: the same for the teacher.
+        student_mass_T: P(𝒮), if the sampler reported it.
     """
 
     ids_TK: Tensor
@@ -43,19 +42,19 @@ class Support:
 
 
 def student_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
-    """The student's top-k. The student's head runs once, without gradient; the teacher's does not run."""
+    """The student's top-k. Only the student's head runs, without gradient."""
     logits_TK, ids_TK, normaliser_T = _top(student, k)
     return Support(ids_TK, student_TK=logits_TK, student_normaliser_T=normaliser_T)
 
 
 def teacher_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
-    """The teacher's top-k. The teacher's head runs once; the student's does not run, so P(𝒮) is not known."""
+    """The teacher's top-k. Only the teacher's head runs, so P(𝒮) is not known."""
     logits_TK, ids_TK, normaliser_T = _top(teacher, k)
     return Support(ids_TK, teacher_TK=logits_TK, teacher_normaliser_T=normaliser_T)
 
 
 def union_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
-    """The tokens of either top-k, each counted once. Both heads run once."""
+    """The union of both top-k, each token counted once. Both heads run once."""
     _, student_ids_TK, student_T = _top(student, k)
     _, teacher_ids_TK, teacher_T = _top(teacher, k)
     ids_TK = torch.cat([student_ids_TK, teacher_ids_TK], dim=1).sort(dim=1).values
@@ -65,7 +64,7 @@ def union_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) 
 
 
 def sampler_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
-    """The top-k that the sampler returned with the rollout: neither head runs. P(𝒮) is the sampler's."""
+    """The top-k that the sampler returned with the rollout. Neither head runs, and P(𝒮) is the sampler's."""
     assert tokens.sampler_top_ids_TK is not None
     ids_TK, mass_T = tokens.sampler_top_ids_TK, tokens.sampler_top_mass_T
     return Support(ids_TK[:, :k], student_mass_T=mass_T if ids_TK.shape[1] == k else None)
@@ -83,14 +82,14 @@ SUPPORTS: dict[str, Callable[[Side, Side, ResponseTokens, int], Support]] = {
 class TopKReverseKL(TokenLoss):
     """KL(p̄‖q̄), both renormalised on a support 𝒮 of K tokens, with its exact gradient (Eq. 5).
 
-    The mass on 𝒮 is unconstrained: watch P(𝒮), which is measured where the student's head runs, and Q(𝒮), where the
-    teacher's does. Beyond choosing 𝒮, both models' logits are K dot products a token, and the gradient reaches K rows
-    of the head.
+    The loss does not constrain the mass on 𝒮, so watch P(𝒮) and Q(𝒮). P(𝒮) is measured if the student's head runs, Q(𝒮)
+    if the teacher's does. Once 𝒮 is chosen, each model's logits cost K dot products per token, and the gradient reaches
+    K rows of the head.
 
     Attributes:
-        k: size of the support, at least 2; a single token renormalised says nothing.
-        support: `student` (its top-k), `teacher`, `union`, or `sampler` (the top-k that the rollout engine returns; no
-            head runs at all, and with another engine it may differ from the student's own).
+        k: size of the support; at least 2, because a single token always has probability 1 after renormalisation.
+        support: `student` (its top-k), `teacher`, `union`, or `sampler` (the top-k that the rollout engine returns).
+            With `sampler`, no head runs on the vocabulary, and another engine's top-k may differ from the student's.
 
     Raises:
         ConfigError: for a k below 2 or an unknown support.
@@ -109,13 +108,12 @@ class TopKReverseKL(TokenLoss):
         self.sampler_top_k = self.k if self.support == "sampler" else 0
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """See `TokenLoss.check`."""
         check_k("k", self.k, vocabulary)
 
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
-        """See `TokenLoss.evaluate`."""
+        """As in `TokenLoss`, chunk by chunk."""
         weight_VD = heads.student_VD
         gradient_TD = torch.empty_like(student_TD)
         total = torch.zeros((), dtype=wide(weight_VD.dtype), device=weight_VD.device)
@@ -145,12 +143,9 @@ class TopKReverseKL(TokenLoss):
 class DetachedTopKReverseKL(DenseTokenLoss):
     """The top-k loss of the OPRD authors' published baseline: detached weights, full-vocabulary log-probabilities.
 
-    loss = −Σ_{v ∈ 𝒮} sg[p̄_v · (log q_v − log p_v)] · log p_v with 𝒮 the student's top-k. Its gradient is that of
-    `TopKReverseKL` plus D̄ · ∇log P(𝒮), D̄ = KL(p̄‖q̄) + log(P(𝒮)/Q(𝒮)): mass leaks out of 𝒮 wherever D̄ > 0. Here for
-    fair comparisons with published numbers.
-
-    Attributes:
-        k: size of the support; at least 2.
+    loss = −Σ_{v ∈ 𝒮} sg[p̄_v · (log q_v − log p_v)] · log p_v, where 𝒮 is the student's top-k. Its gradient is that of
+    `TopKReverseKL` plus D̄ · ∇log P(𝒮), D̄ = KL(p̄‖q̄) + log(P(𝒮)/Q(𝒮)), so mass leaks out of 𝒮 wherever D̄ > 0. It is
+    offered for fair comparisons with published numbers. `k` must be at least 2.
     """
 
     k: int = 16
@@ -160,11 +155,9 @@ class DetachedTopKReverseKL(DenseTokenLoss):
         check_whole("loss.k", self.k, at_least=2)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """See `TokenLoss.check`."""
         check_k("k", self.k, vocabulary)
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """See `DenseTokenLoss.objective`."""
         log_p_TK, ids_TK = chunk.log_p_TV.topk(self.k, dim=-1)
         log_ratio_TK = chunk.log_ratio_TV.gather(1, ids_TK)
         metrics.add_each("token/student_mass", log_p_TK.exp().sum(-1))
@@ -176,10 +169,7 @@ class DetachedTopKReverseKL(DenseTokenLoss):
 def renormalised_kl(log_p_TK: Tensor, log_q_TK: Tensor, skipped_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """KL(p̄‖q̄), [T], and its gradient with respect to the student's logits, [T, K].
 
-    Args:
-        log_p_TK: the student's logits or log-probabilities on the support.
-        log_q_TK: the teacher's.
-        skipped_TK: True where an entry does not count; both inputs are −∞ there.
+    Both inputs are logits or log-probabilities on the support. Where `skipped_TK` is True, they must be −∞.
     """
     log_p_TK, log_q_TK = log_p_TK.log_softmax(-1), log_q_TK.log_softmax(-1)
     log_ratio_TK = log_p_TK - log_q_TK
@@ -204,7 +194,7 @@ def _top(side: Side, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _logits_on(support: Support, side: Side, known_TK: Tensor | None) -> Tensor:
-    """A side's logits on the support, −∞ where a token is repeated."""
+    """A model's logits on the support, −∞ on repeated tokens."""
     logits_TK = side.logits_on(support.ids_TK) if known_TK is None else known_TK
     return logits_TK if support.repeated_TK is None else logits_TK.masked_fill(support.repeated_TK, -torch.inf)
 

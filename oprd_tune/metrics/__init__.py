@@ -1,4 +1,4 @@
-"""What a run measures, and where it writes it."""
+"""The metrics of a run, and where they are logged."""
 
 from oprd_tune.metrics.step import Metrics, StepResult
 from oprd_tune.metrics.tensorboard import TensorBoardLogger

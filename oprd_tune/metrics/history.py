@@ -1,4 +1,4 @@
-"""What a run remembers of its own course: evaluations and per-layer cosines. Saved and resumed with it."""
+"""The history of a run: evaluations, per-layer cosines and totals. Checkpoints hold it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-_MOST_COLUMNS = 256  # of the heatmap; older steps are thinned out beyond it
-
-
-def _perplexity(evaluation: dict[str, Any]) -> float:
-    return float(evaluation["perplexity"])
+_MOST_COLUMNS = 256  # of the heatmap; with more, every second step is dropped
 
 
 @dataclass
 class History:
-    """The course of a run.
+    """The history of a run.
 
     Attributes:
-        teacher_accuracy: measured once; None if not at all.
-        teacher_errors: by teacher layer, what quantisation changed in its hidden states; empty without.
-        evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}` in order.
+        teacher_accuracy: measured once; None if it was not measured.
+        teacher_errors: the relative error of quantisation in each teacher layer's states; empty without quantisation.
+        evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}`, in order.
         layers: the tapped student layers.
-        cosines: by step, the cosine of each of them.
-        max_logprob_gap: the largest difference of sampler and trainer at a token, in nats; None if never measured.
-        skipped_steps: optimizer steps without an update.
-        response_tokens: trained on so far.
-        loop_seconds: time within training steps, so without start-up, evaluation and checkpoints.
+        cosines: for each step, the cosine of each tapped layer.
+        max_logprob_gap: the largest gap between sampler and trainer at a token, in nats; None if never measured.
+        skipped_steps: the number of optimizer steps without an update.
+        response_tokens: the number of response tokens in all steps so far.
+        loop_seconds: time spent in training steps, without start-up, evaluation and checkpoints.
     """
 
     teacher_accuracy: float | None = None
@@ -41,7 +37,7 @@ class History:
     loop_seconds: float = 0.0
 
     def add_cosines(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep a step's `layers/cosine_*`."""
+        """Keep the `layers/cosine_*` of a step."""
         column = {int(n.rpartition("_")[2]): value for n, value in metrics.items() if n.startswith("layers/cosine_")}
         if column:
             self.layers = sorted(column)
@@ -50,27 +46,27 @@ class History:
             self.cosines = {s: self.cosines[s] for s in list(self.cosines)[::2]}
 
     def add_logprob_gap(self, metrics: dict[str, float]) -> None:
-        """Keep a step's `rollout/logprob_gap_max` if it is the largest so far."""
+        """Keep the `rollout/logprob_gap_max` of a step if it is the largest so far."""
         if (gap := metrics.get("rollout/logprob_gap_max")) is not None:
             self.max_logprob_gap = max(gap, self.max_logprob_gap or 0.0)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best evaluation so far: the most accurate, or where accuracy is not measured the least perplexed."""
-        scored = [e for e in self.evaluations if e["accuracy"] is not None]
-        if scored:
+        """The evaluation with the highest accuracy, or with the lowest perplexity if no accuracy was measured."""
+        if scored := [e for e in self.evaluations if e["accuracy"] is not None]:
             return max(scored, key=lambda e: e["accuracy"])
-        return min((e for e in self.evaluations if e["perplexity"] is not None), key=_perplexity, default=None)
+        measured = [e for e in self.evaluations if e["perplexity"] is not None]
+        return min(measured, key=lambda e: e["perplexity"], default=None)
 
     def gap_closed(self, accuracy: float | None) -> float | None:
-        """Share of the teacher's lead that an accuracy has made up; None where that is not defined."""
+        """(accuracy − student before) / (teacher − student before); None if that is not defined."""
         before = self.evaluations[0]["accuracy"] if self.evaluations else None
         if accuracy is None or before is None or self.teacher_accuracy is None or self.teacher_accuracy == before:
             return None
         return (accuracy - before) / (self.teacher_accuracy - before)
 
     def accuracy_figure(self) -> Figure:
-        """Accuracy against steps, between the student's start and the teacher."""
+        """Plot accuracy against steps, with lines for the student before training and for the teacher."""
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
         points = [(e["step"], e["accuracy"]) for e in self.evaluations if e["accuracy"] is not None]
@@ -85,7 +81,7 @@ class History:
         return figure
 
     def cosine_figure(self) -> Figure:
-        """Layer × step heatmap of the cosine between student and teacher."""
+        """Plot the cosine between student and teacher as a layer × step heatmap."""
         layers = self.layers
         figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(layers)), layout="constrained")
         axes = figure.add_subplot()
@@ -102,5 +98,5 @@ class History:
         return dict(self.__dict__)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's data."""
+        """Restore the data of a checkpoint."""
         self.__dict__.update(state)

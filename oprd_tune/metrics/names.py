@@ -1,6 +1,6 @@
-"""Our metrics: their units, how they are reduced, and what they mean. A recipe or a loss may log any other name too.
+"""Our metrics: their units, their reductions and their meanings. A recipe or a loss may log any other name too.
 
-python -m oprd_tune.metrics.names docs/metrics.md     writes the table of that page
+`python -m oprd_tune.metrics.names docs/metrics.md` writes the table of that page.
 """
 
 from __future__ import annotations
@@ -21,138 +21,85 @@ class Metric:
     meaning: str
 
 
-_TOKEN_MEAN = "mean over the step's selected tokens"
-_RESPONSE_MEAN = "mean over the step's response tokens"
-_SUBSAMPLE = "mean over a subsample of response tokens, every `diagnostics_every_n_steps`"
-_KL_UNIT = "nats/token"
-METRICS = [
-    Metric(
-        "loss/total",
-        "1",
-        _TOKEN_MEAN,
-        "The objective: what the gradient belongs to. Of sampled objectives a surrogate: read `token/kl` instead.",
-    ),
-    Metric("loss/<part>", "1", "mean over the part's tokens", "A part of a composite, times its weight; they add up."),
-    Metric("token/kl", _KL_UNIT, _RESPONSE_MEAN, "KL(p‖q), student to teacher, exact. Not with `TopKReverseKL`."),
-    Metric("token/support_kl", _KL_UNIT, _RESPONSE_MEAN, "KL(p̄‖q̄) on the support 𝒮: what `TopKReverseKL` minimises."),
-    Metric(
-        "token/student_mass",
-        "1",
-        _RESPONSE_MEAN,
-        "P(𝒮), the student's mass on the support, where its head runs.",
-    ),
-    Metric("token/teacher_mass", "1", _RESPONSE_MEAN, "Q(𝒮), where the teacher's head runs anyway."),
-    Metric(
-        "token/logprob_gap",
-        "nats",
-        _RESPONSE_MEAN,
-        "|log p − log μ| of the sampled tokens, trainer against sampler: rounding, or worse. With sampled objectives.",
-    ),
-    Metric("token/importance_ratio", "1", _RESPONSE_MEAN, "min(p/μ, cap): trainer against sampler; 1 if they agree."),
-    Metric("diagnostics/kl", _KL_UNIT, _SUBSAMPLE, "KL(p‖q), student to teacher."),
-    Metric("diagnostics/student_mass", "1", _SUBSAMPLE, "P(𝒮) of the student's top-k."),
-    Metric("diagnostics/teacher_mass", "1", _SUBSAMPLE, "Q(𝒮): what the teacher gives the student's top-k."),
-    Metric("diagnostics/top_k_overlap", "1", _SUBSAMPLE, "Share of the student's top-k that is in the teacher's."),
-    Metric("diagnostics/student_entropy", _KL_UNIT, _SUBSAMPLE, "Entropy of p."),
-    Metric("diagnostics/teacher_entropy", _KL_UNIT, _SUBSAMPLE, "Entropy of q."),
-    Metric("diagnostics/entropy_gap", _KL_UNIT, _SUBSAMPLE, "Entropy of q minus entropy of p."),
-    Metric("diagnostics/gradient_square", "1", _SUBSAMPLE, "‖∇KL‖² with respect to a token's logits: the signal."),
-    Metric(
-        "diagnostics/variance_<estimate>",
-        "1",
-        _SUBSAMPLE,
-        "Variance, over the next token, of that gradient's estimate by the sampled token (`sampled`) and with vOPD's "
-        "control variate (`vopd`), exact, whichever loss trains: the noise. Full and top-k KL and OPRD have none.",
-    ),
-    Metric(
-        "layers/mse_<layer>",
-        "1",
-        _TOKEN_MEAN,
-        "‖h − g‖²/D at a student layer, whatever the normalisation; over a bridge of rank R ‖z_S − z_T‖²/R.",
-    ),
-    Metric(
-        "layers/cosine_<layer>",
-        "1",
-        _TOKEN_MEAN,
-        "Cosine of student and teacher state, or of z_S and z_T, at a student layer.",
-    ),
-    Metric(
-        "positions/cosine_quarter_<n>",
-        "1",
-        "mean over layers and selected tokens",
-        "Cosine within the first to fourth quarter of a response: where along it the student still differs.",
-    ),
-    Metric("rollout/response_tokens", "tokens", "mean over responses", "Length of a response, EOS included."),
-    Metric("rollout/truncated_share", "1", "mean over responses", "Share of responses cut at `max_new_tokens`."),
-    Metric(
-        "rollout/entropy",
-        "nats/token",
-        "mean over response tokens",
-        "Entropy of the student, estimated as the mean of −log p of what it sampled; no head runs for it.",
-    ),
-    Metric(
-        "rollout/matched_share",
-        "1",
-        _RESPONSE_MEAN,
-        "Share of tokens that end where one of the teacher's ends too, for a teacher with a tokenizer of its own.",
-    ),
-    Metric(
-        "rollout/logprob_gap",
-        "nats/token",
-        "mean over up to 128 sampled tokens of each rank",
-        "Absolute difference of the sampler's and the trainer's log p, at each rollout of an engine with weights of "
-        "its own: the proof that it has this step's. About 1e-5 or less in fp32, below 1e-2 in bf16.",
-    ),
-    Metric("rollout/logprob_gap_max", "nats", "maximum over those tokens, over ranks", "The same at the worst token."),
-    Metric("rollout/proof_seconds", "seconds", "of the step", "What that comparison took, a part of `time/rollout`."),
-    Metric(
-        "head/drift",
-        "1",
-        "over up to 1,024 evenly spaced rows",
-        "‖W − W₀‖/‖W₀‖ of an embedding that is also the LM head: representation matching moves it unseen.",
-    ),
-    Metric("optimizer/grad_norm", "1", "over all parameters", "Gradient norm before clipping."),
-    Metric("optimizer/lr", "1", "last", "Learning rate of the step."),
-    Metric(
-        "optimizer/skipped_steps",
-        "steps",
-        "sum since the start",
-        "Steps without update: nothing selected, or not finite.",
-    ),
-    Metric(
-        "time/<phase>",
-        "seconds",
-        "sum over the step",
-        "Wall time of rollout, teacher, student (forward and backward), optimizer and sync; time/step is their sum.",
-    ),
-    Metric("speed/rollout", "tokens/s", "step", "Sampled tokens per second of rollout."),
-    Metric("speed/teacher", "tokens/s", "step", "Prompt and response tokens per second of the teacher's forward."),
-    Metric("speed/student", "tokens/s", "step", "Prompt and response tokens per second of forward and backward."),
-    Metric("speed/step", "tokens/s", "step", "Response tokens per second of the whole step."),
-    Metric(
-        "teacher/quantization_error_<layer>",
-        "1",
-        "over the tokens of a few prompts, once at the start",
-        "‖g_quantised − g‖ / ‖g‖ of the teacher's hidden states, errors of the layers below included.",
-    ),
-    Metric(
-        "memory/peak",
-        "GiB",
-        "maximum since the start, over ranks",
-        "On CUDA what tensors took, on a CPU the process's peak.",
-    ),
-    Metric("eval/accuracy", "1", "mean over held-out samples", "Share of right answers, sampled at temperature 1."),
-    Metric("eval/teacher_accuracy", "1", "mean over held-out samples", "The same of the teacher, measured once."),
-    Metric("eval/gap_closed", "1", "last", "(student − student before) / (teacher − student before), in accuracy."),
-    Metric("eval/perplexity", "1", "over held-out answer tokens", "exp of the mean −log p of the reference answers."),
-]
-# Where several token losses make a composite, theirs are called token/<part>/….
+# A row is `name | unit | reduction | meaning`. A line that is indented continues the row above it.
+_TABLE = """
+loss/total | 1 | mean over the step's selected tokens |
+    The objective: what the gradient belongs to. Of sampled objectives a surrogate: read `token/kl` instead.
+loss/<part> | 1 | mean over the part's tokens | A part of a composite, times its weight; they add up.
+token/kl | nats/token | mean over the step's response tokens |
+    KL(p‖q), student to teacher, exact. Not with `TopKReverseKL`.
+token/support_kl | nats/token | mean over the step's response tokens |
+    KL(p̄‖q̄) on the support 𝒮: what `TopKReverseKL` minimises.
+token/student_mass | 1 | mean over the step's response tokens |
+    P(𝒮), the student's mass on the support, where its head runs.
+token/teacher_mass | 1 | mean over the step's response tokens | Q(𝒮), where the teacher's head runs anyway.
+token/logprob_gap | nats | mean over the step's response tokens |
+    |log p − log μ| of the sampled tokens, trainer against sampler: rounding, or worse. With sampled objectives.
+token/importance_ratio | 1 | mean over the step's response tokens |
+    min(p/μ, cap): trainer against sampler; 1 if they agree.
+diagnostics/kl | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    KL(p‖q), student to teacher.
+diagnostics/student_mass | 1 | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    P(𝒮) of the student's top-k.
+diagnostics/teacher_mass | 1 | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    Q(𝒮): what the teacher gives the student's top-k.
+diagnostics/top_k_overlap | 1 | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    Share of the student's top-k that is in the teacher's.
+diagnostics/student_entropy | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    Entropy of p.
+diagnostics/teacher_entropy | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    Entropy of q.
+diagnostics/entropy_gap | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    Entropy of q minus entropy of p.
+diagnostics/gradient_square | 1 | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    ‖∇KL‖² with respect to a token's logits: the signal.
+diagnostics/variance_<estimate> | 1 | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
+    Variance, over the next token, of that gradient's estimate by the sampled token (`sampled`) and with vOPD's
+    control variate (`vopd`), exact, whichever loss trains: the noise. Full and top-k KL and OPRD have none.
+layers/mse_<layer> | 1 | mean over the step's selected tokens |
+    ‖h − g‖²/D at a student layer, whatever the normalisation; over a bridge of rank R ‖z_S − z_T‖²/R.
+layers/cosine_<layer> | 1 | mean over the step's selected tokens |
+    Cosine of student and teacher state, or of z_S and z_T, at a student layer.
+positions/cosine_quarter_<n> | 1 | mean over layers and selected tokens |
+    Cosine within the first to fourth quarter of a response: where along it the student still differs.
+rollout/response_tokens | tokens | mean over responses | Length of a response, EOS included.
+rollout/truncated_share | 1 | mean over responses | Share of responses cut at `max_new_tokens`.
+rollout/entropy | nats/token | mean over response tokens |
+    Entropy of the student, estimated as the mean of −log p of what it sampled; no head runs for it.
+rollout/matched_share | 1 | mean over the step's response tokens |
+    Share of tokens that end where one of the teacher's ends too, for a teacher with a tokenizer of its own.
+rollout/logprob_gap | nats/token | mean over up to 128 sampled tokens of each rank |
+    Absolute difference of the sampler's and the trainer's log p, at each rollout of an engine with weights of its
+    own: the proof that it has this step's. About 1e-5 or less in fp32, below 1e-2 in bf16.
+rollout/logprob_gap_max | nats | maximum over those tokens, over ranks | The same at the worst token.
+rollout/proof_seconds | seconds | of the step | What that comparison took, a part of `time/rollout`.
+head/drift | 1 | over up to 1,024 evenly spaced rows |
+    ‖W − W₀‖/‖W₀‖ of an embedding that is also the LM head: representation matching moves it unseen.
+optimizer/grad_norm | 1 | over all parameters | Gradient norm before clipping.
+optimizer/lr | 1 | last | Learning rate of the step.
+optimizer/skipped_steps | steps | sum since the start | Steps without update: nothing selected, or not finite.
+time/<phase> | seconds | sum over the step |
+    Wall time of rollout, teacher, student (forward and backward), optimizer and sync; time/step is their sum.
+speed/rollout | tokens/s | step | Sampled tokens per second of rollout.
+speed/teacher | tokens/s | step | Prompt and response tokens per second of the teacher's forward.
+speed/student | tokens/s | step | Prompt and response tokens per second of forward and backward.
+speed/step | tokens/s | step | Response tokens per second of the whole step.
+teacher/quantization_error_<layer> | 1 | over the tokens of a few prompts, once at the start |
+    ‖g_quantised − g‖ / ‖g‖ of the teacher's hidden states, errors of the layers below included.
+memory/peak | GiB | maximum since the start, over ranks | On CUDA what tensors took, on a CPU the process's peak.
+eval/accuracy | 1 | mean over held-out samples | Share of right answers, sampled at temperature 1.
+eval/teacher_accuracy | 1 | mean over held-out samples | The same of the teacher, measured once.
+eval/gap_closed | 1 | last | (student − student before) / (teacher − student before), in accuracy.
+eval/perplexity | 1 | over held-out answer tokens | exp of the mean −log p of the reference answers.
+"""
+METRICS = [Metric(*row.split(" | ", 3)) for row in re.sub(r"\n +", " ", _TABLE).strip().splitlines()]
+# If a composite has several token losses, the metrics of each are called token/<part>/….
 _PATTERNS = [re.compile(re.sub(r"<\w+>", r"\\w+", m.name).replace("token/", r"token/(\w+/)?") + r"\Z") for m in METRICS]
 _HEAD = "| name | unit | reduction | meaning |\n|---|---|---|---|\n"
 
 
 def is_described(name: str) -> bool:
-    """Whether a metric is one of ours. Any other may be logged too; see CONTRIBUTING.md."""
+    """Whether a metric is one of ours."""
     return any(pattern.match(name) for pattern in _PATTERNS)
 
 
@@ -162,7 +109,7 @@ def as_markdown() -> str:
 
 
 def write_page(page: Path) -> None:
-    """Put the table into a page, in the place of the one that is there."""
+    """Replace the table of a page."""
     before, _, rest = page.read_text().partition(_HEAD)
     after = rest.partition("\n\n")[2]
     page.write_text(before + as_markdown() + ("\n" + after if after else ""))

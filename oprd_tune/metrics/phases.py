@@ -12,7 +12,7 @@ import torch
 
 
 class PhaseTimer:
-    """Seconds by phase; on CUDA, a phase ends when its kernels have."""
+    """Sums up wall time by phase, in seconds. On CUDA, a phase ends when its kernels have finished."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -20,7 +20,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time within the scope to `phase`."""
+        """Add the time spent in the scope to `phase`."""
         started = time.perf_counter()
         yield
         if self._device.type == "cuda":
@@ -34,8 +34,8 @@ class PhaseTimer:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On CUDA the most that tensors took at once; on a CPU the process's largest resident size."""
+    """The peak in bytes: on CUDA the memory of all tensors, on a CPU the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""Progress within a step: shown only where a step takes long."""
+"""A progress bar for long steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SECONDS = 5.0
 
 
 class LateBar(tqdm):  # type: ignore[type-arg]
-    """A progress bar that appears after a few seconds, and leaves when it is done."""
+    """A progress bar that appears after five seconds and disappears when it is done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._started = time.monotonic()
         super().__init__(*args, **{**kwargs, "leave": False})
 
     def display(self, *args: Any, **kwargs: Any) -> Any:
-        """As `tqdm.display`, once it is late enough."""
+        """Like `tqdm.display`, but does nothing in the first seconds."""
         return time.monotonic() - self._started > _SECONDS and super().display(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The metrics of one step, under any names: sums that stay on the device until the step is over."""
+"""The metrics of one step. Their sums stay on the device until the step is over."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from oprd_tune.types import Rollout
 
 
 class Metrics:
-    """Means, as sums and counts, and single values. Collecting them never waits for the device.
+    """Collects means, as sums and counts, and single values. Collecting never waits for the device.
 
-    A name may be anything, such as `my/thing`. Ranks may add different ones.
+    Any name is allowed, such as `my/thing`. Ranks may add different names.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Metrics:
         self._values: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add to a mean: a sum, and how many it sums over."""
+        """Add to a mean: a sum, and the number of its terms."""
         total = total.detach().to(torch.float64) if isinstance(total, Tensor) else total
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts[name] + count if name in self._counts else count
@@ -34,17 +34,17 @@ class Metrics:
         self.add(name, value_T.detach().sum(dtype=torch.float64), value_T.numel())
 
     def set(self, name: str, value: float) -> None:
-        """Set a value that is no mean. Where ranks differ, the first one's counts."""
+        """Set a value that is not a mean. If ranks set different values, the lowest rank's counts."""
         self._values[name] = value
 
     def merge(self, other: Metrics, rename: Callable[[str], str] = str) -> None:
-        """Add another collection's sums and values, under other names if `rename` says so."""
+        """Add the sums and values of another collection, under the names that `rename` returns."""
         for name, total in other._sums.items():
             self.add(rename(name), total, other._counts[name])
         self._values |= {rename(name): value for name, value in other._values.items()}
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:
-        """Means and values over all ranks, the same on each; every rank must call. A mean over nothing is left out."""
+        """Means and values over all ranks, the same on each. All ranks must call. A mean of no terms is left out."""
         fetched = iter(_fetch([*self._sums.values(), *self._counts.values()]))
         sums = dict(zip(self._sums, fetched, strict=False))
         own = {name: (sums[name], count) for name, count in zip(self._counts, fetched, strict=True)}
@@ -59,7 +59,7 @@ class Metrics:
 
 
 def _fetch(values: Sequence[Tensor | float]) -> list[float]:
-    """All values as numbers, with one wait for each device that holds some."""
+    """All values as numbers. It waits once for each device that holds values."""
     by_device: dict[torch.device, list[int]] = {}
     for place, value in enumerate(values):
         if isinstance(value, Tensor):
@@ -74,13 +74,7 @@ def _fetch(values: Sequence[Tensor | float]) -> list[float]:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step came to.
-
-    Attributes:
-        loss: of the step, over all ranks; None if the step changed nothing.
-        rollout: what the student answered.
-        metrics: of the step.
-    """
+    """What a training step returns. The loss is that of all ranks, or None if the step changed nothing."""
 
     loss: float | None
     rollout: Rollout
@@ -88,7 +82,7 @@ class StepResult:
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """What a rollout tells of itself."""
+    """The metrics that follow from a rollout alone."""
     metrics = Metrics()
     rows, tokens = len(rollout), rollout.response_tokens
     metrics.add("rollout/response_tokens", rollout.response_mask_BS.sum(), rows)
@@ -104,12 +98,12 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
 
 
 def speed_metrics(seconds: dict[str, float], sampled: int, read: int) -> Metrics:
-    """A step's seconds by phase, and the speeds that follow from them.
+    """The times and speeds of a step.
 
     Args:
-        seconds: of this rank.
-        sampled: response tokens, of all ranks.
-        read: prompt and response tokens, of all ranks.
+        seconds: this rank's time by phase.
+        sampled: the number of response tokens, over all ranks.
+        read: the number of prompt and response tokens, over all ranks.
     """
     metrics = Metrics()
     total = sum(seconds.values())

@@ -1,4 +1,4 @@
-"""TensorBoard, with what torchtune's logger leaves out: text, figures, and curves that survive a resume."""
+"""A TensorBoard logger with what torchtune's lacks: text, figures, and curves that continue after a resume."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from torchtune.training.metric_logging import save_config
 
 
 class TensorBoardLogger:
-    """Writes scalars, texts and figures into one folder, also across resumes.
+    """Writes scalars, texts and figures into the folder `log_dir`, for `tensorboard --logdir`.
 
-    torchtune's `TensorBoardLogger` starts a new folder on every start, which cuts curves in two. This one goes on in
-    the same folder, and hides what a crashed run had written beyond the checkpoint that it resumes from.
-
-    Args:
-        log_dir: the folder; open it with `tensorboard --logdir`.
+    torchtune's `TensorBoardLogger` makes a new folder at every start, which cuts curves in two. This logger continues
+    in the same folder. It hides what a crashed run has written after the checkpoint that is resumed.
     """
 
     def __init__(self, log_dir: str) -> None:

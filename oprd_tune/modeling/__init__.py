@@ -1,4 +1,4 @@
-"""Working on torchtune decoders: building, loading, taps, heads, layer pairs, sharding, adapters, bridges."""
+"""Tools for torchtune decoders: building, loading, taps, heads, layer pairs, sharding, adapters and bridges."""
 
 from oprd_tune.modeling.bridge import BridgePlan
 from oprd_tune.modeling.families.qwen3 import (

@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters of torchtune's builders: their parameters, their start, and weights with them merged in."""
+"""LoRA and DoRA adapters of torchtune's builders: their parameters, their first values and merged weights."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from oprd_tune.torchtune_compat import dora_weight_norm, has_quantised_base
 
 _ADAPTED = (LoRALinear, DoRALinear)
 _WRAPPER = "_checkpoint_wrapped_module."
-_INNER = ".linear"  # a linear inside the projection that Hugging Face knows
+_INNER = ".linear"  # suffix of a linear inside a projection, where Hugging Face names only the projection
 
 
 class _BiasedDoRA(DoRALinear):
-    """y = m / ‖W + s B A‖ · (W + s B A) x + b. torchtune's scales b too; DoRA, PEFT and merged weights do not."""
+    """y = m / ‖W + s B A‖ · (W + s B A) x + b. torchtune also scales b; DoRA, PEFT and merged weights do not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         if self.disabled:
             return F.linear(x, self.weight, self.bias)
         base, x = F.linear(x, self.weight), self.dropout(x)
         eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
-        change = self.lora_b(self.lora_a(eye)).T.detach()  # by their own forward passes, which FSDP's hooks are on
+        change = self.lora_b(self.lora_a(eye)).T.detach()  # calls, so that FSDP's hooks run
         norm = dora_weight_norm(self, self.weight.to(x.dtype), change).detach()
         return self.magnitude / norm * (base + self.scaling * self.lora_b(self.lora_a(x))) + self.bias
 
 
 def adapter_names(model: nn.Module) -> set[str]:
-    """Names of the adapters' parameters in the model's state dict; empty for a model without adapters."""
+    """Names of the adapters' parameters in the model's state dict. The set is empty for a model without adapters."""
     return {name.replace(_WRAPPER, "") for name in get_adapter_params(model)}
 
 
 def check_adapters(name: str, model: nn.Module) -> None:
-    """Raise ConfigError, with the config key `name`, for adapters that cannot be trained here."""
+    """Raise ConfigError for adapters that cannot be trained here. `name` is the model's config key, for the message."""
     if any(map(has_quantised_base, _adapted(model))):
         raise ConfigError(
             f"{name}.quantize_base is not supported; leave it out (an int8 teacher is: teacher_quantization)"
@@ -54,14 +54,10 @@ def check_adapters(name: str, model: nn.Module) -> None:
 
 
 def start_adapters(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Give adapters on the meta device their first values, once the weights that they adapt are loaded.
+    """Move the adapters of a block or model from the meta device to `device` and initialise them in `dtype`.
 
-    The product B·A is zero at the start, so the model is the one that was loaded.
-
-    Args:
-        module: a block, or a whole model.
-        device: where they go.
-        dtype: of their parameters.
+    The weights that they adapt must be loaded first. B·A is zero at the start, so the model still computes what the
+    loaded weights do.
     """
     for linear in _adapted(module):
         for name in linear.adapter_params():
@@ -79,10 +75,10 @@ def start_adapters(module: nn.Module, *, device: torch.device, dtype: torch.dtyp
 
 @contextmanager
 def merged_while_gathered(model: nn.Module) -> Iterator[None]:
-    """Within the scope, adapters of a gathered sharded model are part of its weights, so that they cost nothing.
+    """Within the scope, a sharded model has its adapters merged into its weights, so forward passes are cheaper.
 
-    Gathered weights are copies, so the shards never see the change; call it within `gathered`. A model that is not
-    sharded keeps its adapters apart: merging would round its only weights.
+    Enter it within `gathered`: gathered weights are copies, so merging does not change the shards. A model that is not
+    sharded is left alone, because merging would round the only copy of its weights.
     """
     linears = _adapted(model) if isinstance(model, FSDPModule) else []
     try:
@@ -97,31 +93,28 @@ def merged_while_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _merged(linear: LoRALinear | DoRALinear) -> Tensor:
-    state = {name: value.detach() for name, value in linear.named_parameters() if name != "bias"}
-    merged = get_merged_lora_ckpt(
-        {f"x.{name}": value.float() for name, value in state.items()}, *_rank_and_alpha(linear)
-    )
-    return merged["x.weight"]
+    state = {f"x.{name}": value.detach().float() for name, value in linear.named_parameters() if name != "bias"}
+    return get_merged_lora_ckpt(state, *_rank_and_alpha(linear))["x.weight"]
 
 
 def merge_adapters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A full state dict with adapters merged into what they adapt; that of a model without adapters as it is."""
+    """The full state dict `weights` with the adapters merged in; unchanged for a model without adapters."""
     linears = _adapted(model)
     if not linears:
         return weights
-    # torchtune merges in place, so what it changes is copied.
+    # torchtune merges in place, so the weights that it changes are copied first.
     names = {name.replace(_WRAPPER, "") for name, module in model.named_modules() if isinstance(module, _ADAPTED)}
     copies = {f"{name}.weight": weights[f"{name}.weight"].clone() for name in names}
     return get_merged_lora_ckpt(weights | copies, *_rank_and_alpha(linears[0]))
 
 
 def adapter_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters of a state dict, each under the name of the projection that it adapts."""
+    """The adapters' entries of a state dict, named after the projection that they adapt."""
     return {name.replace(f"{_INNER}.", "."): value for name, value in get_adapter_state_dict(weights).items()}
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """What torchtune's checkpointers, and through them PEFT, want to know about a model's adapters."""
+    """The description of a model's adapters that torchtune's checkpointers write for PEFT."""
     named = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
     rank, alpha = _rank_and_alpha(named[0][1])
     return {

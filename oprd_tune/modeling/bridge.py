@@ -1,7 +1,7 @@
-"""OPRD-Bridge (§3.3 of arXiv 2606.06021): frozen linear projections that make states of unlike models comparable.
+"""OPRD-Bridge (§3.3 of arXiv 2606.06021): frozen linear projections that make the states of two models comparable.
 
-At each layer pair, z_S = P_S (h − μ_S) of the student meets z_T = P_T (g − μ_T) of the teacher, both in R dimensions.
-A `Bridge` is an artefact: fitted once, saved with what it belongs to, never trained.
+At each layer pair, z_S = P_S (h − μ_S) of the student is compared with z_T = P_T (g − μ_T) of the teacher, both of size
+R. A `Bridge` is fitted once and never trained. It is saved together with the facts of the models it was fitted for.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _FORMAT = "oprd-tune bridge 1"
 
 @dataclass(frozen=True)
 class BridgePlan:
-    """What bridge a run uses: how to fit one, or where a fitted one is. Section `bridge` of a config.
+    """The section `bridge` of a config: how to fit a bridge, or which fitted one to use.
 
     Attributes:
-        rank: R, how many directions of the teacher are compared; at most the teacher's width.
-        basis: which: `pca`, `reduced_rank` or `predictive`; see `oprd_tune.modeling.projectors`.
-        intercept: centre the student's states as well as the teacher's; false is Eq. 13 itself.
-        ridge: of the student's regression, relative to `ridge_scale`.
-        ridge_scale: `trace`, the mean variance of a coordinate, or `diagonal`, each coordinate's own.
-        prompts: how many of the run's first prompts the fit samples responses to.
-        held_out_prompts: how many more its similarities are measured on.
-        moments_dtype: that moments are accumulated in, `fp32` or `fp64`.
-        moments_device: where; null for the run's device. `cpu` spares a GPU's memory.
+        rank: R, the number of the teacher's directions that are compared; at most the teacher's width.
+        basis: how directions are chosen: `pca`, `reduced_rank` or `predictive`; see `oprd_tune.modeling.projectors`.
+        intercept: centre the student's states as well as the teacher's. False is Eq. 13 itself.
+        ridge: regularisation λ of the student's regression, relative to `ridge_scale`.
+        ridge_scale: `trace` is the mean variance of a coordinate; `diagonal` is each coordinate's own variance.
+        prompts: number of prompts, from the run's first on, whose sampled responses the bridge is fitted on.
+        held_out_prompts: number of further prompts on which the fit is measured.
+        moments_dtype: dtype in which moments are accumulated, `fp32` or `fp64`.
+        moments_device: device of the moments; None is the run's device. `cpu` saves a GPU's memory.
         file: a saved bridge to use instead of fitting one.
         same_weights: refuse a file that was fitted for other weights of these architectures.
-        fit_only: end the run once the bridge is there.
+        fit_only: end the run once the bridge is fitted.
 
     Raises:
-        ConfigError: for a value that is none of these.
+        ConfigError: for a value that is not allowed.
     """
 
     free_on_resume: ClassVar[tuple[str, ...]] = ("fit_only", "held_out_prompts", "moments_device")
@@ -66,11 +66,8 @@ class BridgePlan:
     def __post_init__(self) -> None:
         for name in ("rank", "prompts", "held_out_prompts"):
             check_whole(f"bridge.{name}", getattr(self, name))
-        for name, allowed in (
-            ("basis", tuple(BASES)),
-            ("ridge_scale", ("trace", "diagonal")),
-            ("moments_dtype", ("fp32", "fp64")),
-        ):
+        choices = {"basis": tuple(BASES), "ridge_scale": ("trace", "diagonal"), "moments_dtype": ("fp32", "fp64")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"bridge.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
         for name in ("intercept", "same_weights", "fit_only"):
@@ -88,20 +85,23 @@ class BridgePlan:
 
     @property
     def needs_final_state(self) -> bool:
-        """Whether the fit looks at the teacher's last state, whatever layers are compared."""
+        """Whether the fit needs the teacher's final state, whichever layers are compared."""
         return self.basis == "predictive" and self.file is None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the moments."""
+        """The dtype of the moments."""
         return torch.float32 if self.moments_dtype == "fp32" else torch.float64
 
     def projector_bytes(self, pairs: int, width: int, teacher_width: int) -> int:
-        """Memory of the bridge itself, for so many layer pairs of states that wide."""
+        """Memory of the bridge itself, in bytes, for `pairs` layer pairs."""
         return pairs * (self.rank + 1) * (width + teacher_width) * 4
 
     def moment_bytes(self, pairs: int, width: int, teacher_width: int) -> int:
-        """What a fit takes at most: all moments, or all projectors at full rank beside the matrices of one solution."""
+        """Upper bound, in bytes, on the memory of a fit.
+
+        It covers all moments, or all projectors at full rank together with the matrices of one solution.
+        """
         if self.file is not None:
             return 0
         outcome = teacher_width if self.needs_final_state else None
@@ -109,19 +109,19 @@ class BridgePlan:
 
     @property
     def fitting(self) -> dict[str, Any]:
-        """What decides what a fit comes to."""
+        """The settings that the result of a fit depends on."""
         names = ("rank", "basis", "intercept", "ridge", "ridge_scale", "prompts")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Belonging:
-    """What a bridge belongs to.
+    """The models and states that a bridge was fitted for.
 
     Attributes:
-        student: facts of the student: `name`, `depth`, `width`, `fingerprint` of its weights.
-        teacher: facts of the teacher.
-        conventions: of the states: positions, their number, anchor, and whether each model reads its own tokens.
+        student: facts of the student: `name`, `depth`, `width` and `fingerprint` of its weights.
+        teacher: the same facts of the teacher.
+        conventions: how states are selected: positions, their number, anchor, and whether the tokenizers differ.
     """
 
     student: Mapping[str, Any]
@@ -129,7 +129,7 @@ class Belonging:
     conventions: Mapping[str, Any]
 
     def differences(self, other: Belonging, *, same_weights: bool) -> list[str]:
-        """What another one has that this one has not, one line each."""
+        """One line for each fact in which `other`, a file's, differs from this run's; names do not matter."""
         found = []
         for part in ("student", "teacher", "conventions"):
             mine, theirs = getattr(self, part), getattr(other, part)
@@ -154,14 +154,12 @@ class _LayerProjection:
 
 @dataclass
 class Bridge:
-    """Projections of student and teacher states, by student layer.
+    """Projections of student and teacher states by student layer.
 
     Attributes:
-        pairs: the layer pairs.
-        rank: R.
         plan: `BridgePlan.fitting` of the fit.
-        belongs: to which models and states.
-        report: by student layer, how well it fits.
+        belongs: the models and states that the bridge was fitted for.
+        report: how well it fits, by student layer.
     """
 
     pairs: Sequence[LayerPair]
@@ -172,19 +170,11 @@ class Bridge:
     _layers: dict[int, _LayerProjection] = field(default_factory=dict)
 
     def set(self, layer: int, fit: Projectors, *, device: torch.device) -> None:
-        """Take the first R directions of a layer's fit, in fp32."""
-        rank = self.rank
-
-        def keep(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, dtype=torch.float32).contiguous()
-
-        self._layers[layer] = _LayerProjection(
-            keep(fit.student_RD[:rank]),
-            keep(fit.student_mean_D),
-            keep(fit.teacher_RC[:rank]),
-            keep(fit.teacher_mean_C),
-            keep(fit.variance_R[:rank].sum()),
-        )
+        """Use the first R directions of a layer's fit, in fp32."""
+        student_RD, teacher_RC = fit.student_RD[: self.rank], fit.teacher_RC[: self.rank]
+        variance = fit.variance_R[: self.rank].sum()
+        kept = (student_RD, fit.student_mean_D, teacher_RC, fit.teacher_mean_C, variance)
+        self._layers[layer] = _LayerProjection(*(t.to(device=device, dtype=torch.float32).contiguous() for t in kept))
 
     def student(self, layer: int, state_TD: Tensor) -> Tensor:
         """z_S of a student layer's states, [T, R], in at least fp32."""
@@ -192,16 +182,16 @@ class Bridge:
         return _project(state_TD, own.student_mean_D, own.student_RD)
 
     def teacher(self, layer: int, state_TC: Tensor) -> Tensor:
-        """z_T of the states of the teacher layer that student layer `layer` is paired with, [T, R]."""
+        """z_T of states of the teacher layer that is paired with student layer `layer`, [T, R]."""
         own = self._layers[layer]
         return _project(state_TC, own.teacher_mean_C, own.teacher_RC)
 
     def variance(self, layer: int) -> Tensor:
-        """E‖z_T‖² over the fit's rows, a scalar."""
+        """E‖z_T‖² over the rows of the fit, a scalar."""
         return self._layers[layer].variance
 
     def save(self, path: Path) -> None:
-        """Write everything into one safetensors file, whose metadata is readable without this package."""
+        """Write everything to one safetensors file. Its metadata is JSON and can be read without this package."""
         tensors = {
             f"layers.{layer}.{name}": getattr(own, name).cpu()
             for layer, own in self._layers.items()
@@ -211,9 +201,7 @@ class Bridge:
             "pairs": [[pair.student, pair.teacher] for pair in self.pairs],
             "rank": self.rank,
             "plan": dict(self.plan),
-            "student": dict(self.belongs.student),
-            "teacher": dict(self.belongs.teacher),
-            "conventions": dict(self.belongs.conventions),
+            **{part: dict(value) for part, value in vars(self.belongs).items()},
             "report": {layer: vars(fit) for layer, fit in self.report.items()},
         }
         staged = path.with_name(f".{path.name}.staged")
@@ -222,11 +210,7 @@ class Bridge:
 
     @classmethod
     def load(cls, path: Path, *, device: torch.device) -> Bridge:
-        """Read a saved bridge.
-
-        Raises:
-            ConfigError: if the file is damaged, or something else.
-        """
+        """Read a saved bridge. Raises ConfigError if the file is damaged or holds something else."""
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -252,11 +236,7 @@ class Bridge:
         )
 
     def check(self, pairs: Sequence[LayerPair], belongs: Belonging, plan: BridgePlan) -> None:
-        """Find out whether this bridge may serve a run.
-
-        Raises:
-            ConfigError: if it was made for other layers, models or states, or has another rank.
-        """
+        """Raise ConfigError if this bridge was fitted for other layers, models or states, or has another rank."""
         problems = belongs.differences(self.belongs, same_weights=plan.same_weights)
         if unknown := [pair for pair in pairs if pair not in self.pairs]:
             shown = [[pair.student, pair.teacher] for pair in unknown]

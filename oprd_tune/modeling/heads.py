@@ -1,7 +1,7 @@
-"""The LM head as a matrix: logits of a chunk of states, and products with a few of its rows.
+"""The LM head as a matrix: logits of a chunk of states, and products with a few of the head's rows.
 
-Results are fp32 (fp64 for fp64 weights), also where the weights are bf16: two of the largest logits often round to the
-same bf16 number.
+Logits are fp32 (fp64 for fp64 weights) even if the weights are bf16, because two of the largest logits often round to
+the same bf16 number.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.errors import ConfigError
 
-_BLOCK_BYTES = 32 * 2**20  # of gathered or converted head rows
+_BLOCK_BYTES = 32 * 2**20  # largest block of head rows that is gathered or converted at once
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are formed in: fp32, or fp64 for fp64."""
+    """The dtype in which sums are formed: fp64 for fp64, else fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class LMHead:
-    """A decoder's head, tied to its embedding or not. Holds the module; the weight is looked up where it is used.
+    """A decoder's head, tied to its embedding or not. It keeps the module and looks the weight up at each use.
 
     Args:
-        model: a torchtune decoder with its head in place.
+        model: a torchtune decoder whose head is not swapped.
         name: the model's config key, for messages.
 
     Attributes:
-        layer: the decoder's last one, whose state the head reads.
+        layer: number of the decoder's last layer, whose state the head reads.
 
     Raises:
         ConfigError: if the head is more than a matrix.
@@ -41,8 +41,7 @@ class LMHead:
     def __init__(self, model: TransformerDecoder, name: str = "model") -> None:
         self.layer, output = len(model.layers), model.output
         self._module = output.tied_module if isinstance(output, TiedLinear) else output
-        plain = isinstance(self._module, (nn.Linear, nn.Embedding)) and getattr(self._module, "bias", None) is None
-        if not plain:
+        if not isinstance(self._module, (nn.Linear, nn.Embedding)) or getattr(self._module, "bias", None) is not None:
             raise ConfigError(
                 f"{name}: its LM head is {type(self._module).__name__}; token losses need one plain matrix, without "
                 "bias or adapter (for LoRA: apply_lora_to_output=false)"
@@ -50,13 +49,13 @@ class LMHead:
 
     @property
     def weight_VD(self) -> Tensor:
-        """The weight, one row a token."""
+        """The head's weight, one row per token."""
         return self._module.weight
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of student and teacher. Rows beyond `vocabulary` are padding of one of them, and left out."""
+    """The heads of student and teacher. Rows from `vocabulary` on, which only one of them may have, are left out."""
 
     student: LMHead
     teacher: LMHead
@@ -64,12 +63,12 @@ class Heads:
 
     @property
     def student_VD(self) -> Tensor:
-        """The student's rows, without gradient."""
+        """The student's rows, detached."""
         return self.student.weight_VD.detach()[: self.vocabulary]
 
     @property
     def teacher_VC(self) -> Tensor:
-        """The teacher's rows."""
+        """The teacher's rows, detached."""
         return self.teacher.weight_VD.detach()[: self.vocabulary]
 
 
@@ -99,12 +98,12 @@ def gathered_logits(state_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor) -> Tens
 
 
 def weighted_rows(weight_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor) -> Tensor:
-    """Σ_k factor_tk · W[ids_tk], [T, D], in the weight's dtype. No gathered rows are stored."""
+    """Σ_k factor_tk · W[ids_tk], [T, D], in the weight's dtype. The gathered rows are not stored."""
     return F.embedding_bag(ids_TK, weight_VD, per_sample_weights=factor_TK.to(weight_VD.dtype), mode="sum")
 
 
 def add_product(grad_VD: Tensor, logits_TV: Tensor, state_TD: Tensor) -> None:
-    """grad += logitsᵀ · state, in place; a gradient wider than its factors is added to a block of rows at a time."""
+    """grad += logitsᵀ · state, in place. A gradient of a wider dtype than its factors is updated in blocks of rows."""
     if grad_VD.dtype == logits_TV.dtype:
         grad_VD.addmm_(logits_TV.T, state_TD)
         return
@@ -115,7 +114,7 @@ def add_product(grad_VD: Tensor, logits_TV: Tensor, state_TD: Tensor) -> None:
 def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD: Tensor) -> None:
     """grad[v] += Σ over (t, k) with ids_tk = v of factor_tk · state_t, in place.
 
-    Each row is summed in fp32 before it is added once, so a frequent token's many small terms do not vanish in a bf16
+    Each row is summed in fp32 and then added once. So a frequent token's many small terms do not vanish in a bf16
     buffer, and the result does not depend on the order of threads.
     """
     dtype = wide(grad_VD.dtype)
@@ -136,6 +135,6 @@ def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD:
 
 
 def row_blocks(weight_VD: Tensor) -> list[tuple[int, Tensor]]:
-    """Views of a few rows at a time, with the index of their first."""
+    """Views of a few rows each, with the index of their first row."""
     rows = max(1, _BLOCK_BYTES // (weight_VD.shape[1] * 4))
     return [(i * rows, block) for i, block in enumerate(weight_VD.split(rows))]

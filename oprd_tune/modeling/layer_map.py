@@ -1,4 +1,4 @@
-"""From what a config says about layers to pairs of student and teacher blocks, both counted from 1."""
+"""Turn the layer settings of a config into pairs of student and teacher blocks. Blocks count from 1."""
 
 from __future__ import annotations
 
@@ -48,19 +48,15 @@ def pair_layers(
 ) -> list[LayerPair]:
     """The layer pairs of the loss, ascending by student layer.
 
-    Without `layer_pairs`, layer ℓ is paired with layer ℓ, which takes models of the same depth, or over a bridge with
-    `proportional_layer(ℓ)`. With it, the given pairs apply, and `layers` selects among them.
+    If `layer_pairs` is given, as `[[student, teacher], …]`, then `layers` selects among these pairs. Otherwise layer ℓ
+    is paired with `proportional_layer(ℓ)` if the models are `bridged`, or with layer ℓ if they have the same depth.
 
     Args:
         layers: `all`, `last`, `even`, `odd` or a list of student layers.
-        layer_pairs: `[[student, teacher], …]` or None.
-        student_depth: blocks of the student.
-        teacher_depth: blocks of the teacher.
-        bridged: whether a bridge makes the states comparable.
 
     Raises:
-        ConfigError: if the depths differ without a bridge and no pairs are given, or a pair is malformed, repeated, out
-            of range, or joins a last layer, which is taken after the final norm, with one that is not.
+        ConfigError: if models of different depth have neither pairs nor a bridge; if a pair is malformed, repeated or
+            out of range; or if it joins a last layer, whose state is taken after the final norm, with another layer.
     """
     chosen = resolve_layers(layers, student_depth)
     if layer_pairs is None and bridged:
@@ -83,7 +79,7 @@ def pair_layers(
 
 
 def proportional_layer(layer: int, student_depth: int, teacher_depth: int) -> int:
-    """φ(ℓ) = round((ℓ−1)/(n_S−1)·(n_T−1)) + 1, half to even (Eq. 11 of arXiv 2606.06021): ends meet ends."""
+    """φ(ℓ) = round((ℓ−1)/(n_S−1)·(n_T−1)) + 1, half to even (Eq. 11 of arXiv 2606.06021). Last layers are paired."""
     if student_depth == 1:
         return teacher_depth
     return round(Fraction((layer - 1) * (teacher_depth - 1), student_depth - 1)) + 1
@@ -112,11 +108,7 @@ def _checked_pairs(layer_pairs: Sequence[Sequence[int]], student_depth: int, tea
 
 
 def check_widths(student_width: int, teacher_width: int) -> None:
-    """Plain hidden-state distillation compares vectors of one width.
-
-    Raises:
-        ConfigError: if the widths differ.
-    """
+    """Raise ConfigError if the widths differ: plain hidden-state distillation compares vectors of equal width."""
     if student_width != teacher_width:
         raise ConfigError(
             f"the student is {student_width} wide and the teacher {teacher_width}: plain OPRD compares states of one "

@@ -1,4 +1,4 @@
-"""Moments of paired states: seen once and forgotten, what stays are counts, means and covariances, which add up."""
+"""Streaming counts, means and covariances of paired states. The states themselves are not stored."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from oprd_tune.ranks import Ranks
 
 
 class Covariance:
-    """Streaming covariance of paired vectors a and b. The result does not depend on how their rows were cut up.
+    """Streaming covariance of paired vectors a and b. The result does not depend on how the rows are batched.
 
-    Batches are centred by their own mean before they are multiplied, and means are merged with the exact correction, so
-    a mean that is large beside the deviations costs no precision.
+    Each batch is centred by its own mean before it is multiplied, and the means are merged with the exact correction.
+    So a mean that is large compared with the deviations costs no precision.
 
     Args:
-        width_a: size of a.
-        width_b: size of b.
-        dtype: of sums and products, fp32 or fp64.
-        device: where they are; rows are moved there.
+        dtype: dtype of sums and products, fp32 or fp64.
+        device: device of the sums; added rows are moved there.
 
     Attributes:
-        count: rows so far.
-        mean_A: of a.
-        mean_B: of b.
+        count: number of rows so far.
         scatter_AB: Σ (a − mean a)(b − mean b)ᵀ.
     """
 
@@ -35,7 +31,7 @@ class Covariance:
 
     @torch.no_grad()
     def add(self, a_TA: Tensor, b_TB: Tensor) -> None:
-        """Add rows."""
+        """Add paired rows, [T, A] and [T, B]."""
         if not (rows := len(a_TA)):
             return
         a_TA, b_TB = a_TA.to(self.scatter_AB), b_TB.to(self.scatter_AB)
@@ -49,7 +45,7 @@ class Covariance:
         self.count = total
 
     def merge(self, ranks: Ranks) -> None:
-        """Take in what the other ranks have seen. All must call; afterwards all hold the same."""
+        """Combine the rows of all ranks. Every rank must call it, and all hold the same result afterwards."""
         own_N = torch.cat([torch.tensor([self.count]).to(self.mean_A), self.mean_A, self.mean_B])
         rows_WN = ranks.gather(own_N).to(own_N)
         share_W = rows_WN[:, 0] / rows_WN[:, 0].sum().clamp(min=1)
@@ -61,23 +57,22 @@ class Covariance:
 
     @property
     def precision(self) -> float:
-        """The relative error that each sum may have."""
+        """Relative rounding error of a sum."""
         return torch.finfo(self.scatter_AB.dtype).eps
 
     def matrix_AB(self, device: torch.device) -> Tensor:
-        """The covariance (divided by the count) in fp64, on a device."""
+        """The covariance, scatter divided by count, in fp64 on `device`."""
         return self.scatter_AB.to(device, torch.float64) / max(1, self.count)
 
 
 class PairMoments:
-    """What a layer pair's projectors follow from.
+    """The covariances from which a layer pair's projectors are computed.
+
+    h is the student's state, g the teacher's, and f the teacher's final state.
 
     Args:
-        student_width: D.
-        teacher_width: C.
-        outcome_width: size of what the basis `predictive` predicts; None for another basis.
-        dtype: see `Covariance`.
-        device: see `Covariance`.
+        outcome_width: width of f, which only the basis `predictive` needs; None for the other bases.
+        dtype: see `Covariance`, as for `device`.
     """
 
     def __init__(
@@ -98,7 +93,7 @@ class PairMoments:
         self.fg = covariance(outcome_width, teacher_width) if outcome_width else None
 
     def add(self, student_TD: Tensor, teacher_TC: Tensor, outcome_TF: Tensor | None = None) -> None:
-        """Add paired states, and what the teacher's predict."""
+        """Add paired states, with the teacher's final states for the basis `predictive`."""
         self.hh.add(student_TD, student_TD)
         self.gh.add(teacher_TC, student_TD)
         self.gg.add(teacher_TC, teacher_TC)
@@ -107,13 +102,12 @@ class PairMoments:
             self.fg.add(outcome_TF, teacher_TC)
 
     def merge(self, ranks: Ranks) -> None:
-        """See `Covariance.merge`."""
         for covariance in (self.hh, self.gh, self.gg, self.fg):
             if covariance is not None:
                 covariance.merge(ranks)
 
     @staticmethod
     def bytes_of(student_width: int, teacher_width: int, outcome_width: int | None, itemsize: int) -> int:
-        """Memory that one pair takes."""
+        """Memory of one pair's covariances, in bytes."""
         outcome = (outcome_width or 0) * teacher_width
         return (student_width**2 + student_width * teacher_width + teacher_width**2 + outcome) * itemsize

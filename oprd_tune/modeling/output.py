@@ -1,7 +1,7 @@
-"""Standing in for a decoder's LM head, and scoring tokens with it in chunks.
+"""Replace a decoder's LM head for a while, and score tokens with the head in chunks.
 
-torchtune 0.6.1 always runs `model.output` on the final hidden states. Everything here works by swapping that module
-inside a scope: the rest of the model, and whatever wraps it, runs unchanged.
+torchtune 0.6.1 always runs `model.output` on the final hidden states. So everything here swaps that module within a
+scope. The rest of the model, and any wrapper around it, runs unchanged.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from torchtune.modules import TransformerDecoder
 from oprd_tune.torchtune_compat import set_output
 
 Head = Callable[[Tensor], Tensor]
-# Rows scored at once: 1024 rows of logits over 151,936 tokens take 0.6 GiB in fp32.
-_ROWS_PER_CHUNK = 1024
+_ROWS_PER_CHUNK = 1024  # 1024 rows of logits over 151,936 tokens take 0.6 GiB in fp32
 
 
 @contextmanager
 def swapped_output(model: TransformerDecoder, make_output: Callable[[Head], nn.Module]) -> Iterator[None]:
-    """Within the scope, `model.output` is `make_output(head)`; afterwards the head is back, whatever happened.
+    """Within the scope, `model.output` is `make_output(head)`. The head, tied or not, is restored even after an error.
 
-    Args:
-        model: a torchtune decoder with a tied or an untied head.
-        make_output: builds the stand-in from the original head. Its return value is cast to fp32 by the decoder.
+    The decoder casts what the stand-in returns to fp32.
 
     Raises:
         RuntimeError: if the output is already swapped, or is split into chunks by `set_num_output_chunks`.
@@ -46,13 +43,13 @@ def swapped_output(model: TransformerDecoder, make_output: Callable[[Head], nn.M
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes: its buffers are there, also when its parameters wait in CPU memory."""
+    """The device on which a model computes. Its buffers are there even if its parameters are offloaded to the CPU."""
     return next(chain(model.buffers(), model.parameters())).device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the scope, the model is in evaluation mode: no dropout."""
+    """Within the scope, the model is in evaluation mode, without dropout."""
     was_training = model.training
     model.eval()
     try:
@@ -62,22 +59,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class OutputStandIn(nn.Module):
-    """Base of everything that takes the head's place for a while."""
+    """Base of the modules that replace the head for a while."""
 
 
 class LastPositionHead(OutputStandIn):
-    """Apply the head to the last column only: logits [B, 1, V]."""
+    """Applies the head to the last column only; logits [B, 1, V]."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
-        self.__dict__["_head"] = head  # not a submodule: the head stays the property of the model
+        self.__dict__["_head"] = head  # past nn.Module, which would make the model's head a submodule here too
 
     def forward(self, state_BSD: Tensor) -> Tensor:
         return self.__dict__["_head"](state_BSD[:, -1:])
 
 
 class _TokenScorer(OutputStandIn):
-    """Log-probabilities of given next tokens at given positions, [T], a chunk of rows at a time."""
+    """Log-probabilities of the given next tokens at the given positions, [T], computed in chunks of rows."""
 
     def __init__(self, head: Head, index_T: Tensor, next_tokens_T: Tensor, vocabulary: int | None) -> None:
         super().__init__()
@@ -99,16 +96,13 @@ class _TokenScorer(OutputStandIn):
 def token_logprobs(
     model: TransformerDecoder, tokens_BS: Tensor, response_mask_BS: Tensor, *, vocabulary: int | None = None
 ) -> Tensor:
-    """Log-probabilities in nats that `model` gives the marked tokens of right-padded rows.
+    """Log-probabilities in nats, [T] in fp32, that `model` gives the marked tokens of right-padded rows.
+
+    The result is in row-major order of the mask. No [T, V] tensor is formed.
 
     Args:
-        model: a decoder with its head.
-        tokens_BS: token ids.
-        response_mask_BS: True on the tokens to score; never in column 0.
-        vocabulary: normalise over the first so many tokens; None takes all.
-
-    Returns:
-        fp32, shape [T], in row-major order of the mask. Nothing of size [T, V] is ever alive.
+        response_mask_BS: True on the tokens to score; False in column 0.
+        vocabulary: normalise over the ids below this number; None takes all.
     """
     index_T = response_mask_BS.flatten().nonzero(as_tuple=True)[0]
     next_tokens_T = tokens_BS.flatten()[index_T]

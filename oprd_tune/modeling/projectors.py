@@ -1,8 +1,8 @@
-"""From the moments of a layer pair to a bridge's projectors in closed form, and how well they do.
+"""The projectors of a bridge, computed in closed form from a layer pair's moments, and measures of their fit.
 
-A bridge compares z_S = P_S (h − μ_S) with z_T = P_T (g − μ_T). The basis P_T says which of the teacher's directions
-count; P_S is the linear regression of z_T on the student's states (Eq. 13 of arXiv 2606.06021, there by gradient
-descent and without the intercept).
+A bridge compares z_S = P_S (h − μ_S) with z_T = P_T (g − μ_T). The basis P_T selects directions of the teacher's
+states. P_S is the linear regression of z_T on the student's states (Eq. 13 of arXiv 2606.06021, which uses gradient
+descent and no intercept).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.ranks import Ranks
 
-_NOISE = 32  # times the precision and the largest variance: more than sums of many batches came to, measured
+# Variances below this multiple of precision · largest variance are rounding noise. Measured errors of sums over many
+# batches are smaller.
+_NOISE = 32
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class LayerFit:
     """How well a layer pair's projections agree.
 
     Attributes:
-        r_squared: on the fit's rows, along the R directions.
-        held_out_r_squared: on rows that the fit has not seen.
-        cosine: of z_S and z_T on those rows, mean.
+        r_squared: R² along the bridge's R directions on the rows of the fit.
+        held_out_r_squared: the same on rows that the fit has not seen.
+        cosine: mean cosine of z_S and z_T on those held-out rows.
         spectrum: the teacher's variance along each direction, up to full rank.
-        cosine_by_rank: the same mean cosine if the bridge had another rank.
-        r_squared_by_rank: the held-out R² likewise.
+        cosine_by_rank: the mean cosine that bridges of other ranks would have.
+        r_squared_by_rank: the held-out R² that bridges of other ranks would have.
     """
 
     r_squared: float
@@ -42,15 +44,12 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class Projectors:
-    """A layer pair's fit at full rank. Directions are sorted, so the first R make a bridge of rank R.
+    """A layer pair's P_S, μ_S, P_T and μ_T at full rank. Directions are sorted: the first R make a bridge of rank R.
 
     Attributes:
-        student_RD: P_S.
         student_mean_D: μ_S; zero without an intercept.
-        teacher_RC: P_T.
-        teacher_mean_C: μ_T.
-        variance_R: of the teacher along each direction.
-        residual_R: mean squared error of the regression along each direction, on the fit's own rows.
+        variance_R: variance of the teacher's states along each direction.
+        residual_R: mean squared error of the regression along each direction, on the rows of the fit.
     """
 
     student_RD: Tensor
@@ -61,13 +60,13 @@ class Projectors:
     residual_R: Tensor
 
     def r_squared(self, rank: int) -> float:
-        """Share of the variance along the first `rank` directions that the student's states explain."""
+        """Share of the teacher's variance along the first `rank` directions that the student's states explain."""
         return 1 - (self.residual_R[:rank].sum() / self.variance_R[:rank].sum()).item()
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a basis may be made of: covariances of the teacher's state, of its regression on the student's, and M."""
+    """Inputs of a basis: covariances of the teacher's state g and of its prediction from the student, and M."""
 
     gg_CC: Tensor
     predicted_CC: Tensor
@@ -75,27 +74,23 @@ class _Known:
 
 
 def _pca(known: _Known) -> Tensor:
-    """Where the teacher varies most."""
+    """The directions in which the teacher's states vary most."""
     return _top_eigenvectors(known.gg_CC).T
 
 
 def _reduced_rank(known: _Known) -> Tensor:
-    """Where what the student can express of the teacher varies most."""
+    """The directions in which the linear prediction of the teacher's states from the student's varies most."""
     return _top_eigenvectors(known.predicted_CC).T
 
 
 def _predictive(known: _Known) -> Tensor:
-    """What the teacher's output follows from, linearly: the main directions of f̂ = M g, where M regresses f on g."""
-    assert known.outcome_FC is not None
+    """The directions that predict the teacher's final state f: the main directions of f̂ = M g, where M regresses f on g."""
     map_FC = known.outcome_FC
+    assert map_FC is not None
     return _top_eigenvectors(map_FC @ known.gg_CC @ map_FC.T).T @ map_FC
 
 
-BASES: dict[str, Callable[[_Known], Tensor]] = {
-    "pca": _pca,
-    "reduced_rank": _reduced_rank,
-    "predictive": _predictive,
-}
+BASES: dict[str, Callable[[_Known], Tensor]] = {"pca": _pca, "reduced_rank": _reduced_rank, "predictive": _predictive}
 
 
 def fit_projectors(
@@ -107,15 +102,15 @@ def fit_projectors(
     ridge_scale: str = "trace",
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
 ) -> Projectors:
-    """Solve a layer pair at full rank.
+    """Solve for a layer pair's projectors at full rank, in fp64. They get the device and dtype of the moments.
 
     Args:
-        moments: merged.
+        moments: moments that are merged over ranks.
         basis: one of `BASES`.
-        intercept: centre the student's states too; without it, Eq. 13 itself.
-        ridge: λ as a multiple of the scale below; 0 for none.
-        ridge_scale: `trace` adds λ·tr(Σ)/D to each diagonal entry, `diagonal` a multiple λ of the entry itself.
-        device: where to solve; what comes out is where the moments are, in their dtype.
+        intercept: centre the student's states too. False is Eq. 13 itself.
+        ridge: the factor λ; 0 for no regularisation.
+        ridge_scale: `trace` adds λ·tr(Σ)/D to each diagonal entry; `diagonal` adds λ times the entry itself.
+        device: where to solve.
     """
     hh_DD, gh_CD, gg_CC = (covariance.matrix_AB(device) for covariance in (moments.hh, moments.gh, moments.gg))
     mean_D = moments.hh.mean_A.to(device, torch.float64)
@@ -135,7 +130,7 @@ def fit_projectors(
 
 
 def share_projectors(fit: Projectors | None, moments: PairMoments, owner: int, ranks: Ranks) -> Projectors:
-    """Give every rank the fit that rank `owner` has made of merged moments."""
+    """Send the fit of rank `owner` to every rank. The other ranks pass None as `fit`."""
     student_D, teacher_C = moments.hh.mean_A, moments.gg.mean_A
     width = len(teacher_C)
     shapes = [(width, len(student_D)), (len(student_D),), (width, width), (width,), (width,), (width,)]
@@ -148,14 +143,12 @@ def share_projectors(fit: Projectors | None, moments: PairMoments, owner: int, r
 def regression(ba_BA: Tensor, aa_AA: Tensor, *, ridge: float, precision: float, ridge_scale: str = "trace") -> Tensor:
     """The linear map [B, A] of least squared error from a to b: Σ_ba (Σ_aa + λ)⁻¹.
 
-    Directions in which a does not vary are left out, as gradient descent from zero would.
+    Directions in which a does not vary map to zero, as with gradient descent from zero.
 
     Args:
         ba_BA: covariance of b and a.
-        aa_AA: covariance of a.
-        ridge: see `fit_projectors`.
-        precision: relative error of Σ_aa; variances below it count as none.
-        ridge_scale: see `fit_projectors`.
+        ridge: see `fit_projectors`, as for `ridge_scale`.
+        precision: relative rounding error of Σ_aa, below which a variance counts as zero.
     """
     diagonal_A = aa_AA.diagonal()
     square_A = diagonal_A if ridge_scale == "diagonal" else diagonal_A.mean().expand_as(diagonal_A)
@@ -163,7 +156,7 @@ def regression(ba_BA: Tensor, aa_AA: Tensor, *, ridge: float, precision: float, 
     scaled_AA = aa_AA / scale_A.outer(scale_A)
     scaled_AA.diagonal().add_(ridge)
     factor_AA, failed = torch.linalg.cholesky_ex(scaled_AA)
-    if ridge > 0 and not failed:  # rounding beyond λ makes it fail
+    if ridge > 0 and not failed:  # it fails if rounding errors exceed λ
         return torch.cholesky_solve((ba_BA / scale_A).T, factor_AA).T / scale_A
     values_A, vectors_AA = torch.linalg.eigh(scaled_AA)
     kept_A = values_A > _NOISE * precision * values_A[-1]
@@ -172,7 +165,7 @@ def regression(ba_BA: Tensor, aa_AA: Tensor, *, ridge: float, precision: float, 
 
 
 def _top_eigenvectors(symmetric_CC: Tensor) -> Tensor:
-    """As columns, those of the largest eigenvalues first, each with its largest entry positive."""
+    """Eigenvectors as columns, largest eigenvalue first. The largest entry of each is positive."""
     vectors_CR = torch.linalg.eigh((symmetric_CC + symmetric_CC.T) / 2).eigenvectors.flip(-1)
     largest_1R = vectors_CR.abs().argmax(0, keepdim=True)
     return vectors_CR * vectors_CR.gather(0, largest_1R).sign()
@@ -184,23 +177,23 @@ def _quadratic(left_RA: Tensor, middle_AB: Tensor, right_RB: Tensor) -> Tensor:
 
 
 class HeldOut:
-    """How well projectors of every rank agree on rows that they were not fitted on.
+    """Measures how well projections agree on held-out rows, for bridges of several ranks up to full rank.
 
     Args:
         fits: full-rank projectors by student layer.
-        rank: the bridge's own.
+        rank: the bridge's rank.
     """
 
     def __init__(self, fits: dict[int, Projectors], rank: int) -> None:
         self._fits, self._rank = fits, rank
         full = len(next(iter(fits.values())).variance_R)
         self._ranks = sorted({full, rank, *(2**power for power in range(full.bit_length()) if 2**power < full)})
-        # Per rank: Σ cos, Σ squared error, Σ squared target; and the rows.
+        # For each rank: Σ cosine, Σ squared error and Σ squared target over rows.
         self._sums = {layer: torch.zeros(3, len(self._ranks), dtype=torch.float64) for layer in fits}
         self._rows = dict.fromkeys(fits, 0)
 
     def add(self, layer: int, student_TD: Tensor, teacher_TC: Tensor) -> None:
-        """Add rows of a layer pair."""
+        """Add rows of states of a layer pair."""
         fit = self._fits[layer]
         student_TR = (student_TD.to(fit.student_RD) - fit.student_mean_D) @ fit.student_RD.T
         teacher_TR = (teacher_TC.to(fit.teacher_RC) - fit.teacher_mean_C) @ fit.teacher_RC.T
@@ -217,7 +210,7 @@ class HeldOut:
         self._rows[layer] += len(student_TD)
 
     def report(self, ranks: Ranks) -> dict[int, LayerFit]:
-        """By student layer; the same on all ranks."""
+        """The fit by student layer, over the rows of all ranks. Every rank must call it and gets the same."""
         found = {}
         for layer, fit in self._fits.items():
             *sums, rows = ranks.total([*self._sums[layer].flatten().tolist(), self._rows[layer]])

@@ -1,4 +1,4 @@
-"""Decoders whose parameters are spread over ranks by FSDP2, block by block, and scopes in which they are whole."""
+"""Shard decoders over ranks with FSDP2, block by block, and gather them again for a while."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from torchtune.modules.tied_linear import TiedLinear
 from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks, need_process_group
 
-_RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `gathered` puts back
+_RESHARD_AFTER_FORWARD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # settings that `gathered` restores
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is spread.
+    """How a model is sharded.
 
-    Each block is gathered where it runs, the embedding where it is looked up, and an untied head, in training, never:
-    only a loss that reads the head keeps it gathered from the forward to the end of the backward pass. Gradients are
-    averaged over ranks in fp32.
+    A block is gathered while it runs, and the embedding while it is looked up. In training, an untied head is not
+    gathered, unless the loss reads it: it then stays gathered from the forward pass to the end of the backward pass.
+    Gradients are averaged over ranks in fp32.
 
     Attributes:
-        ranks: the processes, in one dimension.
-        compute_dtype: what parameters are gathered in, and gradients computed in; None keeps that of the shards.
+        compute_dtype: dtype of gathered parameters and of computed gradients; None keeps that of the shards.
         reshard_after_forward: free each block's gathered parameters until the backward pass.
         cpu_offload: keep shards, gradients and the optimizer's state in CPU memory.
     """
@@ -51,22 +50,21 @@ class Sharding:
         return init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
 
     def block(self, block: nn.Module) -> None:
-        """Spread one loaded block. Every rank must hold the same values; each keeps its part."""
+        """Shard one loaded block. Every rank must hold the same values; each keeps its own part."""
         self._shard(block, reshard_after_forward=self.reshard_after_forward)
 
     def rest(self, model: TransformerDecoder, *, gathered_head: bool = False, whole_head: bool = False) -> None:
-        """Spread embedding, final norm and head; call it last.
+        """Shard embedding, final norm and head. Call it last, when the blocks of `model` are sharded.
 
         Args:
-            model: a decoder whose blocks are spread.
-            gathered_head: whether the head's weight is read within the forward pass, outside its own.
-            whole_head: leave the head, and an embedding that is tied to it, whole on every rank.
+            gathered_head: whether a loss reads the head's weight during the model's forward pass.
+            whole_head: keep the head, and an embedding tied to it, whole on every rank.
         """
         ends = [model.tok_embeddings] if isinstance(model.output, TiedLinear) else [model.tok_embeddings, model.output]
         head = ends[-1]
         for module in ends[:-1] if gathered_head or whole_head else ends:
             self._shard(module, reshard_after_forward=self.reshard_after_forward)
-            module.set_unshard_in_backward(False)  # its own gradient is all that the backward pass needs
+            module.set_unshard_in_backward(False)  # the backward pass does not read its weights
         self._shard(model, reshard_after_forward=False, ignored=set(head.parameters()) if whole_head else None)
 
     def _shard(
@@ -87,10 +85,10 @@ class Sharding:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the scope, a sharded model is whole on every rank; any other model is left alone.
+    """Within the scope, a sharded model is whole on every rank. Any other model is left alone.
 
-    So each rank may run as many forward passes as it likes. Entering communicates, so all ranks must. What changes the
-    parameters within is forgotten at the end.
+    Each rank may then run any number of forward passes. Entering communicates, so all ranks must enter. Changes to the
+    gathered parameters are lost at the end.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -105,6 +103,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass of a sharded model averages its gradients over ranks, or only accumulates them."""
+    """Choose whether the next backward passes of a sharded model average gradients over ranks or only accumulate."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)

@@ -1,8 +1,8 @@
-"""Hidden states at chosen layers, handed over where they are produced.
+"""Taps hand over hidden states of chosen layers as soon as they are produced.
 
-A tap is a forward hook on the outside of a block, and of its checkpoint wrapper if it has one. It fires once, in the
-forward pass only, and sees a tensor that is alive anyway as the next block's input. The last tap sits in the place of
-the LM head, which therefore never runs, and blocks above it are skipped.
+A tap is a forward hook on a block, outside of the checkpoint wrapper if there is one. It fires once, in the forward
+pass only. The state that it sees costs no extra memory, because it is the next block's input anyway. The top tap
+replaces the LM head, which therefore does not run, and the blocks above it are skipped.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ OnState = Callable[[int, Tensor], Tensor]
 def layer_taps(model: TransformerDecoder, layers: Sequence[int], on_state: OnState) -> Iterator[None]:
     """Within the scope, a forward pass hands the outputs of `layers` to `on_state` and runs no LM head.
 
-    Layers count from 1. Layer n, the top, is taken after the final norm; every other one is its block's raw output.
-    Blocks above the highest tapped layer do not run. The forward pass returns what `on_state` returned for that
-    layer, which keeps the value in the graph of the model's own output: FSDP needs that to start its backward pass.
+    The state of the model's last layer is taken after the final norm; every other state is its block's raw output.
+    Blocks above the highest tapped layer do not run. The forward pass returns what `on_state` returned for that layer:
+    FSDP starts its backward pass from the model's own output, so this value must be in that output's graph.
 
     Args:
         model: a torchtune decoder: plain, checkpointed, compiled per layer, with LoRA, or sharded.
-        layers: ascending, unique, between 1 and the number of blocks.
+        layers: ascending and unique, from 1 to the number of blocks.
         on_state: called as `on_state(layer, state_BSD)` in ascending order. It must not modify the state in place.
 
     Raises:
@@ -79,11 +79,9 @@ def _stopped_after(model: TransformerDecoder, top: int) -> Iterator[None]:
 
 
 def cut_after(model: TransformerDecoder, top: int) -> None:
-    """Remove for good what a tap at layer `top` does not need: higher blocks, then the final norm, and the head.
+    """Permanently remove from a frozen decoder what taps up to layer `top` do not need.
 
-    Args:
-        model: a frozen decoder that is only ever tapped from now on.
-        top: the highest layer that will be tapped, from 1.
+    The head is removed. If `top` is not the last layer, so are the blocks above it and the final norm.
     """
     if top < len(model.layers):
         model.layers, model.norm = nn.ModuleList(list(model.layers)[:top]), nn.Identity()
@@ -101,11 +99,11 @@ def collect_states(
     Args:
         model: a decoder, possibly cut after the highest layer in `wanted`.
         tokens_BS: right-padded token ids.
-        wanted: a layer, as for `layer_taps`, positions [T] in the flattened [B * S] grid, and what to make of
-            the states there, if not to keep them. A layer may stand there more than once; states are then shared.
+        wanted: triples of a layer, positions [T] in the flattened [B * S] grid, and a function to apply to the states
+            there, or None. Entries with the same layer and position tensor share one copy of the states.
 
     Returns:
-        For each of them, the states [T, C] in the model's own dtype, or what was made of them.
+        For each entry, the states [T, C] in the model's own dtype, or the function's result on them.
     """
     found: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""From a builder and a Hugging Face checkpoint to a decoder, with the mistakes found before weights are read."""
+"""Build decoders and load Hugging Face checkpoints into them. Mistakes are found before weights are read."""
 
 from __future__ import annotations
 
@@ -22,34 +22,33 @@ from oprd_tune.modeling.families import FAMILIES, Family
 from oprd_tune.torchtune_compat import config_of, model_type_of, start_rotations, weight_files_of
 
 Builder = Callable[[], TransformerDecoder]
-_SHOWN = 4
+_SHOWN = 4  # names listed in a message
 
 
 def build_on_meta(build: Builder) -> TransformerDecoder:
-    """The model without weights: its shapes cost nothing."""
+    """The model on the meta device: it has shapes, but takes no memory."""
     with torch.device("meta"):
         return build()
 
 
 def width_of(model: TransformerDecoder) -> int:
-    """Size of a hidden state."""
+    """The size of a hidden state."""
     return model.tok_embeddings.embedding_dim
 
 
 def hugging_face_checkpointer(
     checkpoint_dir: str, output_dir: str, hub_name: str | None = None, model_type: str = "QWEN2"
 ) -> FullModelHFCheckpointer:
-    """torchtune's checkpointer over all weight files of a Hugging Face folder.
+    """torchtune's checkpointer for all weight files of a Hugging Face folder.
 
     Args:
-        checkpoint_dir: the folder.
         output_dir: where exports go; recipes set it.
-        hub_name: the model's name on the hub, such as `Qwen/Qwen2.5-1.5B`, for the message where the folder is missing.
+        hub_name: the model's name on the hub, such as `Qwen/Qwen2.5-1.5B`, for the message that the folder is missing.
         model_type: torchtune's name of the architecture, or QWEN3.
 
     Raises:
-        ConfigError: if the architecture is unknown; or if the folder or one of its files is missing, with the line that
-            fetches them.
+        ConfigError: if the architecture is unknown, or if the folder or one of its files is missing. The message then
+            has the command that fetches them.
     """
     known = {*(kind.name for kind in ModelType), *FAMILIES}
     if model_type not in known:
@@ -71,11 +70,7 @@ def hugging_face_checkpointer(
 
 
 def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheckpointer:
-    """Construct a checkpointer, which looks at its folder but reads no weights.
-
-    Args:
-        component: of the config.
-        output_dir: where exports go.
+    """Construct a config's checkpointer. It checks its folder but reads no weights; exports go to `output_dir`.
 
     Raises:
         ConfigError: if the folder is missing or incomplete.
@@ -98,16 +93,13 @@ def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheck
 
 
 def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: TransformerDecoder) -> None:
-    """Compare the headers of a checkpoint's files with the model's parameters.
+    """Compare the headers of a checkpoint's files with the parameters of a model on the meta device.
 
-    Args:
-        name: the checkpointer's config key, for messages.
-        checkpointer: an opened checkpointer.
-        model: the model on the meta device.
+    `name` is the checkpointer's config key, for messages.
 
     Raises:
-        ConfigError: if a file is damaged, parameters are missing, unknown or of another shape, or `config.json` says
-            another architecture or other rotations than the checkpointer and the model.
+        ConfigError: if a file is damaged; if parameters are missing, unknown or of another shape; or if `config.json`
+            states another architecture than the checkpointer, or other rotary positions than the model.
     """
     config, given = config_of(checkpointer), model_type_of(checkpointer)
     says = config.get("model_type")
@@ -117,7 +109,7 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
     found: dict[str, Any] = {}
     for path in weight_files_of(checkpointer):
         if path.suffix != ".safetensors":
-            return  # a pickle has no header to look at; loading is strict anyway
+            return  # a pickle has no header; mistakes are found when it is loaded
         try:
             with safe_open(path, framework="pt") as file:
                 found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
@@ -135,12 +127,12 @@ def _converted(name: str, found: dict[str, Any], config: Mapping[str, Any], fami
         raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")
     try:
         return family.to_tune(found, tie_word_embeddings=config["tie_word_embeddings"])
-    except Exception as error:  # torchtune raises the base class for a name that it does not know
+    except Exception as error:  # torchtune raises the base class for an unknown name
         raise ConfigError(f"{name}: the checkpoint is not of the architecture {family.title}: {error}") from error
 
 
 def _check_rotations(name: str, config: Mapping[str, Any], model: TransformerDecoder) -> None:
-    """Weights fit models that rotate queries and keys otherwise, and then mean nothing."""
+    """Raise ConfigError for other rotary positions: the shapes would fit, but the outputs would be meaningless."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     base, own = rope.get("rope_theta", config.get("rope_theta")), model.layers[0].attn.pos_embeddings.base
@@ -174,7 +166,7 @@ def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def load_decoder(
     build: Builder, checkpointer: FullModelHFCheckpointer, *, dtype: torch.dtype, device: torch.device
 ) -> TransformerDecoder:
-    """Build a decoder and fill it. See `load_weights`."""
+    """Build a decoder and load its weights. See `load_weights`."""
     model = build_on_meta(build)
     load_weights(model, checkpointer, dtype=dtype, device=device)
     return model
@@ -189,18 +181,16 @@ def load_weights(
     trained_dtype: torch.dtype | None = None,
     on_block: Callable[[int, nn.Module], nn.Module] | None = None,
 ) -> None:
-    """Fill a decoder from the meta device: embedding, norm and head, then block by block.
+    """Load the weights of a decoder on the meta device: embedding, norm and head first, then block by block.
 
-    The files are mapped, not read, and each tensor is cast on its way; beside the model itself, one tensor exists. With
-    `on_block`, which may spread or quantise a block as soon as it is there, not even the model exists whole.
+    The files are memory-mapped, and tensors are cast one at a time, so only one tensor exists beside the model. If
+    `on_block` shards or quantises each block as soon as it is loaded, even the model is never whole in memory.
 
     Args:
-        model: on the meta device. Its blocks may be fewer than the checkpoint's.
-        checkpointer: where its weights are.
-        dtype: of the parameters.
-        device: where they go.
-        trained_dtype: of those that require a gradient; None for `dtype`.
-        on_block: called with each block's number, from 1, and the loaded block; what it returns takes its place.
+        model: a decoder on the meta device. It may have fewer blocks than the checkpoint.
+        dtype: dtype of the parameters.
+        trained_dtype: dtype of the parameters that require a gradient; None for `dtype`.
+        on_block: called with each block's number, from 1, and the loaded block. The block that it returns is used.
 
     Raises:
         ConfigError: if the weights do not fit.
@@ -231,7 +221,7 @@ def _fill(
             if name not in weights:
                 raise ConfigError(f"the checkpoint does not fit the model's builder: it lacks {name}")
             wanted = trained_dtype if parameter.requires_grad else dtype
-            # A copy even where nothing changes: a mapped file that is rewritten later would crash the run.
+            # Always a copy, because a mapped file that is rewritten later would crash the run.
             loaded[name] = weights[name].to(device=device, dtype=wanted, copy=True)
     try:
         module.load_state_dict(loaded, strict=False, assign=True)

@@ -1,4 +1,4 @@
-"""What a run reads, does and needs, checked before any weights are read."""
+"""Checks, before any weights are read, of what a run reads, does and needs."""
 
 from oprd_tune.preflight.data import load_data
 from oprd_tune.preflight.pair import load_pair

@@ -1,4 +1,4 @@
-"""A run's prompts and evaluators, checked against its models before weights are read."""
+"""A run's prompts and evaluators, checked against its models before any weights are read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ class RunData:
     """What a run reads.
 
     Attributes:
-        tokenizer: of both models, or of the student if the teacher has its own.
-        prompts: this rank's share of each step.
-        task_accuracy: measures a model on held-out prompts; None if the config asks for none.
-        teacher_accuracy: the same for the teacher, in its own tokens.
-        reference_perplexity: measures the student on held-out answers; None likewise.
-        reader: aligns the teacher's own tokens with the student's; None if they share them.
-        teacher_context: tokens that the teacher can read.
-        min_matched_share: of response tokens that end where one of the teacher's ends too; less stops the run.
-        ranks: of the run.
+        tokenizer: the tokenizer of both models, or of the student if the teacher has another one.
+        prompts: this rank's share of each step's prompts.
+        task_accuracy: measures the student's accuracy on held-out prompts; None if the config asks for none.
+        teacher_accuracy: measures the teacher's accuracy, in the teacher's own tokens; None likewise.
+        reference_perplexity: measures the student's perplexity on held-out answers; None likewise.
+        reader: aligns the teacher's own tokens with the student's; None if both models share their tokens.
+        teacher_context: the number of tokens that the teacher can read.
+        min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
+            matched tokens stops the run.
+        ranks: the processes of the run.
     """
 
     tokenizer: Tokenizer
@@ -42,10 +43,10 @@ class RunData:
     ranks: Ranks
 
     def read(self, rollout: Rollout, prompts: Prompts) -> Rollout:
-        """The rollout as the teacher reads it too, if it has a tokenizer of its own. Every rank must call.
+        """Add the teacher's reading to a rollout if the teacher has another tokenizer. Every rank must call.
 
         Raises:
-            RolloutError: if the two tokenizations meet too rarely.
+            RolloutError: if too few response tokens end where a teacher's token ends.
         """
         if self.reader is None:
             return rollout
@@ -64,16 +65,10 @@ class RunData:
 
 
 def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Ranks) -> RunData:
-    """Construct tokenizers, data sets and evaluators.
-
-    Args:
-        parts: of the run.
-        settings: lengths, sizes and the seed.
-        pair: the models, which have to know every token and fit every length.
-        ranks: the processes that share the prompts.
+    """Construct tokenizers, data sets and evaluators. The ranks share the prompts.
 
     Raises:
-        ConfigError: if data and models do not fit, or something is missing.
+        ConfigError: if a model lacks a token or is too short for a length, or if a component is missing.
     """
     s = settings
     tokenizer, teacher_tokenizer = parts.tokenizer(), construct(parts.teacher_tokenizer)
@@ -119,10 +114,13 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
 def _check_lengths(
     s: OPRDSettings, pair: ModelPair, accuracy: TaskAccuracy | None, perplexity: ReferencePerplexity | None
 ) -> None:
+    """Raise ConfigError if a sequence of the run does not fit into the models' context."""
     lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
     if accuracy is not None:
         longest = s.max_prompt_tokens + accuracy.request.max_new_tokens
         lengths["max_prompt_tokens + task_accuracy.max_new_tokens"] = longest
     if perplexity is not None:
         lengths["the longest reference answer with its prompt"] = perplexity.longest
-    pair.check_lengths(lengths)
+    for what, length in lengths.items():
+        if length > pair.context:
+            raise ConfigError(f"{what} = {length} exceeds the models' context of {pair.context}; lower it")

@@ -1,8 +1,8 @@
-"""Student and teacher, checked against each other, their files and the data, before any weights are read."""
+"""Student and teacher: checked against each other, their files and the data, before any weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,18 @@ class ModelPair:
 
     Attributes:
         layers: the paired layers, ascending by student layer; empty without a hidden-state loss.
-        depth: blocks of the student.
-        teacher_depth: blocks of the teacher.
+        depth: the number of the student's blocks.
+        teacher_depth: the number of the teacher's blocks.
         student_files: the student's opened checkpointer.
-        teacher_files: the teacher's.
-        width: of the student's states.
-        teacher_width: of the teacher's.
-        context: tokens that both models can read, or that the student can if the teacher has tokens of its own.
-        teacher_context: tokens that the teacher can read.
-        vocabulary: token ids that both models know, the smaller of two padded sizes; or the student's, likewise.
-        teacher_vocabulary: token ids that the teacher knows.
+        teacher_files: the teacher's opened checkpointer.
+        width: the size of a student's state.
+        teacher_width: the size of a teacher's state.
+        context: the number of tokens that both models can read. If the teacher has another tokenizer, the number that
+            the student can read.
+        teacher_context: the number of tokens that the teacher can read.
+        vocabulary: the number of token ids that both models know: the smaller of two padded sizes. If the teacher has
+            another tokenizer, the number that the student knows.
+        teacher_vocabulary: the number of token ids that the teacher knows.
     """
 
     layers: list[LayerPair]
@@ -54,19 +56,13 @@ class ModelPair:
     teacher_vocabulary: int
 
     def teacher_top(self, bridge: BridgePlan | None) -> int | None:
-        """The highest teacher layer that a loss on hidden states, or the fit of a bridge, reads; None for all."""
+        """The highest teacher layer that a hidden-state loss or a bridge's fit reads; None for the whole teacher."""
         if bridge is not None and bridge.needs_final_state:
             return None
         return max(pair.teacher for pair in self.layers)
 
-    def check_lengths(self, lengths: Mapping[str, int]) -> None:
-        """Raise ConfigError for a length, given by what it consists of, that exceeds the context."""
-        for what, length in lengths.items():
-            if length > self.context:
-                raise ConfigError(f"{what} = {length} exceeds the models' context of {self.context}; lower it")
-
     def check_tokens(self, tokenizer: Tokenizer, datasets: Sequence[PromptSource]) -> None:
-        """Raise ConfigError if the tokenizer makes ids that a model has no embedding for."""
+        """Raise ConfigError if the tokenizer or the data has a token id that a model has no embedding for."""
         used = [tokenizer.pad_id, *tokenizer.stop_tokens, *(dataset.largest_token for dataset in datasets)]
         if max(used) >= self.vocabulary:
             raise ConfigError(
@@ -75,7 +71,7 @@ class ModelPair:
             )
 
     def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptSource) -> None:
-        """Raise ConfigError if the teacher's own tokenizer makes ids or prompts that are beyond the teacher."""
+        """Raise ConfigError if the teacher lacks an id of its own tokenizer, or cannot read the longest prompt."""
         largest = len(tokenizer.token_bytes.pieces) - 1
         if largest >= self.teacher_vocabulary:
             raise ConfigError(
@@ -90,26 +86,23 @@ class ModelPair:
 
 
 def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False) -> ModelPair:
-    """Check that both models fit each other, the losses, and their checkpoint files. They are built without weights.
+    """Build both models without weights, and check that they fit each other, the losses and their checkpoint files.
 
     Args:
-        parts: of the run.
-        settings: of the run.
-        hidden_loss: whether a loss reads hidden states; without one, widths and depths may differ.
+        hidden_loss: whether a loss reads hidden states. If none does, widths and depths may differ.
         token_loss: whether a loss reads both LM heads.
 
     Raises:
-        ConfigError: if they do not.
+        ConfigError: if the models, the losses or the files do not fit.
     """
-    bridged, own_tokens = parts.bridge is not None, parts.teacher_tokenizer is not None
+    own_tokens = parts.teacher_tokenizer is not None
     if token_loss and own_tokens:
         raise ConfigError(
             "teacher_tokenizer: token losses compare the models token by token, so both read the same tokens; leave it "
             "out, or compare hidden states alone, by oprd_distributed"
         )
-    out = settings.output_dir
-    student_files = open_checkpointer(parts.checkpointer, out)
-    teacher_files = open_checkpointer(parts.teacher_checkpointer, out)
+    student_files = open_checkpointer(parts.checkpointer, settings.output_dir)
+    teacher_files = open_checkpointer(parts.teacher_checkpointer, settings.output_dir)
     student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
     check_adapters("model", student)
     if settings.activation_checkpointing > len(student.layers):
@@ -121,10 +114,10 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
     pairs: list[LayerPair] = []
     if hidden_loss:
-        if not bridged:
+        if parts.bridge is None:
             check_widths(width_of(student), width_of(teacher))
         depths = {"student_depth": len(student.layers), "teacher_depth": len(teacher.layers)}
-        pairs = pair_layers(settings.layers, settings.layer_pairs, **depths, bridged=bridged)
+        pairs = pair_layers(settings.layers, settings.layer_pairs, **depths, bridged=parts.bridge is not None)
     if token_loss:
         LMHead(student, "model")
         LMHead(teacher, "teacher_model")
@@ -149,11 +142,10 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
 
 
 def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
-    """Compare the tokenizers of two model folders; padding of the embeddings beyond their tokens does not matter.
+    """Compare the tokenizers of two model folders. Embedding rows beyond the tokens are padding and do not matter.
 
-    A special token under another name is told to the user, and so are tokens that only the student has, which the
-    teacher reads through rows that nobody trained. A folder without `tokenizer.json` cannot be
-    compared; that is told too.
+    Three findings are printed: special tokens with different names; tokens that only the student has, which the teacher
+    reads through untrained rows; and a folder without `tokenizer.json`, which cannot be compared.
 
     Raises:
         ConfigError: if an id stands for two different ordinary tokens.

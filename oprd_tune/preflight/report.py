@@ -1,4 +1,4 @@
-"""What a run is going to do and to need, told before any weights are read."""
+"""Report what a run will do and need, before any weights are read."""
 
 from __future__ import annotations
 
@@ -40,22 +40,10 @@ def preflight(
     engine: RolloutEngine,
     bridge: BridgePlan | None,
 ) -> Memory:
-    """Print models, conventions, batch, memory and disk as a short table.
-
-    Args:
-        parts: of the run.
-        settings: of the run.
-        pair: the models' files and layers.
-        data: what the run reads.
-        loss: decides which head and which states exist.
-        engine: that samples.
-        bridge: makes states comparable; None without.
-
-    Returns:
-        The prediction for one rank.
+    """Print models, conventions, batch, memory and disk as a short table; returns the memory of one rank.
 
     Raises:
-        NothingLeftToDo: if the run was to end here.
+        NothingLeftToDo: if the setting `preflight` is `only`.
     """
     s, ranks, loss = settings, data.ranks, as_composite(loss)
     student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
@@ -92,7 +80,7 @@ def _plan(
     student: TransformerDecoder,
     teacher: TransformerDecoder,
 ) -> Plan:
-    """What each part says it needs."""
+    """Collect what each component needs."""
     ranks, token_losses = data.ranks, list(loss.token_losses.values())
     longest = s.max_prompt_tokens + s.max_new_tokens
     rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
@@ -136,20 +124,19 @@ def _teacher_bytes(
     bridge: BridgePlan | None,
     teacher: TransformerDecoder,
 ) -> tuple[int, int]:
-    """Of the teacher as the run keeps it; and gathered, if it is to be while it is evaluated."""
+    """The teacher's bytes in its placement, and while it is gathered for its evaluation; 0 if it never is gathered."""
     keeps_head = bool(loss.token_losses)
     top = (None if keeps_head else pair.teacher_top(bridge)) or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
-    dtype = s.torch_dtype
-    kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=dtype)
+    kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
     if not plan.sharded or not s.evaluate_teacher or data.teacher_accuracy is None:
         return kept, 0
     gathered = replace(plan, placement="replicated")
-    return kept, gathered.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=dtype)
+    return kept, gathered.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
 
 
 def _describe(model: TransformerDecoder) -> str:
-    """Size and shape of a model on the meta device."""
+    """The size and shape of a model on the meta device."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shape = f"{len(model.layers)} blocks of width {width_of(model)}, vocabulary {model.tok_embeddings.num_embeddings:,}"
@@ -168,7 +155,7 @@ def _size(count: int) -> str:
 
 
 def _differing_conventions(pair: ModelPair) -> list[tuple[str, str]]:
-    """Where the two folders' tokenizers end turns, pad or speak differently."""
+    """EOS, padding and chat template where the two model folders differ, one row each."""
     student, teacher = (conventions(folder_of(f)) for f in (pair.student_files, pair.teacher_files))
     if student is None or teacher is None:
         return []
@@ -227,7 +214,7 @@ def _bridge_sizes(pair: ModelPair) -> tuple[int, int, int]:
 
 
 def _free_bytes(ranks: Ranks) -> int | None:
-    """What this rank may take of its device; of a CPU, its share."""
+    """Bytes that this rank may take on its device: a GPU's free memory, or this rank's share of a CPU's."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
     try:
@@ -241,7 +228,8 @@ def _free_bytes(ranks: Ranks) -> int | None:
 def _describe_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> str:
     checkpoint = memory.checkpoint * ranks.world_size
     export = sum(p.numel() for p in student.parameters()) * s.torch_dtype.itemsize
-    needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export  # one more while it is written; final, best, old best
+    # One more checkpoint while a new one is written; `final`, `best`, and the old `best` until it is replaced.
+    needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export
     free = shutil.disk_usage(s.output_dir).free
     text = f"up to {_size(needed)} of {_size(free)} free; a checkpoint takes {_size(checkpoint)}"
     return text + ("" if needed < free else ". This will not fit: lower keep_checkpoints, or give another output_dir")

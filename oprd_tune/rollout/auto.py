@@ -1,4 +1,4 @@
-"""The best engine that works here, for configs that do not want to name one."""
+"""Chooses an engine for configs that do not name one."""
 
 from __future__ import annotations
 
@@ -16,22 +16,14 @@ _VLLM, _NATIVE = "oprd_tune.rollout.VLLMColocated", "oprd_tune.rollout.NativeEng
 
 
 def auto(*, temperature: float = 1.0) -> NoReturn:
-    """Stands in a config for the engine that `choose_engine` names.
-
-    Args:
-        temperature: see `NativeEngine`.
-    """
+    """A placeholder in configs, which recipes replace by the engine that `choose_engine` picks."""
     raise ConfigError(f"{AUTO} is no engine itself; recipes put one in its place, see `choose_engine`")
 
 
 def choose_engine(parts: Parts, saved: str | None, device: torch.device, ranks: Ranks) -> Parts:
-    """Put a real engine in the place of `auto`, and say which. Every rank must call.
+    """Replace `auto` by a real engine, and print its name. All ranks must call. Any other engine is kept.
 
-    Args:
-        parts: of the run; another engine than `auto` stays.
-        saved: the engine of the checkpoint that the run resumes from; it stays too.
-        device: where the run computes.
-        ranks: the processes of the run.
+    A run that resumes keeps the engine `saved` in its checkpoint; for a new run, `saved` is None.
     """
     if parts.rollout.path != AUTO:
         return parts
@@ -41,7 +33,7 @@ def choose_engine(parts: Parts, saved: str | None, device: torch.device, ranks: 
 
 
 def best_engine(device: torch.device, ranks: Ranks) -> tuple[str, str]:
-    """The path of vLLM in the trainer's processes if it works on all ranks, else of the student itself; and why."""
+    """The dotted path of an engine, and why: `VLLMColocated` if vLLM works on all ranks, otherwise `NativeEngine`."""
     obstacle = None
     try:
         import_vllm(device)

@@ -1,4 +1,4 @@
-"""From sampled responses, in whatever order they came, to a rollout."""
+"""Packs sampled responses into a rollout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from oprd_tune.types import Prompts, Rollout
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response; K is 0 unless top-k ids were asked for.
+    """One sampled response. K is 0 if no top-k ids were requested.
 
     Attributes:
-        tokens_T: the sampled ids, a stop token included.
-        logprobs_T: that the sampler gave them, in nats, at temperature 1.
-        top_ids_TK: its most probable tokens at each place.
-        top_mass_T: their probability together.
+        tokens_T: the sampled ids, including the stop token.
+        logprobs_T: the sampler's log-probabilities of these tokens, in nats, at temperature 1.
+        top_ids_TK: the sampler's K most probable tokens at each place.
+        top_mass_T: the total probability of these K tokens.
     """
 
     tokens_T: Tensor
@@ -38,16 +38,13 @@ def pack_responses(
     policy_version: int,
     device: torch.device,
 ) -> Rollout:
-    """Right-padded rows of prompt and response.
+    """Put prompts and responses into right-padded rows.
 
     Args:
-        prompts: what was answered.
-        responses: those to the first prompt, then those to the second, and so on.
-        samples_per_prompt: responses to each prompt.
-        stop_tokens: a response that ends with none of them was cut.
-        pad_id: fills rows up to the longest.
-        policy_version: of the weights that sampled.
-        device: where the rollout is wanted.
+        responses: the `samples_per_prompt` responses to the first prompt, then those to the second, and so on.
+        stop_tokens: a response whose last token is not one of these counts as truncated.
+        policy_version: the version of the weights that sampled.
+        device: where to put the rollout.
     """
     rows = [tokens for tokens in prompts.tokens for _ in range(samples_per_prompt)]
     positions = [position for position in prompts.positions for _ in range(samples_per_prompt)]
@@ -65,14 +62,13 @@ def pack_responses(
         top_ids_BSK[row, columns], top_mass_BS[row, columns] = response.top_ids_TK, response.top_mass_T
         mask_BS[row, columns] = True
     last_token_B = tokens_BS[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+    truncated_B = torch.isin(last_token_B, torch.tensor(sorted(stop_tokens), dtype=torch.long), invert=True)
     return Rollout(
         tokens_BS=tokens_BS.to(device),
         response_mask_BS=mask_BS.to(device),
         sampler_logprobs_BS=logprobs_BS.to(device),
         lengths_B=torch.tensor(lengths, device=device),
-        truncated_B=torch.isin(last_token_B, torch.tensor(sorted(stop_tokens), dtype=torch.long), invert=True).to(
-            device
-        ),
+        truncated_B=truncated_B.to(device),
         prompt_positions_B=torch.tensor(positions, device=device),
         policy_version=policy_version,
         sampler_top_ids_BSK=top_ids_BSK.to(device) if top_k else None,

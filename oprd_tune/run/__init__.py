@@ -1,4 +1,4 @@
-"""A run from its first line on the terminal to its last: processes, loop, checkpoints, exports, journal."""
+"""Everything around the steps of a run: processes, loop, checkpoints, exports and journal."""
 
 from oprd_tune.run.launch import launch, load_recipe
 from oprd_tune.run.process import join_run

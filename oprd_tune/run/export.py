@@ -1,4 +1,4 @@
-"""Students as Hugging Face folders, which transformers, vLLM and PEFT load."""
+"""Export students as Hugging Face folders, which transformers, vLLM and PEFT load."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def export_model(
 ) -> Path:
     """Write weights in torchtune's names as a Hugging Face folder, config and tokenizer files included.
 
-    LoRA and DoRA adapters are merged, and also written on their own, into the folder `adapter`: `adapter_model.pt` for
-    torchtune, `adapter_model.safetensors` with `adapter_config.json` for PEFT. Beside the merged weights, transformers
-    would find them where PEFT is installed, and apply them once more.
+    LoRA and DoRA adapters are merged into the weights. The folder `adapter` also holds them alone: `adapter_model.pt`
+    for torchtune, and `adapter_model.safetensors` with `adapter_config.json` for PEFT. They may not lie beside the
+    merged weights: if PEFT is installed, transformers would find them there and apply them a second time.
 
     Args:
         weights: a full state dict.
-        model: what they belong to; tells which of them are adapters.
-        make_checkpointer: constructs the checkpointer that the model was loaded with, given `output_dir`.
-        target: the folder; an older one of that name is replaced once the new one is complete.
-        dtype: of the merged weights.
+        model: the model of these weights; tells which of them are adapters.
+        make_checkpointer: called with `output_dir`; constructs the checkpointer that the model was loaded with.
+        target: the folder to write. An older folder of that name is replaced once the new one is complete.
+        dtype: the dtype of the merged weights.
     """
     with _staged(target) as folder, quiet():
         checkpointer = make_checkpointer(output_dir=str(folder / "export"))
-        checkpointer.load_checkpoint()  # it writes the files and names that it has read
+        checkpointer.load_checkpoint()  # it can only write files and names that it has read
         state: dict[str, Any] = {}
         if adapter_names(model):
             state[ADAPTER_KEY] = adapter_state(weights)
@@ -78,10 +78,10 @@ def export_model(
 
 
 def _peft_weights(adapters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters in PEFT's names, as they are.
+    """Adapters under PEFT's names, with unchanged values.
 
-    torchtune reorders the rows of q and k as Llama's need it, also for Qwen2, whose rows need none. With heads of two
-    rows its reordering changes nothing.
+    torchtune reorders the rows of q and k. Llama needs that; Qwen2 does not, but torchtune does it there too. If each
+    head is said to have two rows, the reordering changes nothing.
     """
     converted: dict[str, Tensor] = {}
     for key, value in adapters.items():
@@ -91,14 +91,10 @@ def _peft_weights(adapters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_checkpoint(checkpoint: str, target: str) -> Path:
-    """Write a training checkpoint as a Hugging Face folder.
-
-    Args:
-        checkpoint: a `checkpoints/step_…` folder.
-        target: the folder to write.
+    """Write a training checkpoint, a folder `checkpoints/step_…`, as the Hugging Face folder `target`.
 
     Raises:
-        ConfigError: if `checkpoint` is none, or `target` exists.
+        ConfigError: if `checkpoint` is not a checkpoint, or if `target` exists.
     """
     folder = Path(checkpoint)
     if not (folder / "state.pt").is_file():
@@ -124,14 +120,14 @@ def export_checkpoint(checkpoint: str, target: str) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted writing has left in a folder."""
+    """Remove the folders that an interrupted write has left in a folder."""
     for leftover in folder.glob(f"{STAGED}*"):
         shutil.rmtree(leftover)
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target` once it is complete."""
+    """Within the scope, a folder to fill. At the end of the scope it takes the place of `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staged, replaced = target.with_name(STAGED + target.name), target.with_name(_REPLACED + target.name)
     for leftover in (staged, replaced):
@@ -146,7 +142,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' remarks about file sizes and single-process use."""
+    """Within the scope, libraries do not print their remarks about file sizes and single-process use."""
     previous = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

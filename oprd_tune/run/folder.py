@@ -1,11 +1,11 @@
-"""The folder of a run: checkpoints that survive a crash in the middle of a save, and Hugging Face exports.
+"""The folder of a run: Hugging Face exports, and checkpoints that survive a crash in the middle of a save.
 
     OUTPUT_DIR/config.yaml            the config, overrides included
     OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), and state.pt
     OUTPUT_DIR/best/, final/          Hugging Face folders
     OUTPUT_DIR/summary.json, accuracy.png, tensorboard/
 
-Folders are written beside their place and then renamed into it, so each one that exists is complete.
+A folder is written beside its place and then renamed, so every folder in its place is complete.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from oprd_tune.ranks import PATIENCE, Ranks
 from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
 from oprd_tune.training.schedules import restore_schedule
 
-# Said by the thread that writes a run of one process, so `quiet` cannot catch it.
+# The background thread of a single process prints this warning, so `quiet` cannot catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -55,8 +55,8 @@ class RunFolder:
     """Saves and finds a run's checkpoints.
 
     Args:
-        output_dir: the run's folder; all ranks see the same one.
-        keep: how many checkpoints stay; older ones are removed once a newer one is complete.
+        output_dir: the run's folder, the same on all ranks.
+        keep: the number of checkpoints to keep. Older ones are removed once a new one is complete.
         ranks: the processes of the run.
     """
 
@@ -65,15 +65,15 @@ class RunFolder:
         self._checkpoints = self.path / "checkpoints"
         self._keep = keep
         self._ranks = ranks or Ranks()
-        self._made_group: dist.ProcessGroup | None = None
+        self._group: dist.ProcessGroup | None = None
         self._saved_step: int | None = None
         self._pending: _PendingCheckpoint | None = None
 
     def check(self, *, resume: bool) -> Path | None:
-        """Find out, before anything is loaded, whether the run may start here; returns the checkpoint to resume from.
+        """Check, before anything is loaded, whether the run may start here; returns the checkpoint to resume from.
 
         Raises:
-            ConfigError: if the ranks do not see the same folder, or if it is another run's and `resume` is false.
+            ConfigError: if the ranks see different folders, or if `resume` is false and the folder has a checkpoint.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -81,20 +81,18 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
         latest = self._ranks.collect(self.latest())[0]
-        if not resume:
-            if latest is not None:
-                raise ConfigError(
-                    f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
-                )
-            return None
-        if latest is None:
+        if latest is not None and not resume:
+            raise ConfigError(
+                f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
+            )
+        if latest is not None:
+            self._saved_step = int(latest.name.removeprefix("step_"))
+        elif resume:
             print(f"resume: {self.path} has no checkpoint yet, so the run starts at step 0")
-            return None
-        self._saved_step = int(latest.name.removeprefix("step_"))
         return latest
 
     def open(self, record: Mapping[str, Any]) -> None:
-        """Make the folder this run's, and remove what an interrupted save left behind. All ranks have checked it.
+        """Write the run's config into the folder, and remove what an interrupted save left. Call `check` before.
 
         Args:
             record: the run's config as plain values.
@@ -108,7 +106,7 @@ class RunFolder:
             write_config(record, self.path)
 
     def _check_shared(self) -> None:
-        """Find out whether all ranks see the same folder, by a file that the first one makes for a moment."""
+        """Raise ConfigError unless every rank sees a file that the first rank makes for a moment."""
         mark = self.path / f".seen-by-all-{self._ranks.collect(uuid.uuid4().hex)[0]}"
         if self._ranks.first:
             mark.touch()
@@ -123,19 +121,19 @@ class RunFolder:
             mark.unlink()
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest complete checkpoint, or None."""
         return max(self._checkpoints.glob("step_*"), default=None)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, parts: Mapping[str, Any]) -> None:
-        """Copy what trains to CPU memory and write it in the background, as the checkpoint of `step`.
+        """Copy the trained parameters and the optimizer's state to CPU memory, and write them in the background.
 
-        It appears in the folder once it is complete; those beyond `keep` are then removed.
+        The checkpoint appears in the folder once it is complete. Checkpoints beyond `keep` are then removed.
 
         Args:
-            step: optimizer steps done.
+            step: the number of finished optimizer steps.
             model: the student. Frozen parameters are not saved.
-            optimizer: over its trainable parameters.
-            parts: what else has a state, by name; the first rank's is saved. None has none.
+            optimizer: holds the student's trainable parameters.
+            parts: further objects with a state, by name. The first rank's state is saved. None is left out.
         """
         if step == self._saved_step or not optimizer.state:  # nothing has been learned yet
             return
@@ -157,32 +155,23 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         self._ranks.wait()
+        if self._group is None and dist.is_initialized():
+            # Checkpoints are written while training communicates, so they need a group of their own. A single process
+            # needs one if a library such as vLLM has made a default group: `async_save` refuses a group for GPUs only.
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
         with quiet():
             written = async_save(
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=staged,
-                process_group=self._group(),
+                process_group=self._group,
                 no_dist=self._ranks.world_size == 1,
             )
         assert isinstance(written, Future)
         self._pending = _PendingCheckpoint(written, staged, target, self._keep if self._ranks.first else None)
 
-    def _group(self) -> dist.ProcessGroup | None:
-        """What ranks coordinate through. Checkpoints are written while training communicates, so it is their own.
-
-        Also one process needs one where a library, such as vLLM, has made a default group that is for GPUs alone.
-        """
-        if self._made_group is None and dist.is_initialized():
-            self._made_group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        return self._made_group
-
     def wait(self) -> None:
-        """Return when the last checkpoint is complete.
-
-        Raises:
-            CheckpointError: if it could not be written.
-        """
+        """Wait until the last checkpoint is complete; raise CheckpointError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
@@ -192,7 +181,7 @@ class RunFolder:
     ) -> Path:
         """Write the model as a Hugging Face folder, OUTPUT_DIR/`name`, in `dtype`. Every rank must call."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=whole)  # the first rank's is complete
+        weights = get_model_state_dict(model, options=whole)  # complete on the first rank
         if self._ranks.first:
             export_model(weights, model, make_checkpointer, self.path / name, dtype=dtype)
         self._ranks.wait()
@@ -200,7 +189,7 @@ class RunFolder:
 
 
 class _PendingCheckpoint:
-    """A checkpoint that is being written; the first rank gives it its name as soon as all ranks have."""
+    """A checkpoint that is being written. The first rank renames it once all ranks have written their parts."""
 
     def __init__(self, written: Future[Any], staged: Path, target: Path, keep: int | None) -> None:
         self._written, self._staged, self._target, self._keep = written, staged, target, keep
@@ -213,7 +202,7 @@ class _PendingCheckpoint:
             self._written.result()
             if self._keep is not None:
                 self._publish()
-        except (Exception, CheckpointException) as error:  # the library's own is none of Python's `Exception`s
+        except (Exception, CheckpointException) as error:  # the library's own exception does not derive from Exception
             raise CheckpointError(f"{self._target} could not be written: {error}") from error
 
     def _publish(self) -> None:
@@ -223,7 +212,7 @@ class _PendingCheckpoint:
                 return
             os.replace(self._staged, self._target)
             for old in sorted(self._target.parent.glob("step_*"))[: -self._keep]:  # type: ignore[operator]
-                doomed = old.with_name(STAGED + old.name)  # so that a crash leaves no half-removed checkpoint
+                doomed = old.with_name(STAGED + old.name)  # a crash then leaves no half-removed checkpoint
                 os.replace(old, doomed)
                 shutil.rmtree(doomed)
 
@@ -237,15 +226,15 @@ def load_checkpoint(
     seed: int,
     ranks: Ranks | None = None,
 ) -> int:
-    """Go back to a checkpoint; returns the optimizer steps done. Call it when everything is set up.
+    """Load a checkpoint; returns the number of finished optimizer steps. Call it when everything is set up.
 
     Args:
         checkpoint: a folder that `RunFolder.save` wrote, on any number of ranks.
         model: the student, wrapped as it trains.
-        optimizer: over its trainable parameters.
-        parts: the same as when it was saved.
-        seed: where another number of ranks than before leaves no random state to go back to. Shuffling and sampling
-            need none: they follow from the run's seed and the step.
+        optimizer: holds the student's trainable parameters.
+        parts: the same objects as those that were saved.
+        seed: seeds the random numbers if the number of ranks has changed, since no saved state fits then. Shuffling and
+            sampling do not depend on that state: they follow from the run's seed and the step.
         ranks: the processes of the run.
     """
     ranks = ranks or Ranks()
@@ -290,10 +279,10 @@ def _rng_state() -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config that a folder was written under."""
+    """The config of the run that wrote a folder."""
     return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
 
 
 def write_config(record: Mapping[str, Any], folder: Path) -> None:
-    """Write a config's plain values as YAML."""
+    """Write a config's plain values as `config.yaml`."""
     OmegaConf.save(OmegaConf.create(dict(record)), folder / "config.yaml")

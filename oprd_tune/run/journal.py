@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics of each step, evaluations, progress, and the summary at the end."""
+"""What a run reports: the metrics of each step, evaluations, progress, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -18,47 +18,36 @@ _GIB = 2**30
 
 
 class Journal:
-    """Collects what happens and hands it to the logger, the progress bar and the run's folder.
-
-    Args:
-        settings: of the run.
-        ranks: the processes of the run; the first one logs, prints and writes.
+    """Collects what happens in a run, for the logger, the progress bar and the run's folder. The first rank writes.
 
     Attributes:
-        history: the course of the run; saved and resumed with it.
+        history: the course of the run; checkpoints contain it.
         phase: times the phases of a step.
-        logged: the last finished step's metrics.
+        logged: the metrics of the last finished step.
     """
 
     def __init__(self, settings: OPRDSettings, ranks: Ranks) -> None:
-        self._folder, self._ranks, self._device = Path(settings.output_dir), ranks, ranks.device
-        self._log_every_n_steps = settings.log_every_n_steps
-        self._log_samples_every_n_steps = settings.log_samples_every_n_steps
+        self._settings, self._ranks = settings, ranks
         self.history = History()
         self.phase = PhaseTimer(ranks.device)
         self.logged: dict[str, float] = {}
         self._logger: MetricLogger | None = None
-        self._once: dict[str, float] = {}  # goes with the first step
+        self._once: dict[str, float] = {}  # metrics that are logged with the first step only
 
     def open(self, logger: MetricLogger | None, tokenizer: Tokenizer, *, first_step: int) -> None:
         """Start logging.
 
         Args:
-            logger: of the first rank; None on the others.
+            logger: the first rank's logger; None on the other ranks.
             tokenizer: decodes samples.
-            first_step: the step that is logged next; what a crash left from there on is hidden.
+            first_step: the next step to log. Entries that a crashed run left at this step or later are hidden.
         """
         self._logger, self._tokenizer = logger, tokenizer
         if isinstance(logger, RichLogger):
             logger.resume_at(first_step)
 
     def finish_step(self, step: int, result: StepResult) -> None:
-        """Reduce a step's metrics over ranks, and log them. Every rank must call.
-
-        Args:
-            step: optimizer steps done, this one included.
-            result: what it came to.
-        """
+        """Reduce a step's metrics over ranks, and log them. The first step is 1. Every rank must call."""
         metrics, history, rollout = result.metrics, self.history, result.rollout
         history.skipped_steps += result.loss is None
         seconds = self.phase.take()
@@ -67,19 +56,19 @@ class Journal:
         history.response_tokens += sampled
         metrics.merge(rollout_metrics(rollout))
         metrics.merge(speed_metrics(seconds, sampled, read))
-        metrics.set("memory/peak", self._ranks.largest(peak_memory_bytes(self._device)) / _GIB)
+        metrics.set("memory/peak", self._ranks.largest(peak_memory_bytes(self._ranks.device)) / _GIB)
         metrics.set("optimizer/skipped_steps", history.skipped_steps)
         self.logged = self._once | metrics.reduce(self._ranks)
         self._once = {}
         history.add_cosines(step, self.logged)
         history.add_logprob_gap(self.logged)
-        if self._logger is not None and step % self._log_every_n_steps == 0:
+        if self._logger is not None and step % self._settings.log_every_n_steps == 0:
             self._logger.log_dict(self.logged, step)
-        if isinstance(self._logger, RichLogger) and step % self._log_samples_every_n_steps == 0:
+        if isinstance(self._logger, RichLogger) and step % self._settings.log_samples_every_n_steps == 0:
             self._logger.log_text("rollout/samples", samples_as_markdown(rollout, self._tokenizer), step)
 
     def add_teacher_errors(self, errors: dict[int, float]) -> None:
-        """Note, by teacher layer, the error of its hidden states that quantisation introduced."""
+        """Record and print the relative error of the teacher's hidden states after quantisation, by teacher layer."""
         if not errors:
             return
         self.history.teacher_errors = errors
@@ -91,12 +80,12 @@ class Journal:
         )
 
     def add_evaluation(self, step: int, accuracy: float | None, perplexity: float | None) -> bool:
-        """Note and log an evaluation of the student; returns whether it is the best of the trained ones.
+        """Record and log an evaluation; returns whether the student has trained and is the best so far.
 
         Args:
-            step: optimizer steps done.
-            accuracy: a fraction, or None.
-            perplexity: of reference answers, or None.
+            step: the number of finished optimizer steps.
+            accuracy: a fraction, or None if not measured.
+            perplexity: the perplexity of reference answers, or None if not measured.
         """
         history = self.history
         seconds = history.loop_seconds
@@ -127,17 +116,18 @@ class Journal:
             self._logger.close()
 
     def finish(self, student: Path, **facts: Any) -> None:
-        """Write the summary and its plot, print it, and close. Every rank must call.
+        """Write the summary and its plot, print the summary, and close the logger. Every rank must call.
 
         Args:
-            student: where the final student lies.
-            facts: what else the summary records, such as the seed.
+            student: the folder of the final student.
+            facts: further facts for the summary.
         """
-        facts["peak_memory_bytes"] = int(self._ranks.largest(peak_memory_bytes(self._device)))
-        facts |= {"device": self._device.type, "world_size": self._ranks.world_size}
-        summary = summarise(self.history, **facts)
+        s, ranks = self._settings, self._ranks
+        facts |= {"seed": s.seed, "dtype": s.dtype}
+        facts["peak_memory_bytes"] = int(ranks.largest(peak_memory_bytes(ranks.device)))
+        summary = summarise(self.history, **facts, device=ranks.device.type, world_size=ranks.world_size)
         self.close()
-        if not self._ranks.first:
-            return
-        write_summary(self._folder, summary, self.history)
-        print(f"\n{as_table(summary)}\n\n  student     {student}\n  everything  {self._folder}")
+        if ranks.first:
+            folder = Path(s.output_dir)
+            write_summary(folder, summary, self.history)
+            print(f"\n{as_table(summary)}\n\n  student     {student}\n  everything  {folder}")

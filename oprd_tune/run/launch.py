@@ -1,4 +1,4 @@
-"""From `tune run` to a recipe and back to the shell: processes, messages, exit codes, signals."""
+"""Run a recipe in one or several processes, and turn its end into messages and an exit status."""
 
 from __future__ import annotations
 
@@ -22,42 +22,35 @@ from oprd_tune.registry import asked_for_one_process, recipe_files
 
 _USER_ERROR = 2
 _LATER_SECONDS = 3.0
-_LOST_PEER = ("Connection reset by peer", "Connection closed by peer")  # gloo's words
+_LOST_PEER = ("Connection reset by peer", "Connection closed by peer")  # gloo's messages
 
 
 class Recipe(Protocol):
-    """What every recipe class offers."""
+    """The methods that every recipe class has."""
 
     def setup(self) -> None:
-        """Check, load, prepare.
-
-        Raises:
-            NothingLeftToDo: if the run ends here as asked for.
-        """
+        """Check, load and prepare; raise NothingLeftToDo if the user asked for no more than that."""
 
     def train(self) -> int:
-        """Run to the end; returns the exit status."""
+        """Train to the end of the run; returns the exit status."""
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
 
 
 def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
-    """Run a recipe in this process if a launcher has started it, else in one process for each GPU of this host.
+    """Run a recipe in one process for each GPU of this host; returns the exit status.
 
-    It is one process, this one, without a GPU, for a named device such as `cpu` or `cuda:0`, and where the recipe was
-    called by one of its `…_single_device` names.
-
-    Returns:
-        The exit status.
+    The recipe runs in this process alone if a launcher such as torchrun has started the process, if there is no GPU, if
+    the config names a device such as `cpu` or `cuda:0`, or if the user called one of the `…_single_device` names.
     """
     if "RANK" not in os.environ and (processes := _processes_for(cfg.get("device"))) > 1:
         return _launch_ranks(inspect.getfile(make_recipe.setup), processes)
     if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only the first rank prints
         disable_progress_bars()
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for components of the user's own
+        sys.path.append(os.getcwd())  # so that a config can name the user's own components
     status = run_recipe(cast(Callable[[DictConfig], Recipe], make_recipe), cfg)
     if status == 0 and dist.is_initialized():
         dist.destroy_process_group()
@@ -65,10 +58,7 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
 
 
 def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> int:
-    """Run a recipe in this process; returns its exit status.
-
-    What the user got wrong is printed as one message, without a traceback.
-    """
+    """Run a recipe in this process; returns its exit status. A user's mistake is printed without a traceback."""
     try:
         recipe = make_recipe(cfg)
         recipe.setup()
@@ -91,14 +81,14 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
         return 1
     except (ConfigError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", 0))
-        if rank:  # most often the first rank says the same, and the launcher then ends this one
+        if rank:  # the first rank mostly prints the same error, and the launcher then ends this process
             time.sleep(_LATER_SECONDS)
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return _USER_ERROR
 
 
 def _save_and_tell(recipe: Recipe, reason: RolloutError) -> int:
-    """Save what was learned before a rollout failed, on all ranks, and say both once."""
+    """Save what was learned before a rollout failed. All ranks save, and the first one prints the result."""
     try:
         recipe.save()
         saved = "What was learned until then, if anything, is saved; resume=true goes on from there"
@@ -110,7 +100,7 @@ def _save_and_tell(recipe: Recipe, reason: RolloutError) -> int:
 
 
 def load_recipe(name: str) -> type[Recipe]:
-    """The class of one of our recipes: construct it, call `setup`, exchange a part such as `teacher`, then `train`."""
+    """The class of one of our recipes. A script may construct it, call `setup`, replace a part, and call `train`."""
     names = runpy.run_path(str(recipe_files()[name]), run_name="recipe")
     (found,) = (v for v in names.values() if isinstance(v, type) and v.__module__ == "recipe")
     return found
@@ -127,7 +117,7 @@ def _launch_ranks(recipe_file: str, processes: int) -> int:
     from torch.distributed.run import parse_args, run
 
     print(f"Starting {processes} processes, one for each GPU.", flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, but prints a warning
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={processes}", recipe_file, *sys.argv[1:]]))
     except SignalException as received:
@@ -147,10 +137,10 @@ def _launch_ranks(recipe_file: str, processes: int) -> int:
 
 
 class StopSignals:
-    """Within the scope, Ctrl-C and SIGTERM ask the loop to stop after its step; a second one stops at once.
+    """Within the scope, Ctrl-C and SIGTERM ask the loop to stop after its step. A second signal stops at once.
 
     Attributes:
-        received: the signal's number, or 0.
+        received: the number of the first signal, or 0.
     """
 
     def __init__(self) -> None:
@@ -176,5 +166,5 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """What the shell expects: 0, or 128 and the signal's number."""
+        """The exit status for the shell: 128 plus the signal's number; 0 without a signal."""
         return 128 + self.received if self.received else 0

@@ -1,4 +1,4 @@
-"""Everything around a recipe's steps: its folder, logs, evaluations, checkpoints, signals and end."""
+"""Everything around a recipe's steps: the run's folder, logs, evaluations, checkpoints, signals and end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from oprd_tune.run.launch import StopSignals
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.training.student import Student
 
-_QUANTISATION_PROMPTS = 8  # that the error of quantisation is measured on
+_QUANTISATION_PROMPTS = 8  # the error of quantisation is measured on that many prompts
 
 
 class Run:
-    """Drives nothing: a recipe tells it what happened, and it does what a run has to do about that.
+    """Logs, evaluates, checkpoints and exports. The recipe drives the loop and reports each step that it has done.
 
         with run:
             while run.goes_on():
@@ -37,20 +37,20 @@ class Run:
         return run.finish()
 
     Args:
-        parts: of the recipe.
-        settings: of the recipe.
+        parts: the recipe's components.
+        settings: the recipe's settings.
         ranks: the processes of the run.
-        recipe: its name.
+        recipe: the recipe's name.
 
     Attributes:
-        parts: those of the recipe, with the engine that `auto` stands for.
-        step: optimizer steps done.
-        checkpoint: what the run resumes from, or None.
-        journal: logs, progress and the summary.
+        parts: the recipe's components, with the chosen engine in place of `auto`.
+        step: the number of finished optimizer steps.
+        checkpoint: the checkpoint that the run resumes from, or None.
+        journal: writes logs, progress and the summary.
         phase: times the phases of a step, as in `with run.phase("rollout")`.
 
     Raises:
-        ConfigError: if the run may not start in its folder, or resume there under this config.
+        ConfigError: if the run may not start in its folder, or may not resume there under this config.
     """
 
     def __init__(self, parts: Parts, settings: OPRDSettings, ranks: Ranks, *, recipe: str) -> None:
@@ -72,17 +72,17 @@ class Run:
             )
 
     def open(self) -> None:
-        """Make the folder this run's, and construct its logger. From here on, files are written."""
+        """Construct the logger and claim the folder for this run. From here on, files are written."""
         self._logger = self.parts.metric_logger() if self._ranks.first else None
         self._folder.open(self.parts.record)
 
     def load_teacher(self, pair: ModelPair, data: RunData, *, top: int | None) -> TransformerDecoder:
-        """Load the teacher, and note what quantisation changed in it and, at the start of a run, how accurate it is.
+        """Load the teacher and record the error of its quantisation. A run that starts also measures its accuracy.
 
         Args:
-            pair: the models' files.
-            data: measures accuracy.
-            top: the highest layer that the run reads; None for all of the teacher, with its head.
+            pair: gives the teacher's files.
+            data: measures the accuracy.
+            top: the highest layer that the run reads; None for the whole teacher with its head.
         """
         s = self._settings
         measure = data.teacher_accuracy if self.checkpoint is None and s.evaluate_teacher else None
@@ -99,14 +99,15 @@ class Run:
         return teacher
 
     def begin(self, student: Student, data: RunData, engine: RolloutEngine, **stateful: Any) -> None:
-        """Go back to the checkpoint if the run resumes, and start logging. Call it when everything is set up.
+        """Load the checkpoint if the run resumes, and start logging. Call it when everything is set up.
 
         Args:
-            student: what trains.
-            data: measures it.
-            engine: closed at the end.
-            stateful: what else a checkpoint has to remember: objects with `state_dict` and `load_state_dict`, by name.
+            student: the student to train.
+            data: measures the student.
+            engine: the sampling engine; the run closes it at the end.
+            stateful: further objects that a checkpoint saves, by name. Each has `state_dict` and `load_state_dict`.
         """
+        s = self._settings
         self._student, self._data, self._engine, self._has_begun = student, data, engine, True
         self._stateful = {
             "history": self.journal.history,
@@ -117,12 +118,7 @@ class Run:
         }
         if self.checkpoint is not None:
             self.step = load_checkpoint(
-                self.checkpoint,
-                student.model,
-                student.optimizer,
-                self._stateful,
-                seed=self._settings.seed,
-                ranks=self._ranks,
+                self.checkpoint, student.model, student.optimizer, self._stateful, seed=s.seed, ranks=self._ranks
             )
         self.journal.open(self._logger, data.tokenizer, first_step=self.step + (self.checkpoint is not None))
         if self._logger is not None:
@@ -136,15 +132,10 @@ class Run:
         with ExitStack() as scope:
             scope.enter_context(closing(self._engine))
             self._stop = scope.enter_context(StopSignals())
-            self._bar: Any = scope.enter_context(
-                tqdm(
-                    total=self._settings.max_steps,
-                    initial=self.step,
-                    desc=self._recipe.partition("_")[0].upper(),
-                    unit="step",
-                    disable=not self._ranks.first,
-                )
-            )
+            name = self._recipe.partition("_")[0].upper()
+            total = self._settings.max_steps
+            bar = tqdm(total=total, initial=self.step, desc=name, unit="step", disable=not self._ranks.first)
+            self._bar = scope.enter_context(bar)
             self._scope = scope.pop_all()
         return self
 
@@ -154,12 +145,12 @@ class Run:
         self._scope.__exit__(kind, error, trace)
 
     def goes_on(self) -> bool:
-        """Whether there is a step to do: not after the last one, nor after a signal. Every rank must call."""
+        """Whether to do another step: false after the last step, and after a signal. Every rank must call."""
         self._stopped = int(self._ranks.largest(self._stop.received))
         return not self._stopped and self.step < self._settings.max_steps
 
     def record(self, result: StepResult) -> None:
-        """Count a step that is done, log it, and evaluate and save where it is time."""
+        """Count and log a finished step. Evaluate and save if it is time for that."""
         s = self._settings
         self.step += 1
         self._student.finish_step(result.metrics)
@@ -172,12 +163,12 @@ class Run:
         self.journal.show(self._bar, result.loss)
 
     def save(self) -> None:
-        """Write a checkpoint of the last finished step, and wait for it."""
+        """Write a checkpoint of the last finished step, and wait until it is complete."""
         self._save()
         self._folder.wait()
 
     def finish(self) -> int:
-        """Save and export what a run leaves behind; returns the exit status."""
+        """Export the final student and write the summary, or save after a signal; returns the exit status."""
         if self._stopped:
             self.save()
             print(f"Stopped after step {self.step}; everything is saved. Continue with resume=true.")
@@ -185,12 +176,11 @@ class Run:
             return 128 + self._stopped
         final = self._export("final")
         self._folder.wait()
-        s = self._settings
-        self.journal.finish(final, recipe=self._recipe, steps=self.step, seed=s.seed, dtype=s.dtype)
+        self.journal.finish(final, recipe=self._recipe, steps=self.step)
         return 0
 
     def _evaluate(self) -> None:
-        """Measure the student, and export it if it is the best so far."""
+        """Measure the student, and export it if it is the best student so far."""
         data, model = self._data, self._student.model
         accuracy = data.task_accuracy(model) if data.task_accuracy else None
         perplexity = data.reference_perplexity(model) if data.reference_perplexity else None
@@ -198,9 +188,9 @@ class Run:
             self._export("best")
 
     def _save(self) -> None:
-        if self._has_begun:  # else nothing has been learned yet
+        if self._has_begun:  # before that, nothing has been learned
             self._folder.save(self.step, self._student.model, self._student.optimizer, self._stateful)
 
     def _export(self, name: str) -> Path:
-        dtype = self._settings.torch_dtype
-        return self._folder.export(name, self._student.model, self.parts.checkpointer.plainly, dtype=dtype)
+        make_checkpointer = self.parts.checkpointer.plainly
+        return self._folder.export(name, self._student.model, make_checkpointer, dtype=self._settings.torch_dtype)

@@ -1,4 +1,4 @@
-"""What a run came to: `summary.json`, a table, and a plot."""
+"""The result of a run: `summary.json`, a table, and a plot."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ _GIB = 2**30
 
 
 def summarise(history: History, **facts: Any) -> dict[str, Any]:
-    """The content of `summary.json`: accuracies are fractions, what was not measured is None.
+    """The content of `summary.json`, with further facts such as the seed.
 
-    Args:
-        history: the run's course.
-        facts: what else the recipe wants to record, such as the seed.
+    Accuracies are fractions. A value that was not measured is None.
     """
     first, last = (history.evaluations[0], history.evaluations[-1]) if history.evaluations else ({}, {})
     best = history.best or {}
@@ -49,7 +47,7 @@ def write_summary(folder: Path, summary: dict[str, Any], history: History) -> No
 
 
 def as_table(summary: dict[str, Any]) -> str:
-    """The summary for reading; rows that were not measured are left out."""
+    """The summary as a table for the terminal, without the rows that were not measured."""
     rows = [
         ("accuracy, student before", summary["student_before"], "{:.4f}"),
         ("accuracy, student after", summary["student_after"], "{:.4f}"),

@@ -1,4 +1,4 @@
-"""A run's bridge: fitted on rollouts of the student as it starts, or loaded; shown, saved, the same on all ranks."""
+"""A run's bridge, the same on all ranks: loaded, or fitted on rollouts of the student before training."""
 
 from __future__ import annotations
 
@@ -34,17 +34,13 @@ from oprd_tune.training.gradients import split_alike
 from oprd_tune.types import Rollout
 
 FILE, FIGURE = "bridge.safetensors", "bridge.png"
-# Called with a student layer, its states [T, D], the paired teacher states [T, C], and the teacher's final ones.
+# Called with a student layer, its states [T, D], the paired teacher states [T, C] and the teacher's final states.
 OnPair = Callable[[int, Tensor, Tensor, Tensor | None], None]
-_BLOCKS, _BLOCK_BYTES = 64, 4096  # of a weight file, that its fingerprint reads
+_BLOCKS, _BLOCK_BYTES = 64, 4096  # a fingerprint reads that many blocks of a weight file
 
 
 def check_bridge(plan: BridgePlan | None, loss: HiddenStateLoss | None, pair: ModelPair) -> None:
-    """Find out, before weights are read, whether a loss has the bridge that it needs, and whether that can be.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Raise ConfigError, before weights are read, if a loss lacks its bridge or if the bridge does not fit the run."""
     if plan is None:
         if loss is not None and loss.bridged:
             name = type(loss).__name__
@@ -69,38 +65,56 @@ def fit_or_load(
     teacher: TransformerDecoder,
     select: StateSelector,
 ) -> Bridge | None:
-    """The bridge of a run: the one in its folder if it resumes, the one of a file, or a new one. Every rank calls.
+    """The bridge of a run. Every rank calls.
 
-    A new one is fitted on responses that the student samples as it is. It is shown, and saved in the run's folder.
+    A run that resumes takes the bridge in its folder. Otherwise `plan.file` names a bridge, or a new one is fitted on
+    responses that the student samples before training. The first rank prints it and saves it in the run's folder.
 
     Args:
-        plan: which bridge; None for no bridge.
-        settings: of the run.
+        plan: says which bridge; None for no bridge.
+        settings: the run's settings.
         pair: the models' files and layers.
-        data: of the run.
-        engine: samples.
-        student: as it trains.
-        teacher: loaded, and whole if the plan needs its final state.
-        select: a microbatch's states, as in training.
+        data: gives the prompts.
+        engine: samples the responses.
+        student: the student as it trains.
+        teacher: the loaded teacher. It must be whole if the plan needs its final state.
+        select: selects a microbatch's states, as in training.
 
     Raises:
         ConfigError: if an existing bridge does not belong to this run.
-        NothingLeftToDo: if the bridge was all that was asked for.
+        NothingLeftToDo: if the user asked for the bridge only.
     """
     if plan is None:
         return None
     fit = _Fit(settings, pair, data, engine, student, teacher, select, data.ranks)
-    folder = Path(settings.output_dir)
-    bridge = fit.find_or_make(plan, folder)
+    ranks, belongs, folder = data.ranks, fit.belonging(), Path(settings.output_dir)
+    own = folder / FILE
+    if resumed := settings.resume and own.is_file():
+        bridge = Bridge.load(own, device=ranks.device)
+        bridge.check(pair.layers, belongs, plan)
+        if plan.file is None and bridge.plan != plan.fitting:
+            raise ConfigError(f"{own} was fitted as {bridge.plan}, not as {plan.fitting}; give another output_dir")
+    elif plan.file is not None:
+        bridge = Bridge.load(Path(plan.file).expanduser(), device=ranks.device)
+        bridge.check(pair.layers, belongs, plan)
+    else:
+        bridge = fit.fit(plan, belongs)
+    if ranks.first:
+        print(as_table(bridge))
+    if ranks.first and not resumed:
+        folder.mkdir(parents=True, exist_ok=True)
+        bridge_figure(bridge).savefig(folder / FIGURE, dpi=150)
+        bridge.save(own)
+    ranks.wait()
     if plan.fit_only:
         engine.close()
-        raise NothingLeftToDo(f"bridge.fit_only: it lies in {folder / FILE}; bridge.file takes it")
+        raise NothingLeftToDo(f"bridge.fit_only: it lies in {own}; bridge.file takes it")
     return bridge
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Everything that a fit takes; see `fit_or_load`."""
+    """Fits a bridge. `fit_or_load` explains the fields."""
 
     settings: OPRDSettings
     pair: ModelPair
@@ -111,49 +125,19 @@ class _Fit:
     select: StateSelector
     ranks: Ranks
 
-    def find_or_make(self, plan: BridgePlan, folder: Path) -> Bridge:
-        """The bridge of the run in `folder`, shown and saved."""
-        own, device = folder / FILE, self.ranks.device
-        belongs = self.belonging()
-        if there := self.settings.resume and own.is_file():
-            bridge = Bridge.load(own, device=device)
-            bridge.check(self.pair.layers, belongs, plan)
-            if plan.file is None and bridge.plan != plan.fitting:
-                raise ConfigError(f"{own} was fitted as {bridge.plan}, not as {plan.fitting}; give another output_dir")
-        elif plan.file is not None:
-            bridge = Bridge.load(Path(plan.file).expanduser(), device=device)
-            bridge.check(self.pair.layers, belongs, plan)
-        else:
-            bridge = self.fit(plan, belongs)
-        if self.ranks.first:
-            print(as_table(bridge))
-        if self.ranks.first and not there:
-            folder.mkdir(parents=True, exist_ok=True)
-            bridge_figure(bridge).savefig(folder / FIGURE, dpi=150)
-            bridge.save(own)
-        self.ranks.wait()
-        return bridge
-
     def belonging(self) -> Belonging:
-        """Which models and states a bridge of this run is for."""
+        """The models and states that a bridge of this run belongs to."""
         s = self.settings
-        return Belonging(
-            **_models(self.pair),
-            conventions={
-                "positions": s.positions,
-                "positions_k": s.positions_k,
-                "anchor": s.anchor,
-                "own_tokens": self.data.reader is not None,
-            },
-        )
+        conventions = {"positions": s.positions, "positions_k": s.positions_k, "anchor": s.anchor}
+        return Belonging(**_models(self.pair), conventions=conventions | {"own_tokens": self.data.reader is not None})
 
     def fit(self, plan: BridgePlan, belongs: Belonging) -> Bridge:
-        """Sample, accumulate moments, solve, and measure the result on further rollouts."""
+        """Sample rollouts, accumulate moments, solve, and measure the result on further rollouts."""
         device = torch.device(plan.moments_device) if plan.moments_device else self.ranks.device
         pairs, per_step = self.pair.layers, self.settings.prompts_per_step
         steps, held_out = ceil(plan.prompts / per_step), ceil(plan.held_out_prompts / per_step)
         final = plan.needs_final_state
-        teacher = FrozenTeacher(self.teacher, pairs, final=True)  # whole states; training may need more
+        teacher = FrozenTeacher(self.teacher, pairs, final=True)  # keeps every layer: training may read more of them
         moments = {
             pair.student: PairMoments(
                 self.pair.width,
@@ -165,8 +149,7 @@ class _Fit:
             for pair in pairs
         }
         self.engine.sync_weights(0)
-        bar = tqdm(desc="Bridge", unit="prompt", total=steps * per_step, disable=not self.ranks.first)
-        with bar:
+        with tqdm(desc="Bridge", unit="prompt", total=steps * per_step, disable=not self.ranks.first) as bar:
             for micro in self._rollouts(range(steps), bar):
                 self._observe(teacher, micro, lambda layer, *states: moments[layer].add(*states), final=final)
         fits = self._solve(plan, moments)
@@ -180,7 +163,7 @@ class _Fit:
         return bridge
 
     def _solve(self, plan: BridgePlan, moments: dict[int, PairMoments]) -> dict[int, Projectors]:
-        """Every rank solves some of the pairs, on its device, and gives the others the result."""
+        """Each rank solves some of the layer pairs on its device and shares the results with the other ranks."""
         fits = {}
         for place, layer in enumerate(tqdm(list(moments), desc="Solving", unit="layer", disable=not self.ranks.first)):
             own = moments.pop(layer)
@@ -199,11 +182,15 @@ class _Fit:
                     device=self.ranks.device,
                 )
             fits[layer] = share_projectors(fit, own, owner, self.ranks)
-        self._warn_of_few(own.hh.count)
+        if self.ranks.first and own.hh.count < 2 * self.pair.width:
+            print(
+                f"Bridge: {own.hh.count:,} states are few for a regression on {self.pair.width:,} coordinates, so it "
+                "will not hold for others; raise bridge.prompts."
+            )
         return fits
 
     def _rollouts(self, steps: Iterable[int], bar: Any) -> Iterable[Rollout]:
-        """Microbatches of those steps' prompts; every rank gets as many."""
+        """The microbatches of those steps' prompts, equally many on every rank."""
         s = self.settings
         for step in steps:
             prompts = self.data.prompts.at_step(step)
@@ -214,7 +201,7 @@ class _Fit:
 
     @torch.no_grad()
     def _observe(self, teacher: Teacher, micro: Rollout, on_pair: OnPair, *, final: bool) -> None:
-        """Run both models over a microbatch and hand over the states of each pair as they appear."""
+        """Run both models over a microbatch, and pass the states of each layer pair to `on_pair` as they appear."""
         selection = self.select(micro)
         where_T = selection.teacher_index_T
         targets = teacher.targets(micro.teacher_tokens, where_T, where_T if final else None)
@@ -226,13 +213,6 @@ class _Fit:
         with evaluating(self.student), layer_taps(self.student, [pair.student for pair in self.pair.layers], tap):
             self.student(micro.tokens_BS)
 
-    def _warn_of_few(self, rows: int) -> None:
-        if self.ranks.first and rows < 2 * self.pair.width:
-            print(
-                f"Bridge: {rows:,} states are few for a regression on {self.pair.width:,} coordinates, so it will not "
-                "hold for others; raise bridge.prompts."
-            )
-
 
 def _models(pair: ModelPair) -> dict[str, dict[str, Any]]:
     return {
@@ -242,7 +222,7 @@ def _models(pair: ModelPair) -> dict[str, dict[str, Any]]:
 
 
 def _facts(files: Any, depth: int, width: int) -> dict[str, Any]:
-    """What identifies a model."""
+    """The facts that identify a model. The fingerprint reads blocks evenly spaced over each weight file."""
     digest = sha256()
     for path in sorted(weight_files_of(files)):
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""A bridge for reading: a table of its layers, and a figure of similarity against layer and against rank."""
+"""A bridge as a table of its layers, and as a figure of similarity against layer and against rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from oprd_tune.modeling.bridge import Bridge
 
 
 def as_table(bridge: Bridge) -> str:
-    """How well each layer pair's projections agree, and the mean at every rank."""
+    """How well the projections of each layer pair agree, and the mean cosine over layers at every rank."""
     lines = [f"\n  Bridge of rank {bridge.rank}, basis {bridge.plan['basis']}", ""]
     lines.append("  student  teacher   R² fitted  R² held out  cosine held out")
     for pair in bridge.pairs:
@@ -25,13 +25,13 @@ def as_table(bridge: Bridge) -> str:
 
 
 def mean_cosines(bridge: Bridge) -> dict[int, float]:
-    """By rank, the held-out cosine averaged over layers."""
+    """The held-out cosine averaged over layers, by rank."""
     fits = list(bridge.report.values())
     return {rank: fmean(fit.cosine_by_rank[rank] for fit in fits) for rank in fits[0].cosine_by_rank}
 
 
 def bridge_figure(bridge: Bridge) -> Figure:
-    """Similarity per layer at the bridge's rank, and its mean over layers against rank."""
+    """The similarity of each layer at the bridge's rank, and its mean over layers against rank."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     by_layer, by_rank = figure.subplots(1, 2)
     layers = [pair.student for pair in bridge.pairs]

@@ -17,14 +17,14 @@ def calibrate(
     select: Callable[[Rollout], Selection],
     ranks: Ranks,
 ) -> None:
-    """Give a loss the teacher's mean square at each layer, over all ranks, if it wants that and has it not yet.
+    """Give a loss the teacher's mean square at each layer, over all ranks. Nothing happens if the loss needs none.
 
     Args:
-        loss: of the run, if it has one on hidden states.
+        loss: the run's hidden-state loss; None if the run has none.
         teacher: gives the states.
-        micro_batches: of this rank's first step.
-        select: a microbatch's selection, as in training.
-        ranks: of the run.
+        micro_batches: this rank's microbatches of the first step.
+        select: selects a microbatch's states, as in training.
+        ranks: the processes of the run.
     """
     if loss is None or not loss.needs_calibration:
         return

@@ -1,4 +1,4 @@
-"""How far representation matching moves a tied LM head, which no loss on hidden states sees."""
+"""How far training moves a tied LM head. A loss on hidden states does not see that movement."""
 
 from __future__ import annotations
 
@@ -10,46 +10,42 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.ranks import Ranks
 
-_DRIFT_ROWS = 1024
+_DRIFT_ROWS = 1024  # measure at most that many rows
 
 
 class TiedHeadDrift:
-    """How far an embedding that serves as LM head too has moved, judged by evenly spaced rows.
+    """Measures how far an embedding that also is the LM head has moved, on evenly spaced rows.
 
     Args:
-        model: the student as it is before training.
-        ranks: the processes that it is spread over.
+        model: the student before training.
+        ranks: the processes that the student is spread over.
     """
 
     def __init__(self, model: TransformerDecoder, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()
-        moves = isinstance(model.output, TiedLinear) and model.tok_embeddings.weight.requires_grad
-        self._start_RD = self._start_of(model) if moves else None
-
-    def _start_of(self, model: TransformerDecoder) -> Tensor:
-        own_RD, places_R = self._own_rows(model)
-        start_RD = own_RD.new_zeros(len(range(*self._spacing(model))), own_RD.shape[1])
-        start_RD[places_R] = own_RD
-        return self._ranks.gather(start_RD.flatten()).sum(0).view_as(start_RD).to(own_RD.device)
-
-    @staticmethod
-    def _spacing(model: TransformerDecoder) -> tuple[int, int, int]:
-        rows = model.tok_embeddings.weight.shape[0]
-        return 0, rows, -(-rows // _DRIFT_ROWS)
+        self._start_RD: Tensor | None = None
+        if isinstance(model.output, TiedLinear) and model.tok_embeddings.weight.requires_grad:
+            rows = model.tok_embeddings.weight.shape[0]
+            self._measured = range(0, rows, -(-rows // _DRIFT_ROWS))
+            own_RD, places_R = self._own_rows(model)
+            start_RD = own_RD.new_zeros(len(self._measured), own_RD.shape[1])
+            start_RD[places_R] = own_RD
+            self._start_RD = self._ranks.gather(start_RD.flatten()).sum(0).view_as(start_RD).to(own_RD.device)
 
     def _own_rows(self, model: TransformerDecoder) -> tuple[Tensor, Tensor]:
-        """The judged rows that lie on this rank, in fp32, and their places among all judged rows."""
+        """The measured rows that lie on this rank, in fp32, and their places among all measured rows."""
         weight_VD = model.tok_embeddings.weight.detach()
         first = 0
-        if isinstance(weight_VD, DTensor):  # FSDP cuts rows into equal chunks, the last one shorter
+        if isinstance(weight_VD, DTensor):  # FSDP cuts the rows into equal chunks; the last chunk may be shorter
             first = self._ranks.rank * -(-weight_VD.shape[0] // self._ranks.world_size)
             weight_VD = weight_VD.to_local()
-        rows_R = torch.arange(*self._spacing(model), device=weight_VD.device)
+        measured = self._measured
+        rows_R = torch.arange(measured.start, measured.stop, measured.step, device=weight_VD.device)
         places_R = ((rows_R >= first) & (rows_R < first + len(weight_VD))).nonzero(as_tuple=True)[0]
         return weight_VD[rows_R[places_R] - first].float(), places_R
 
     def measure(self, model: TransformerDecoder) -> float | None:
-        """‖W − W₀‖ / ‖W₀‖; None for a head that is untied or does not move."""
+        """‖W − W₀‖ / ‖W₀‖; None for a head that is untied or frozen."""
         if self._start_RD is None:
             return None
         own_RD, places_R = self._own_rows(model)
@@ -57,10 +53,10 @@ class TiedHeadDrift:
         return (moved / self._start_RD.double().square().sum().item()) ** 0.5
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """The rows at the start, so that a resumed run measures from there too."""
+        """The rows before training, so that a resumed run measures from them too."""
         return {"start": self._start_RD}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Measure from a checkpoint's start."""
+        """Measure from the rows that a checkpoint holds."""
         if self._start_RD is not None:
             self._start_RD.copy_(state["start"])

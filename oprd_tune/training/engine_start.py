@@ -1,4 +1,4 @@
-"""The student meets the engine that samples its responses."""
+"""Start the engine that samples the student's responses."""
 
 from __future__ import annotations
 
@@ -11,38 +11,31 @@ from oprd_tune.protocols import Policy, RolloutEngine
 from oprd_tune.training.student import Student
 from oprd_tune.types import SamplingRequest
 
-_SCRATCH = "sampler"  # what servers start from and log, within the run's folder
+_SCRATCH = "sampler"  # within the run's folder; a server starts from it and writes its log there
 
 
 def start_engine(
     engine: RolloutEngine, student: Student, pair: ModelPair, data: RunData, settings: OPRDSettings, top_k_ids: int = 0
 ) -> None:
-    """Give an engine the student, and say what to sample.
+    """Start a constructed and checked engine: give it the student, and say what to sample.
 
-    Args:
-        engine: constructed and checked.
-        student: as it trains.
-        pair: the models' files and the tokens that both know.
-        data: its tokenizer ends responses.
-        settings: how many samples, how long, and the seed.
-        top_k_ids: see `SamplingRequest`.
+    See `SamplingRequest` for `top_k_ids`.
     """
-    s = settings
     policy = Policy(
         model=student.model,
         files=pair.student_files,
-        dtype=s.torch_dtype,
+        dtype=settings.torch_dtype,
         vocabulary=pair.vocabulary,
         ranks=data.ranks,
-        folder=Path(s.output_dir) / _SCRATCH,
+        folder=Path(settings.output_dir) / _SCRATCH,
     )
     request = SamplingRequest(
         stop_tokens=data.tokenizer.stop_tokens,
         pad_id=data.tokenizer.pad_id,
-        max_prompt_tokens=s.max_prompt_tokens,
-        max_new_tokens=s.max_new_tokens,
-        samples_per_prompt=s.samples_per_prompt,
-        seed=s.seed,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        samples_per_prompt=settings.samples_per_prompt,
+        seed=settings.seed,
         vocabulary=pair.vocabulary,
         top_k_ids=top_k_ids,
     )

@@ -1,4 +1,4 @@
-"""The one denominator, the gradient norm, and what to do when either is not a number."""
+"""One denominator for the whole step, the gradient norm, and a guard against losses and norms that are not finite."""
 
 from __future__ import annotations
 
@@ -17,54 +17,49 @@ def backward(loss_sum: Tensor, count: float | Tensor, *, world_size: int = 1) ->
     """Backpropagate one microbatch's share of the global mean.
 
     The loss of an optimizer step is Σ over microbatches and ranks of `loss_sum`, divided once by `count`. FSDP averages
-    gradients over ranks, so each share is multiplied by their number.
+    gradients over ranks, so each share is multiplied by the number of ranks.
 
     Args:
-        loss_sum: the microbatch's sum, or those of a composite's parts.
-        count: N of the whole step, over all microbatches and ranks, of each part; positive.
-        world_size: data-parallel ranks.
+        loss_sum: the microbatch's loss sum, or one sum for each part of a composite.
+        count: N > 0 of the whole step, over all microbatches and ranks; one for each part.
+        world_size: the number of data-parallel ranks.
     """
     (loss_sum * (world_size / count)).sum().backward()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Clip to a total norm, over all ranks, unless that is None; returns the norm before clipping."""
+    """Clip gradients to a total norm over all ranks; None clips nothing. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def split_alike(rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks) -> list[Rollout]:
-    """This rank's microbatches, with idle ones at the end where another rank has more: sharded models run in step."""
+    """This rank's microbatches, padded with idle ones up to the largest number on any rank.
+
+    Every rank runs a sharded model equally often, so every rank needs as many microbatches.
+    """
     micro_batches = rollout.split(tokens_per_micro_batch)
     most = int(ranks.largest(len(micro_batches)))
     return micro_batches + [rollout.idle() for _ in range(most - len(micro_batches))]
 
 
 class FiniteGuard:
-    """Decides whether a step may be taken, and stops the run when too many in a row may not.
-
-    Args:
-        max_in_a_row: that many steps without a finite loss and gradient end the run.
-    """
+    """Refuses steps whose loss or gradient is not finite. `max_in_a_row` refused steps in a row end the run."""
 
     def __init__(self, max_in_a_row: int) -> None:
         self._max_in_a_row = max_in_a_row
         self._in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps in a row could not be taken."""
+        """How many steps in a row were refused."""
         return {"in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
+        """Continue to count from a checkpoint's number."""
         self._in_a_row = state["in_a_row"]
 
     def allows(self, step: int, *, loss: float, grad_norm: float) -> bool:
-        """True if both are finite.
-
-        Raises:
-            FloatingPointError: at the last of `max_in_a_row` steps that are not.
-        """
+        """True if both are finite; raises FloatingPointError at the last of `max_in_a_row` steps that are not."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._in_a_row = 0
             return True

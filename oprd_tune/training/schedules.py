@@ -1,4 +1,4 @@
-"""Learning-rate schedules whose first step already learns: its rate is 1/warmup_steps of the full one, not 0."""
+"""Learning-rate schedules. The first step already learns: its rate is 1/warmup_steps of the full rate, not 0."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 def cosine_with_warmup(
     optimizer: Optimizer, *, num_training_steps: int, warmup_steps: int = 0, final_ratio: float = 0.0
 ) -> LambdaLR:
-    """Linear warm-up, then half a cosine down to `final_ratio` of the rate.
+    """Linear warm-up over `warmup_steps`, then half a cosine from the full rate down to `final_ratio` of it.
 
-    Args:
-        optimizer: its rate is scaled.
-        num_training_steps: the run's length; recipes pass `max_steps`.
-        warmup_steps: steps of the linear rise.
-        final_ratio: of the full rate, at the end.
+    `num_training_steps` is the length of the run; recipes pass `max_steps`.
     """
 
     def factor(step: int) -> float:
@@ -33,7 +29,7 @@ def cosine_with_warmup(
 def restore_schedule(schedule: LRScheduler, state: dict[str, Any]) -> None:
     """Load a schedule's state, and set the rate that the schedule *now* gives its next step.
 
-    A schedule over more steps than before gives another rate there than the one that was saved with the optimizer.
+    If the schedule covers more steps than before, this rate differs from the one that was saved with the optimizer.
     """
     schedule.load_state_dict(state)
     if isinstance(schedule, LambdaLR):
@@ -43,5 +39,5 @@ def restore_schedule(schedule: LRScheduler, state: dict[str, Any]) -> None:
 
 
 def constant_with_warmup(optimizer: Optimizer, *, num_training_steps: int, warmup_steps: int = 0) -> LambdaLR:
-    """Linear warm-up, then constant. `num_training_steps` is not used; every schedule is given it."""
+    """Linear warm-up, then a constant rate. Recipes pass `num_training_steps` to every schedule; it is not used here."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))

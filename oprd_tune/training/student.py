@@ -1,4 +1,4 @@
-"""The student: its model, optimizer and schedule; what trains, what is recomputed, how it is spread over ranks."""
+"""The student with its optimizer and schedule: what trains, what is recomputed, how it is spread over ranks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
 
 
 def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
-    """How to spread the student over processes; None if this process holds it whole.
+    """How to spread the student over processes; None if this process holds the whole student.
 
-    One process needs no FSDP2, which would gather a second copy, and no process group, unless a setting takes FSDP2:
-    `fsdp_cpu_offload`, or `master_dtype` beside another `dtype`.
+    A single process does without FSDP2, which would gather a second copy, and without a process group. Two settings
+    need FSDP2 even there: `fsdp_cpu_offload`, and a `master_dtype` that differs from `dtype`.
 
     Raises:
         ConfigError: if shards cannot be offloaded here.
@@ -45,22 +45,14 @@ def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
 
 
 class Student:
-    """The student as it trains. Constructing it loads the weights.
-
-    Args:
-        parts: model, optimizer and schedule.
-        settings: of the run.
-        files: the checkpointer of the weights.
-        ranks: the processes of the run.
-        top: the highest layer that a loss reads, from 1.
-        trains_head: whether a loss reaches the LM head.
+    """The student as it trains. The constructor loads the weights; see `load_student` for its arguments.
 
     Attributes:
-        model: sharded or whole.
-        optimizer: over the parameters that train.
-        lr_scheduler: advanced once a step; None keeps the rate.
+        model: the model, sharded or whole.
+        optimizer: holds the parameters that train.
+        lr_scheduler: advances once a step; None keeps the rate constant.
         guard: refuses updates that are not finite.
-        drift: of a head that is tied to the embedding.
+        drift: measures how far a head that is tied to the embedding has moved.
     """
 
     def __init__(
@@ -89,9 +81,9 @@ class Student:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
 
         Args:
-            sum_P: the loss of the microbatch as a sum over tokens, or one sum for each part of the loss.
-            count_P: N of the whole step, over all microbatches and ranks; of each part.
-            last: whether it is the step's last microbatch, after which gradients are averaged over processes.
+            sum_P: the microbatch's loss as a sum over tokens, or one sum for each part of the loss.
+            count_P: N of the whole step, over all microbatches and ranks; one for each part.
+            last: whether this is the step's last microbatch. Gradients are then averaged over processes.
         """
         sync_gradients(self.model, self._settings.sync_every_micro_batch or last)
         backward(sum_P, count_P, world_size=self._ranks.world_size)
@@ -99,12 +91,12 @@ class Student:
         self._loss_P = share_P if self._loss_P is None else self._loss_P + share_P
 
     def update(self, step: int, metrics: Metrics, part_names: Iterable[str] = ()) -> float | None:
-        """End an optimizer step: clip the gradient and take the step, unless something is not finite.
+        """Finish an optimizer step: clip the gradient, and update the parameters if loss and gradient are finite.
 
         Args:
             step: the number of the step, from 1, for messages.
-            metrics: gets the loss, that of each part if there are several, and the gradient's norm before clipping.
-            part_names: of the parts that `backward` was given.
+            metrics: gets the loss, the loss of each part if there are several, and the gradient norm before clipping.
+            part_names: the names of the parts whose sums `backward` got.
 
         Returns:
             The loss over all ranks; None if the student was not changed.
@@ -129,7 +121,7 @@ class Student:
         return loss if finite else None
 
     def finish_step(self, metrics: Metrics) -> None:
-        """Advance the schedule, and note the rate of the step and the drift of a tied head. Every rank calls."""
+        """Record the step's learning rate and the drift of a tied head, and advance the schedule. Every rank calls."""
         metrics.set("optimizer/lr", self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -147,15 +139,15 @@ def load_student(
     device: torch.device,
     sharding: Sharding | None = None,
 ) -> TransformerDecoder:
-    """Load a student's model, ready to train. What stays frozen is told to the user.
+    """Load a student's model, ready to train, and print what stays frozen.
 
     Args:
-        build: builds it; with LoRA or DoRA, only the adapters train.
+        build: builds the model. If it has LoRA or DoRA adapters, only the adapters train.
         files: the checkpointer of its weights.
-        settings: precision, what is frozen, recomputed and compiled, and the seed of adapters' first values.
+        settings: set precision, what is frozen, recomputed and compiled, and the seed of the adapters' first values.
         top: the highest layer that a loss reads, from 1.
-        trains_head: whether a loss reaches the LM head. A tied head is its embedding and trains with it.
-        device: where it goes.
+        trains_head: whether a loss reaches the LM head. A tied head is the embedding and trains with it.
+        device: the device to load to.
         sharding: spreads each block over ranks as soon as it is loaded; None leaves the model whole.
     """
     s, every = settings, settings.activation_checkpointing
@@ -167,7 +159,8 @@ def load_student(
         if s.compile:
             block.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))  # torchtune's variable
         if every and number % every == 0:
-            block = checkpoint_wrapper(block, preserve_rng_state=_draws_noise(block))
+            has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
+            block = checkpoint_wrapper(block, preserve_rng_state=has_dropout)
         if sharding is not None:
             sharding.block(block)
         return block
@@ -182,10 +175,10 @@ def load_student(
 
 
 def freeze(model: TransformerDecoder, *, top: int, trains_head: bool, freeze_embedding: bool) -> str:
-    """Freeze what the loss cannot reach, what the user froze, and beside adapters everything else.
+    """Freeze what no loss reaches and what the user froze. If the model has adapters, freeze everything else.
 
     Returns:
-        What stays frozen, as a sentence for the user; empty if nothing does.
+        A sentence for the user that says what stays frozen; empty if everything trains.
     """
     frozen = []
     if adapters := adapter_names(model):
@@ -202,7 +195,3 @@ def freeze(model: TransformerDecoder, *, top: int, trains_head: bool, freeze_emb
         frozen.append("the embedding")
         model.tok_embeddings.requires_grad_(False)
     return f"Not trained, since the loss does not reach it or you froze it: {', '.join(frozen)}." if frozen else ""
-
-
-def _draws_noise(block: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())

@@ -1,6 +1,7 @@
 """Components for configs in tests: rollouts that can be had again, and a log that can be read."""
 
 import json
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -9,29 +10,35 @@ import torch
 from oprd_tune.rollout import NativeEngine
 
 
+@dataclass(kw_only=True, eq=False)
 class RecordingEngine(NativeEngine):
     """Samples, and keeps each rollout."""
 
-    def __init__(self, model, *, record, **kwargs):
-        super().__init__(model, **kwargs)
-        self._record, self._calls = Path(record), count()
-        self._record.mkdir(parents=True, exist_ok=True)
+    record: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._calls = count()
+        Path(self.record).mkdir(parents=True, exist_ok=True)
 
     def generate(self, prompts, *, stream=0):
         rollout = super().generate(prompts, stream=stream)
-        torch.save(rollout, self._record / f"{next(self._calls)}.pt")
+        torch.save(rollout, Path(self.record) / f"{next(self._calls)}.pt")
         return rollout
 
 
+@dataclass(kw_only=True, eq=False)
 class ReplayingEngine(NativeEngine):
     """Gives the recorded responses, in their order, to a rank's prompts."""
 
-    def __init__(self, model, *, record, **kwargs):
-        super().__init__(model, **kwargs)
-        self._record, self._calls = Path(record), count()
+    record: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._calls = count()
 
     def generate(self, prompts, *, stream=0):
-        rollout = torch.load(self._record / f"{next(self._calls)}.pt", weights_only=False)
+        rollout = torch.load(Path(self.record) / f"{next(self._calls)}.pt", weights_only=False)
         mine = torch.isin(rollout.prompt_positions_B, torch.tensor(prompts.positions))
         return rollout.rows(mine.nonzero(as_tuple=True)[0])
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(function, world_size, folder: Path, *args):
-    """Call `function(rank, *args)` on each of `world_size` gloo ranks."""
+    """Call `function(rank, *args)` on each of `world_size` gloo ranks; one alone has no process group, as in a run."""
     folder.mkdir(parents=True, exist_ok=True)
     mp.spawn(_start, (world_size, str(folder / "store"), function, args), nprocs=world_size)
 
@@ -17,7 +17,9 @@ def run_ranks(function, world_size, folder: Path, *args):
 def _start(rank, world_size, store, function, args):
     torch.set_num_threads(1)
     os.environ["TORCH_COMPILE_BACKEND"] = "aot_eager"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     function(rank, *args)
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

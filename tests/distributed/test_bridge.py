@@ -105,10 +105,9 @@ def check_pieces(rank, world_size):
     check_fits(rank, world_size)
 
 
-def run(recipe, folder, **overrides):
+def run(folder, **overrides):
     cfg = load_config("tiny/bridge", output_dir=folder, **{**QUICK, **overrides})
-    cfg.recipe = recipe
-    trainer = recipe_class(recipe)(cfg)
+    trainer = recipe_class(cfg.recipe)(cfg)
     trainer.setup()
     assert trainer.train() == 0
     return trainer
@@ -121,10 +120,8 @@ def run_everything(rank, folder):
             "rollout._component_": f"{COMPONENTS}.ReplayingEngine",
             "rollout.record": folder / f"{name}, rollouts",
         }
-        trainer = run(
-            "oprd_distributed", folder / f"{name} on 2", **replay, **overrides, **{"rollout.temperature": 1.0}
-        )
-        layers = trainer._loss.bridge._layers
+        trainer = run(folder / f"{name} on 2", **replay, **overrides, **{"rollout.temperature": 1.0})
+        layers = trainer.bridge._layers
         assert_same_everywhere(rank, 2, [tensor for own in layers.values() for tensor in vars(own).values()])
         saved = load_file(folder / f"{name} on 2" / FILE)
         for layer, own in layers.items():
@@ -141,7 +138,7 @@ def folder(tmp_path_factory):
             "rollout.record": folder / f"{name}, rollouts",
             "rollout.temperature": 1.0,
         }
-        run("oprd_single_device", folder / name, **{**overrides, "teacher_placement": "replicated"}, **record)
+        run(folder / name, **{**overrides, "teacher_placement": "replicated"}, **record)
     run_ranks(run_everything, 2, folder / "2", folder)
     return folder
 

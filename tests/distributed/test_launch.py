@@ -1,4 +1,4 @@
-"""A distributed recipe without torchrun options: one process for each GPU, one message for each mistake."""
+"""A recipe without torchrun's options: one process for each GPU, one message for each mistake."""
 
 import json
 import os
@@ -14,12 +14,13 @@ from oprd_tune.registry import config_files, recipe_files
 from oprd_tune.run.launch import _processes_for
 from tests.conftest import SMALL
 
+SPREAD = {"teacher_placement": "sharded"}
 # A host with two GPUs, as far as the launcher can tell; the processes themselves compute on the CPU.
 DRIVER = """
 import runpy, sys
-import oprd_tune.run.launch as launch
+from oprd_tune.run import launch
 
-launch._processes_for = lambda device: 2
+launch.__globals__["_processes_for"] = lambda device: 2
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -31,7 +32,7 @@ def start(tmp_path):
     driver.write_text(DRIVER)
 
     def start(recipe, config, folder, **overrides):
-        words = [f"{key}={value}" for key, value in {**SMALL, "output_dir": folder, **overrides}.items()]
+        words = [f"{key}={value}" for key, value in {**SMALL, **SPREAD, "output_dir": folder, **overrides}.items()]
         command = [sys.executable, str(driver), str(recipe_files()[recipe]), "--config", str(config_files()[config])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([*command, *words], **pipes)
@@ -41,7 +42,7 @@ def start(tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "config"),
-    [("oprd_distributed", "tiny/oprd_distributed"), ("opd_topk_distributed", "tiny/opd_topk_distributed")],
+    [("oprd_distributed", "tiny/oprd"), ("opd_topk_distributed", "tiny/opd_topk")],
 )
 def test_every_device_gets_a_process_and_the_first_one_speaks(start, out, recipe, config):
     process = start(recipe, config, out)
@@ -54,7 +55,7 @@ def test_every_device_gets_a_process_and_the_first_one_speaks(start, out, recipe
 
 
 def test_a_mistake_is_told_once(start, out):
-    process = start("oprd_distributed", "tiny/oprd_distributed", out, layers="[9]")
+    process = start("oprd_distributed", "tiny/oprd", out, layers="[9]")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert errors.count("error:") == 1
@@ -64,7 +65,7 @@ def test_a_mistake_is_told_once(start, out):
 
 def test_a_killed_rank_is_named(start, out):
     steps = {"max_steps": 100_000, "evaluate_every_n_steps": 100_000, "checkpoint_every_n_steps": 10}
-    process = start("oprd_distributed", "tiny/oprd_distributed", out, **steps)
+    process = start("oprd_distributed", "tiny/oprd", out, **steps)
     while not list((out / "checkpoints").glob("step_*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)

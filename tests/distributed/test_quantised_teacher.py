@@ -14,7 +14,7 @@ QUICK = {"max_steps": 2, "prompts_per_step": 4, "eval_dataset.count": 20, "datas
 def run(rank, folder, overrides, placements=PLACEMENTS):
     for placement in placements:
         teacher = {"teacher_quantization": "int8_weight_only", "teacher_placement": placement}
-        cfg = load_config("tiny/oprd_distributed", output_dir=folder / placement, **teacher, **overrides)
+        cfg = load_config("tiny/oprd", output_dir=folder / placement, **teacher, **overrides)
         recipe = recipe_class("oprd_distributed")(cfg)
         recipe.setup()
         assert recipe.train() == 0

@@ -9,16 +9,16 @@ from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.auto import best_engine
 from oprd_tune.run.folder import RunFolder
-from oprd_tune.training.student import TiedHeadDrift
+from oprd_tune.training.drift import TiedHeadDrift
 from tests.conftest import SMALL, load_config, make_model, recipe_class
 from tests.distributed.spawn import run_ranks
-from tests.training.test_training import CFG
 
 
 def run(rank, folder):
     """Fewer evaluation prompts than ranks; a layout that keeps gathered blocks; other sizes of the ranks' work."""
     overrides = {**SMALL, "max_steps": 2, "prompts_per_step": 3, "eval_dataset.count": 1}
-    cfg = load_config("tiny/oprd_distributed", output_dir=folder / "one prompt", **overrides)
+    overrides["teacher_placement"] = "sharded"
+    cfg = load_config("tiny/oprd", output_dir=folder / "one prompt", **overrides)
     recipe = recipe_class("oprd_distributed")(cfg)
     recipe.setup()
     assert recipe.train() == 0
@@ -28,17 +28,17 @@ def run(rank, folder):
 
     with pytest.raises(ConfigError, match="each of which needs a prompt"):
         recipe_class("oprd_distributed")(
-            load_config("tiny/oprd_distributed", output_dir=folder / "few", **{**overrides, "prompts_per_step": 1})
+            load_config("tiny/oprd", output_dir=folder / "few", **{**overrides, "prompts_per_step": 1})
         ).setup()
 
 
 def check_folder(rank, folder):
     own = RunFolder(str(folder / str(rank)), 1, Ranks(rank, 2))
     if rank == 0:
-        assert own.check(CFG, resume=False) is None
+        assert own.check(resume=False) is None
         return
     with pytest.raises(ConfigError, match="is another folder here than on the first rank's host"):
-        own.check(CFG, resume=False)
+        own.check(resume=False)
     # The first rank goes on, to the end of this check and to the search for a checkpoint.
     torch.distributed.barrier()
     Ranks(rank, 2).collect(None)

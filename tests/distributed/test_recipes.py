@@ -1,9 +1,12 @@
-"""The distributed recipes on 1, 2 and 4 gloo ranks against their single-device twins, on the same rollouts."""
+"""The recipes sharded over 1, 2 and 4 gloo ranks against one process that shards nothing, on the same rollouts."""
 
 import json
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
+from oprd_tune.modeling.sharding import Sharding
+from oprd_tune.training import student
 from tests.conftest import load_config, recipe_class
 from tests.distributed.spawn import run_ranks
 
@@ -24,7 +27,7 @@ CONFIGS = {
     "composite": "tiny/oprd_plus_opd",
 }
 LORA = {"model._component_": "oprd_tune.tiny.lora_tiny_qwen2", "model.lora_rank": 4}
-# Name: (which twin's rollouts, overrides of the distributed recipe).
+# Name: (which twin's rollouts, overrides of the sharded run).
 VARIANTS = {
     "oprd": ("oprd", {}),
     "opd_topk": ("opd_topk", {}),
@@ -53,27 +56,28 @@ TWINS = {
 }
 
 
-def run(recipe, config, folder, **overrides):
+def run(config, folder, *, sharded, **overrides):
     """Run a recipe as one of its ranks."""
     cfg = load_config(config, output_dir=folder, **{**BASE, **overrides})
-    cfg.recipe = recipe
-    trainer = recipe_class(recipe)(cfg)
+    trainer = recipe_class(cfg.recipe)(cfg)
     trainer.setup()
+    assert any(isinstance(module, FSDPModule) for module in trainer.student.model.modules()) == sharded
     assert trainer.train() == 0
 
 
 def run_variants(rank, folder, world_size, names):
+    if world_size == 1:  # which left to itself would not shard
+        student.choose_sharding = lambda settings, ranks: Sharding(ranks, compute_dtype=settings.torch_dtype)
     for name in names:
         twin, overrides = VARIANTS[name]
         config = TWINS[twin][0]
-        recipe = "oprd_distributed" if config == "tiny/oprd" else "opd_topk_distributed"
         replay = {
             "rollout._component_": f"{COMPONENTS}.ReplayingEngine",
             "rollout.record": folder / twin / "rollouts",
             "rollout.temperature": 1.0,
         }
         settings = {"teacher_placement": "sharded", **replay, **TWINS[twin][1], **overrides}
-        run(recipe, config, folder / f"{name} on {world_size}", **settings)
+        run(config, folder / f"{name} on {world_size}", sharded=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +85,12 @@ def folder(tmp_path_factory):
     """Where all runs are: the twins', whose rollouts are kept, and the ranks', which replay them."""
     folder = tmp_path_factory.mktemp("runs")
     for twin, (config, overrides) in TWINS.items():
-        recipe = "oprd_single_device" if config == "tiny/oprd" else "opd_topk_single_device"
         record = {
             "rollout._component_": f"{COMPONENTS}.RecordingEngine",
             "rollout.record": folder / twin / "rollouts",
             "rollout.temperature": 1.0,
         }
-        run(recipe, config, folder / twin, **record, **overrides)
+        run(config, folder / twin, sharded=False, **record, **overrides)
     run_ranks(run_variants, 1, folder / "1", folder, 1, ["oprd", "opd_topk"])
     run_ranks(run_variants, 2, folder / "2", folder, 2, list(VARIANTS))
     run_ranks(run_variants, 4, folder / "4", folder, 4, ["oprd", "opd_topk"])
@@ -104,7 +107,7 @@ def logged(folder):
     ("name", "world_size"),
     [(name, 2) for name in VARIANTS] + [(name, ranks) for name in ("oprd", "opd_topk") for ranks in (1, 4)],
 )
-def test_ranks_follow_their_single_device_twin(folder, name, world_size):
+def test_ranks_follow_their_twin_of_one_process(folder, name, world_size):
     alone, together = logged(folder / VARIANTS[name][0]), logged(folder / f"{name} on {world_size}")
     assert len(alone) == len(together) == STEPS
     for a, b in zip(alone, together, strict=True):

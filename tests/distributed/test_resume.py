@@ -17,9 +17,10 @@ from oprd_tune.run.export import export_checkpoint
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, weights
 from tests.distributed.spawn import run_ranks
 
-NAME, CONFIG = "oprd_distributed", "tiny/oprd_distributed"
+NAME, CONFIG = "oprd_distributed", "tiny/oprd"
 STEADY = {
     **SMALL,
+    "teacher_placement": "sharded",
     "checkpoint_every_n_steps": 2,
     "evaluate_every_n_steps": 2,
     "lr_scheduler._component_": "oprd_tune.training.constant_with_warmup",  # max_steps shapes a cosine
@@ -117,6 +118,7 @@ def test_only_what_trains_is_saved(folder):
 
 def command(ranks, folder, *extra):
     overrides = {**SMALL, "max_steps": 100_000, "evaluate_every_n_steps": 100_000, "checkpoint_every_n_steps": 20}
+    overrides["teacher_placement"] = "sharded"
     words = [f"{key}={value}" for key, value in overrides.items()]
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),

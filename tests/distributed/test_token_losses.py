@@ -5,7 +5,7 @@ import torch
 
 from oprd_tune.losses import FullReverseKL, HiddenStateMSE, TopKReverseKL
 from oprd_tune.losses.composite import Composite
-from oprd_tune.losses.masking import response_tokens, select_states
+from oprd_tune.losses.masking import StateSelector, response_tokens
 from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.sharding import Sharding, sync_gradients
 from oprd_tune.modeling.taps import layer_taps
@@ -30,11 +30,12 @@ def accumulate(model, loss, micro_batches, *, tied, ranks):
     teacher = make_model(tied=tied, seed=1)
     heads = Heads(LMHead(model), LMHead(teacher), VOCAB)
     frozen = FrozenTeacher(teacher, PAIRS, final=True)
-    counts_P = 2 * torch.tensor(loss.counts(rollout(), positions="all", positions_k=1))
+    select = StateSelector()
+    counts_P = 2 * torch.tensor(loss.counts(rollout(), select))
     for micro in micro_batches:
-        tokens, selection = response_tokens(micro), select_states(micro.response_mask_BS)
+        tokens, selection = response_tokens(micro), select(micro)
         targets = frozen.targets(micro.tokens_BS, selection.index_T, tokens.index_T)
-        stream = loss.stream(targets, tokens, selection, heads=heads, pairs=PAIRS, top=DEPTH)
+        stream = loss.stream(targets, tokens, selection, heads=heads, pairs=PAIRS)
         with layer_taps(model, stream.layers, stream):
             sums_P = model(micro.tokens_BS)
         sync_gradients(model, micro is micro_batches[-1])

@@ -158,3 +158,20 @@ def test_it_may_be_a_part_of_a_composite():
 def test_mistakes_are_explained(arguments, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         HiddenStateLoss(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            lambda h, g: (h - g).square(),
+            r"loss.error returned \(\d+, \d+\); it must return one value a token: \(\d+,\)",
+        ),
+        (lambda h, g: huber(h, g).mean(), r"loss.error returned \(\); it must return one value a token"),
+        (lambda h, g: 0.5, "loss.error returned float; it must return one value a token"),
+        (lambda h, g: g.square().sum(-1), "does not depend on the student"),
+    ],
+)
+def test_what_a_function_returns_is_checked(error, message):
+    with pytest.raises(ConfigError, match=message):
+        streamed(HiddenStateLoss(error), *case(False))

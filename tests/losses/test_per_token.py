@@ -1,4 +1,4 @@
-"""Token losses written as a function of two log-probabilities. One of them is in `LOSSES` of test_token_losses.py too."""
+"""Token losses written as a function of two log-probabilities. One is in `LOSSES` of token_losses.py too."""
 
 import weakref
 
@@ -188,13 +188,13 @@ def test_the_function_runs_once_for_each_chunk_and_its_graph_is_gone_before_the_
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda log_p, log_q: log_p - log_q, rf"returned \(4, {V}\); it must return one loss a token: \(4,\)"),
-        (lambda log_p, log_q: kl(log_p, log_q)[:, None], r"returned \(4, 1\); it must return one loss a token"),
-        (lambda log_p, log_q: kl(log_p, log_q).mean(), r"returned \(\); it must return one loss a token: \(4,\)"),
-        (lambda log_p, log_q: kl(log_p, log_q).mean().item(), "returned float; it must return one loss a token"),
-        (lambda log_p, log_q: None, "returned NoneType; it must return one loss a token"),
-        (lambda log_p, log_q: log_q.exp().square().sum(-1), "does not depend on the student's log-probabilities"),
-        (lambda log_p, log_q: kl(log_p.detach(), log_q), "does not depend on the student's log-probabilities"),
+        (lambda log_p, log_q: log_p - log_q, rf"returned \(4, {V}\); it must return one value a token: \(4,\)"),
+        (lambda log_p, log_q: kl(log_p, log_q)[:, None], r"returned \(4, 1\); it must return one value a token"),
+        (lambda log_p, log_q: kl(log_p, log_q).mean(), r"returned \(\); it must return one value a token: \(4,\)"),
+        (lambda log_p, log_q: kl(log_p, log_q).mean().item(), "returned float; it must return one value a token"),
+        (lambda log_p, log_q: None, "returned NoneType; it must return one value a token"),
+        (lambda log_p, log_q: log_q.exp().square().sum(-1), "returned something that does not depend on the student"),
+        (lambda log_p, log_q: kl(log_p.detach(), log_q), "returned something that does not depend on the student"),
     ],
 )
 def test_functions_that_return_something_else_are_explained(function, message):

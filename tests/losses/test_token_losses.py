@@ -322,7 +322,6 @@ def test_a_frozen_head_gets_no_gradient(name):
     torch.testing.assert_close(got, wanted, **EXACT)
 
 
-@pytest.mark.parametrize("page", ["docs/opd_topk_distributed.md", "CONTRIBUTING.md"])
 ROOT = Path(__file__).parents[2]
 PAGES = ["CONTRIBUTING.md", "docs/opd_topk_distributed.md"]
 

@@ -1,4 +1,4 @@
-"""What a model family is called here and in Hugging Face folders."""
+"""The names of a model family here and in Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torchtune.training import FullModelHFCheckpointer
 
 @dataclass(frozen=True)
 class Family:
-    """Names of a family's weights.
+    """A model family and the conversions between its parameter names.
 
     Attributes:
-        title: for messages.
-        config_name: `model_type` in config.json.
-        to_tune: Hugging Face's names to ours, given `tie_word_embeddings`. It only renames, so it takes parts too.
-        to_hf: our names to Hugging Face's, an untied head included.
-        checkpointer: called with a folder, its weight files and an output folder; None where torchtune's own knows the
-            family.
+        title: the family's name in messages.
+        config_name: the family's `model_type` in config.json.
+        to_tune: renames Hugging Face's parameters to ours. It takes whole or partial state dicts, and the keyword
+            `tie_word_embeddings`.
+        to_hf: renames our parameters to Hugging Face's, including an untied head.
+        checkpointer: makes a checkpointer from a folder, its weight files and an output folder; None if torchtune's own
+            checkpointer knows the family.
     """
 
     title: str

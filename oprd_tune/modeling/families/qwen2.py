@@ -7,5 +7,5 @@ from functools import partial
 from oprd_tune.modeling.families.family import Family
 from oprd_tune.torchtune_compat import qwen2_hf_to_tune, qwen2_tune_to_hf
 
-_SIZES = {"num_heads": 1, "num_kv_heads": 1, "dim": 1}  # asked for, not used
+_SIZES = {"num_heads": 1, "num_kv_heads": 1, "dim": 1}  # the conversions require these but do not use them
 FAMILY = Family("Qwen2", "qwen2", partial(qwen2_hf_to_tune, **_SIZES), partial(qwen2_tune_to_hf, **_SIZES))

@@ -1,7 +1,7 @@
-"""Qwen3 from torchtune's modules: Qwen2 without biases, with heads of any width whose queries and keys are normalised.
+"""Qwen3 from torchtune's modules: Qwen2 without biases, with heads of any width and normalised queries and keys.
 
-Below are builders by size, for `model` and `teacher_model` in configs. Each also takes the arguments of `qwen3`: with
-another `rope_base` and `max_seq_len` it builds a later release of the same shape.
+The builders by size are for `model` and `teacher_model` in configs. Each also takes the arguments of `qwen3`: another
+`rope_base` and `max_seq_len` build a later release of the same shape.
 """
 
 from __future__ import annotations
@@ -35,17 +35,13 @@ from oprd_tune.torchtune_compat import (
 
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "w3")
 _MakeLinear = Callable[[str, int, int], nn.Module]
+_Builder = Callable[..., TransformerDecoder]
 
 
 class NormedProjection(nn.Module):
-    """A projection to heads of D numbers, each head divided by its root mean square and scaled.
+    """A linear projection to heads of size `head_dim`, followed by an RMS norm of each head.
 
-    torchtune's attention applies its own `q_norm` and `k_norm` to rotated heads; Qwen3 rotates normalised ones.
-
-    Args:
-        linear: [..., in] to [..., heads * D].
-        head_dim: D.
-        eps: added to the mean square.
+    Qwen3 rotates heads after it has normalised them. torchtune's own `q_norm` and `k_norm` run after the rotation.
     """
 
     def __init__(self, linear: nn.Module, head_dim: int, eps: float) -> None:
@@ -55,7 +51,7 @@ class NormedProjection(nn.Module):
         self._head_dim = head_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., heads * D], in x's dtype."""
+        """Map [..., in] to [..., heads * head_dim], in x's dtype."""
         return self.norm(self.linear(x).unflatten(-1, (-1, self._head_dim))).flatten(-2)
 
 
@@ -82,22 +78,17 @@ def qwen3(
     """The dense decoder of https://arxiv.org/abs/2505.09388.
 
     Args:
-        vocab_size: rows of embedding and head.
-        num_layers: blocks.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides `num_heads`.
-        head_dim: width of a head; `num_heads * head_dim` need not be `embed_dim`.
-        embed_dim: width of a hidden state; `num_heads` divides it.
-        intermediate_dim: width inside the feed-forward part.
-        max_seq_len: positions that there are rotations for.
-        attn_dropout: probability, while training.
-        norm_eps: of all norms, those of queries and keys included.
-        rope_base: base of the rotations' periods.
-        tie_word_embeddings: the head is the embedding.
-        make_linear: called with the name of each linear of a block, and the widths that it maps from and to.
+        num_heads: number of query heads; must divide `embed_dim`.
+        num_kv_heads: number of key and value heads; must divide `num_heads`.
+        head_dim: size of a head; `num_heads * head_dim` may differ from `embed_dim`.
+        embed_dim: size of a hidden state.
+        intermediate_dim: width inside the feed-forward layers.
+        max_seq_len: number of positions for which rotations are tabulated.
+        norm_eps: epsilon of all norms, including those of queries and keys.
+        make_linear: called with the name of each linear of a block, its input width and its output width.
 
     Raises:
-        ValueError: for numbers of heads that do not divide.
+        ValueError: if a number of heads does not divide as required.
     """
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_seq_len": max_seq_len}
     rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
@@ -132,16 +123,13 @@ def lora_qwen3(
     use_dora: bool = False,
     **shape: Any,
 ) -> TransformerDecoder:
-    """`qwen3` with LoRA or DoRA adapters on linears of its blocks.
+    """`qwen3` with LoRA or DoRA adapters on linears of its blocks. `shape` takes the arguments of `qwen3`.
 
     Args:
-        lora_attn_modules: which of q_proj, k_proj, v_proj and output_proj have them.
-        apply_lora_to_mlp: whether the linears of the feed-forward parts do.
-        lora_rank: of the adapters.
-        lora_alpha: they are scaled by `lora_alpha / lora_rank`.
-        lora_dropout: probability, while training, on an adapter's input.
-        use_dora: DoRA instead of LoRA.
-        shape: the arguments of `qwen3`.
+        lora_attn_modules: which of q_proj, k_proj, v_proj and output_proj get adapters.
+        apply_lora_to_mlp: whether the linears of the feed-forward layers get adapters.
+        lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
+        lora_dropout: dropout probability of an adapter's input in training.
 
     Raises:
         ConfigError: for an unknown linear, or none at all.
@@ -184,9 +172,9 @@ def _mlp(make_linear: _MakeLinear, width: int, inner: int) -> FeedForward:
     )
 
 
-def _shape(layers: int, heads: int, width: int, inner: int, *, tied: bool) -> dict[str, Any]:
-    """What differs between sizes, and what does not."""
-    return {
+def _builders(layers: int, heads: int, width: int, inner: int, *, tied: bool) -> tuple[_Builder, _Builder]:
+    """`qwen3` and `lora_qwen3` of one size."""
+    shape: dict[str, Any] = {
         "vocab_size": 151_936,
         "num_layers": layers,
         "num_heads": heads,
@@ -194,24 +182,18 @@ def _shape(layers: int, heads: int, width: int, inner: int, *, tied: bool) -> di
         "head_dim": 128,
         "embed_dim": width,
         "intermediate_dim": inner,
-        "max_seq_len": 40_960,  # base models say 32768, and rotate alike
+        "max_seq_len": 40_960,  # the config.json of base models has 32768, with the same rotations
         "tie_word_embeddings": tied,
     }
+    return partial(qwen3, **shape), partial(lora_qwen3, **shape)
 
 
-_0_6B = _shape(28, 16, 1024, 3072, tied=True)
-_1_7B = _shape(28, 16, 2048, 6144, tied=True)
-_4B = _shape(36, 32, 2560, 9728, tied=True)
-_8B = _shape(36, 32, 4096, 12_288, tied=False)
-_14B = _shape(40, 40, 5120, 17_408, tied=False)
-_32B = _shape(64, 64, 5120, 25_600, tied=False)
-
-qwen3_0_6b, lora_qwen3_0_6b = partial(qwen3, **_0_6B), partial(lora_qwen3, **_0_6B)
-qwen3_1_7b, lora_qwen3_1_7b = partial(qwen3, **_1_7B), partial(lora_qwen3, **_1_7B)
-qwen3_4b, lora_qwen3_4b = partial(qwen3, **_4B), partial(lora_qwen3, **_4B)
-qwen3_8b, lora_qwen3_8b = partial(qwen3, **_8B), partial(lora_qwen3, **_8B)
-qwen3_14b, lora_qwen3_14b = partial(qwen3, **_14B), partial(lora_qwen3, **_14B)
-qwen3_32b, lora_qwen3_32b = partial(qwen3, **_32B), partial(lora_qwen3, **_32B)
+qwen3_0_6b, lora_qwen3_0_6b = _builders(28, 16, 1024, 3072, tied=True)
+qwen3_1_7b, lora_qwen3_1_7b = _builders(28, 16, 2048, 6144, tied=True)
+qwen3_4b, lora_qwen3_4b = _builders(36, 32, 2560, 9728, tied=True)
+qwen3_8b, lora_qwen3_8b = _builders(36, 32, 4096, 12_288, tied=False)
+qwen3_14b, lora_qwen3_14b = _builders(40, 40, 5120, 17_408, tied=False)
+qwen3_32b, lora_qwen3_32b = _builders(64, 64, 5120, 25_600, tied=False)
 
 # ---- weights from and to Hugging Face folders ----
 
@@ -227,12 +209,11 @@ _NAMES_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
 def qwen3_hf_to_tune(
     state_dict: Mapping[str, Tensor], tie_word_embeddings: bool = False, **sizes: Any
 ) -> dict[str, Tensor]:
-    """Rename Hugging Face's parameters to those of `qwen3`; the tensors stay as they are.
+    """Rename Hugging Face's parameters, of a whole model or a part, to those of `qwen3`. The tensors are not changed.
 
     Args:
-        state_dict: of a whole model or a part of it.
-        tie_word_embeddings: leave the head out, which then repeats the embedding.
-        sizes: what torchtune's conversions also take; none are needed.
+        tie_word_embeddings: leave out the head, which would repeat the embedding.
+        sizes: ignored; torchtune passes them to its conversions.
 
     Raises:
         Exception: as in torchtune, for a name that Qwen3 does not have.
@@ -242,15 +223,14 @@ def qwen3_hf_to_tune(
 
 
 def qwen3_tune_to_hf(state_dict: Mapping[str, Tensor], **sizes: Any) -> dict[str, Tensor]:
-    """The inverse of `qwen3_hf_to_tune`; a tied head stays left out."""
+    """The inverse of `qwen3_hf_to_tune`. A tied head is not added back."""
     return {get_mapped_key(key, _NAMES_BACK): value for key, value in state_dict.items()}
 
 
 class Qwen3HFCheckpointer(FullModelHFCheckpointer):
-    """torchtune's checkpointer for Qwen3, which torchtune does not know: as for Qwen2, under other names.
+    """A Hugging Face checkpointer for Qwen3, which torchtune lacks: that of Qwen2 with other parameter names.
 
-    Args:
-        checkpoint_dir: see `FullModelHFCheckpointer`, as for all arguments.
+    The arguments are those of `FullModelHFCheckpointer`.
     """
 
     architecture = "QWEN3"
@@ -259,7 +239,7 @@ class Qwen3HFCheckpointer(FullModelHFCheckpointer):
         super().__init__(checkpoint_dir, checkpoint_files, "QWEN2", output_dir, **kwargs)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Load as torchtune does. Some folders store a tied head too; it is not written again."""
+        """Load as torchtune does. A tied head that the folder also stores is not written again when saving."""
         with other_conversions_for_qwen2(qwen3_hf_to_tune, qwen3_tune_to_hf):
             loaded = super().load_checkpoint()
         if config_of(self)["tie_word_embeddings"]:

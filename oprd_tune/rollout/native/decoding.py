@@ -1,8 +1,8 @@
-"""Incremental decoding with torchtune attention: a scope that grants every block a key-value cache.
+"""Incremental decoding with torchtune's attention: a scope in which every block has a key-value cache.
 
-torchtune's own cache is static: it expands the key-value heads and attends over its whole length at every token. Here
-the cache grows a column at a time, attention sees the filled part only, and a decoding step folds the query heads that
-share a key-value head into the query axis, so nothing is expanded.
+torchtune's own cache is static. It expands the key-value heads, and every token attends over the cache's whole length.
+The cache here grows, and attention reads its filled part only. Query heads that share a key-value head become rows of
+one query in a decoding step, so nothing is expanded.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torchtune.modules.tied_linear import TiedLinear
 from oprd_tune.modeling.output import Head, LastPositionHead, swapped_output
 
 _FEW_ROWS = 64
-_MARGIN = 32  # columns to spare when a cache grows
+_MARGIN = 32  # spare columns when a cache grows
 
 
 class DecodingCache:
-    """Keys and values of all layers for B left-padded rows, and which columns each row may see.
+    """The keys and values of all layers for B left-padded rows, and the columns that each row may see.
 
     Args:
-        visible_BS: True on real prompt tokens; the prompts' columns come first.
-        capacity: the most columns there will be, prompts included; memory is taken as they fill.
+        visible_BS: True on the tokens of the prompts, False on padding. The prompts fill the first columns.
+        capacity: the maximum number of columns, prompts included. Memory is allocated as they fill.
     """
 
     def __init__(self, visible_BS: Tensor, capacity: int) -> None:
@@ -43,7 +43,7 @@ class DecodingCache:
         self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new columns of one layer; returns views of everything written so far."""
+        """Write new columns of one layer. Returns views of all its columns so far."""
         end = self.columns + key_BHSD.shape[2]
         stores = self._keys_values.get(layer)
         if stores is None or stores[0].shape[2] < end:
@@ -55,7 +55,7 @@ class DecodingCache:
         return stores[0][:, :, :end], stores[1][:, :, :end]
 
     def _copy(self, store: Tensor, columns: int, index_B: Tensor | None = None) -> Tensor:
-        """The filled columns, of some rows or of all, in a new store with room for `columns`."""
+        """Copy the filled columns of the given rows, or of all rows, to a new store with room for `columns`."""
         rows, heads, _, width = store.shape
         copy = store.new_empty(rows if index_B is None else len(index_B), heads, columns, width)
         filled = store[:, :, : self.columns]
@@ -63,11 +63,11 @@ class DecodingCache:
         return copy
 
     def advance(self, length: int) -> None:
-        """Count the columns that a forward pass through all layers has written."""
+        """Count `length` columns as filled, after a forward pass has written them in all layers."""
         self.columns += length
 
     def mask(self, new_columns: int) -> Tensor | None:
-        """Which columns the new queries see, [B, 1, Q, S] with Q = 1 for a decoding step; None means all (causally)."""
+        """True where a new query may see a column, [B, 1, Q, S]; Q = 1 in a decoding step. None: all, causally."""
         if not self._padded:
             return None
         end = self.columns + new_columns
@@ -75,7 +75,7 @@ class DecodingCache:
         if new_columns == 1:
             return visible_B1S[:, None]
         causal_SS = torch.ones(new_columns, end, dtype=torch.bool, device=visible_B1S.device).tril(end - new_columns)
-        # A padding query sees itself, or its softmax would be empty and its output NaN.
+        # A query at a padding column sees itself. Otherwise its softmax would be empty and its output NaN.
         itself_SS = torch.eye(new_columns, end, dtype=torch.bool, device=visible_B1S.device)
         return ((visible_B1S & causal_SS) | itself_SS)[:, None]
 
@@ -83,7 +83,7 @@ class DecodingCache:
         """Drop all other rows."""
         self._visible_BS = self._visible_BS[index_B]
         self._padded = not bool(self._visible_BS[:, : self._prompt_columns].all())
-        for layer, (keys, values) in self._keys_values.items():  # one by one: two caches never live side by side
+        for layer, (keys, values) in self._keys_values.items():  # one by one, so memory never holds two caches
             columns = keys.shape[2]
             self._keys_values[layer] = (self._copy(keys, columns, index_B), self._copy(values, columns, index_B))
 
@@ -98,7 +98,7 @@ def _cached_attention(
     mask: Tensor | None = None,
     input_pos: Tensor | None = None,
 ) -> Tensor:
-    """Stand-in for `MultiHeadAttention.forward`: the same function, with `cache` behind it."""
+    """Computes the same as `MultiHeadAttention.forward`, with the keys and values in `cache`."""
     batch, length, _ = x.shape
     query = attn.q_proj(x).view(batch, length, attn.num_heads, attn.head_dim)
     key = attn.k_proj(x).view(batch, length, attn.num_kv_heads, attn.head_dim)
@@ -122,7 +122,7 @@ def _cached_attention(
 
 
 def _weight_major(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, but for one column of a few rows W·xᵀ, which CPU kernels do faster than x·Wᵀ."""
+    """`F.linear`. For one column of a few rows it computes W·xᵀ, which CPU kernels do faster than x·Wᵀ."""
     if x.shape[1] > 1 or x.shape[0] > _FEW_ROWS:
         return F.linear(x, weight, bias)
     x_DB = x[:, 0].t()
@@ -135,14 +135,14 @@ def _linear_forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _is_plain(module: object) -> TypeGuard[nn.Linear]:
-    """Whether a module, sharded or not, is a matrix of ordinary numbers, not of quantised ones."""
+    """Whether a module, sharded or not, is an ordinary linear layer whose weights are not quantised."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
     return type(module.weight.data) is Tensor
 
 
 def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dict[nn.Module, Callable[..., Tensor]]:
-    """The forward functions that stand in while decoding, by module."""
+    """The forward functions to use while decoding, by module."""
     patches: dict[nn.Module, Callable[..., Tensor]] = {
         layer.attn: partial(_cached_attention, layer.attn, i, cache) for i, layer in enumerate(model.layers)
     }
@@ -157,13 +157,14 @@ def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dic
 
 @contextmanager
 def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int) -> Iterator[DecodingCache]:
-    """Within the scope, `model(tokens, mask=cache.mask(n), input_pos=…)` continues its rows and returns the logits
-    [B, 1, V] of the last column. Call `cache.advance(n)` after each pass of n columns.
+    """Within the scope, `model(tokens, mask=cache.mask(n), input_pos=…)` continues its rows by n columns.
+
+    It returns the logits [B, 1, V] of the last column. Call `cache.advance(n)` after each pass. After the scope, the
+    model is as it was before.
 
     Args:
-        model: a decoder; left as it was when the scope ends, even by an exception.
-        visible_BP: True on the real tokens of left-padded prompts.
-        max_new_tokens: the most columns beyond the prompts.
+        visible_BP: True on the tokens of left-padded prompts, False on padding.
+        max_new_tokens: the maximum number of columns beyond the prompts.
 
     Raises:
         RuntimeError: if the model is already decoding or tapped.

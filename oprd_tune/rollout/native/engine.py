@@ -1,4 +1,4 @@
-"""Sampling with the trainer's own model: no second copy of the weights, nothing to synchronise."""
+"""Sampling with the trainer's own model, without a second copy of its weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
 @dataclass(kw_only=True, eq=False)
 class NativeEngine:
-    """The student itself samples. See `oprd_tune.protocols.RolloutEngine` for its methods.
+    """An engine in which the student itself samples. `oprd_tune.protocols.RolloutEngine` describes its methods.
 
     Attributes:
         temperature: 1 is on-policy; 0 is greedy. Log-probabilities are always those at temperature 1.
-        batch_size: most rows decoded at once; bounds the cache's memory. None takes all.
+        batch_size: the most rows decoded at once, which bounds the cache's memory; None decodes all rows at once.
 
     Raises:
-        ConfigError: for a negative temperature, or a size below 1.
+        ConfigError: if the temperature is negative or the batch size below 1.
     """
 
     temperature: float = 1.0
@@ -40,26 +40,26 @@ class NativeEngine:
         self._policy_version = 0
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
-        """It works wherever the student does."""
+        """Check nothing: this engine works wherever the student does."""
 
     def memory_bytes(
         self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
     ) -> tuple[int, int]:
-        """Nothing is held; while it samples, keys, values and logits."""
+        """Bytes held between rollouts, which are none, and while sampling: keys, values and logits."""
         rows_at_once = min(rows, self.batch_size or rows)
         return 0, sampling_bytes(model, rows=rows_at_once, columns=columns, dtype=dtype)
 
     def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Take the student."""
+        """Make a sampler from the student."""
         self._sampler = Sampler(policy.model, request, temperature=self.temperature, batch_size=self.batch_size)
 
     def sync_weights(self, policy_version: int) -> None:
-        """The weights are shared; only the version is noted."""
+        """Note the version. The weights are the trainer's own."""
         self._policy_version = policy_version
 
     def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
-        """Sample responses. A sharded student is gathered meanwhile, so every rank must call."""
+        """Sample responses. All ranks must call, since a sharded student is gathered for it."""
         return self._sampler.sample(prompts, stream=stream, policy_version=self._policy_version)
 
     def close(self) -> None:
-        """Nothing is held between rollouts."""
+        """Do nothing: this engine holds nothing between rollouts."""

@@ -1,4 +1,4 @@
-"""Batched sampling from a decoder with a key-value cache; its noise does not depend on how prompts are batched."""
+"""Batched sampling from a decoder with a key-value cache. How prompts are batched does not change the noise."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
 
 def sampling_bytes(model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype) -> int:
-    """Memory that a `Sampler` takes at most: keys, values, and a row of logits for each response.
+    """Bytes that a `Sampler` takes at most: keys, values, and a row of logits for each response.
 
     Args:
-        model: possibly on the meta device.
-        rows: decoded at once.
+        model: may be on the meta device.
+        rows: the number of rows decoded at once.
         columns: tokens of the longest row, prompt included.
-        dtype: of keys and values.
+        dtype: the dtype of keys and values.
     """
     attention = model.layers[0].attn
     column = 2 * attention.num_kv_heads * attention.head_dim * dtype.itemsize
-    logits = 4 * model.tok_embeddings.num_embeddings * 4  # as they come, in fp32, as weights, and padded
-    # A cache that grows holds a fourth too much, and a copy of one layer.
+    logits = 4 * model.tok_embeddings.num_embeddings * 4  # four copies: the model's output, fp32, weights, padded
+    # A growing cache may hold a quarter more than is filled, and a copy of one layer.
     return int(rows * (1.25 * column * columns * (len(model.layers) + 1) + logits))
 
 
 class Sampler:
-    """Samples from a decoder.
+    """Samples from a decoder. The noise of a response depends on the seed, the stream and the response's place.
 
     Args:
-        model: in any wrapping the taps work with. A sharded one is gathered while it samples, so all ranks must call
-            `sample` together, each with prompts of its own.
-        request: what to sample; each response has a noise of its own, made from the seed, the stream and its place.
+        model: may be wrapped as the taps allow. A sharded model is gathered while it samples. So all ranks must call
+            `sample` together, each with its own prompts.
         temperature: 0 is greedy. Log-probabilities are always those at temperature 1.
-        batch_size: most rows decoded at once; None takes all.
+        batch_size: the most rows decoded at once; None decodes all rows at once.
     """
 
     def __init__(
@@ -57,12 +56,11 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, *, stream: int = 0, policy_version: int = 0) -> Rollout:
-        """Sample responses, rows of one prompt side by side.
+        """Sample responses. Those to one prompt are in adjacent rows.
 
         Args:
-            prompts: what to answer.
-            stream: separates the noise of otherwise equal calls.
-            policy_version: that the rollout carries.
+            stream: distinguishes the noise of otherwise equal calls.
+            policy_version: the version to note in the rollout.
 
         Raises:
             FloatingPointError: if a logit is not finite.
@@ -71,7 +69,7 @@ class Sampler:
         rows = [tokens for tokens in prompts.tokens for _ in range(n)]
         samples = [position * n + i for position in prompts.positions for i in range(n)]
         noise_BT = sample_noise(self._request.seed, stream, samples, self._request.max_new_tokens).to(self._device)
-        # Rows of similar prompt length decode together; the order is undone below.
+        # Rows with prompts of similar length decode together. The original order is restored below.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = self._batch_size or len(rows)
         responses: dict[int, Response] = {}
@@ -91,7 +89,7 @@ class Sampler:
         )
 
     def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> list[Response]:
-        """Responses in the order of `prompts`."""
+        """Sample one response to each prompt, in the order of `prompts`."""
         tokens_BP, visible_BP = self._left_pad(prompts)
         batch, length, top_k = len(prompts), self._request.max_new_tokens, self._request.top_k_ids
         response_BT = torch.full((batch, length), self._request.pad_id, device=self._device)
@@ -99,7 +97,7 @@ class Sampler:
         top_ids_BTK = torch.zeros(batch, length, top_k, dtype=torch.long, device=self._device)
         top_mass_BT = torch.zeros_like(logprob_BT)
         length_B = torch.zeros(batch, dtype=torch.long, device=self._device)
-        row_B = torch.arange(batch, device=self._device)  # the rows still decoding, by their place in the batch
+        row_B = torch.arange(batch, device=self._device)  # places in the batch of the rows that still decode
         input_BS, position_BS = tokens_BP, (visible_BP.cumsum(1) - 1).clamp(min=0)
         with incremental_decoding(self._model, visible_BP, length) as cache:
             for step in range(length):

@@ -1,1 +1,1 @@
-"""Sampling with vLLM, in the trainer's processes or on servers. Nothing else imports vLLM."""
+"""Sampling with vLLM, in the trainer's processes or on servers. No other folder imports vLLM."""

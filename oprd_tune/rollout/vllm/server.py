@@ -1,4 +1,4 @@
-"""Sampling with one or more `vllm serve` processes, here or elsewhere."""
+"""Sampling with one or more `vllm serve` processes, on this machine or on others."""
 
 from __future__ import annotations
 
@@ -39,28 +39,29 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True, eq=False)
 class VLLMServer:
-    """Spreads requests over servers, and sends them the student's weights.
+    """Spreads requests over servers, and sends the student's weights to them.
 
-    Without addresses it starts a server here, on the loopback interface. A server that is lost, because it ended, hangs
-    or fails, is not used again; its requests go to the others. When none is left, the run saves and ends.
+    Without addresses, it starts a server on this machine's loopback interface. The last five arguments but one are for
+    this server alone. If a server ends, hangs or fails, it is lost: it is not used again, and the other servers get its
+    requests. If no server is left, the run saves and ends.
 
     Attributes:
         temperature: 1 is on-policy; 0 is greedy.
-        addresses: of servers, such as `http://host:8000`; None starts one.
-        transfer: `nccl` or `folder`; None for the first if the run computes on GPUs, else the second.
-        shared_folder: what weights pass through, under the same path for servers; None for one in the run's folder.
-        requests_in_flight: to each server, from each process.
-        timeout: seconds that a response, or a sync, may take; then the server counts as lost.
+        addresses: such as `http://host:8000`; None starts a server.
+        transfer: how weights travel: `nccl` or `folder`; None takes `nccl` if the run computes on GPUs.
+        shared_folder: the folder for `folder`, at the same path on all machines; None takes one in the run's folder.
+        requests_in_flight: the most unanswered requests, for each server and each of the run's processes.
+        timeout: seconds that a response or a sync may take before the server counts as lost.
         startup_timeout: seconds to wait for servers at the start.
-        checksum_every_n_syncs: how often servers sum up their weights, with SHA-256, to compare; 0 for never.
-        gpu_memory_utilization: of a server started here.
-        kv_cache_gib: the cache of a server started here, instead of that share; on a CPU 1 unless given.
-        server_environment: variables of a server started here, such as CUDA_VISIBLE_DEVICES.
-        server_arguments: more arguments of a server started here, such as `--tensor-parallel-size`, 2.
-        logprob_gap_limit: see `prove_on_policy`.
+        checksum_every_n_syncs: after how many syncs servers compute SHA-256 of their weights to compare; 0: never.
+        gpu_memory_utilization: the share of a GPU's memory for weights and cache.
+        kv_cache_gib: the size of the cache alone, used instead of that share; None means 1 GiB on a CPU.
+        server_environment: environment variables, such as CUDA_VISIBLE_DEVICES.
+        server_arguments: further arguments, such as `--tensor-parallel-size`, 2.
+        logprob_gap_limit: the `limit` of `prove_on_policy`.
 
     Raises:
-        ConfigError: for arguments that cannot be.
+        ConfigError: if an argument is out of its range.
     """
 
     temperature: float = 1.0
@@ -97,7 +98,7 @@ class VLLMServer:
         self._lock, self._why_lost = threading.Lock(), ""
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
-        """Raise ConfigError if weights cannot travel that way here, or if a server is to start without vLLM."""
+        """Raise ConfigError if `transfer` is not possible here, or if a server is to start but vLLM is missing."""
         if self.addresses is None:
             find_vllm()
         ways = ("folder", "nccl") if device.type == "cuda" else ("folder",)
@@ -107,15 +108,11 @@ class VLLMServer:
     def memory_bytes(
         self, model: TransformerDecoder, *, rows: int, columns: int, dtype: torch.dtype
     ) -> tuple[int, int]:
-        """Servers are not counted: their devices are their own."""
+        """Zero, since servers have devices of their own."""
         return 0, 0
 
     def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Start a server or wait for those that there are, and find out whether they fit.
-
-        Raises:
-            ConfigError: if they do not.
-        """
+        """Start a server, or wait for those at the addresses. Raises ConfigError if a server does not fit the run."""
         self._weights, self._ranks = PolicyWeights(policy), policy.ranks
         self._sampling = Sampling(request, policy.vocabulary, self.temperature)
         self._run, self._syncs = self._ranks.collect(uuid.uuid4().hex[:8])[0], 0
@@ -123,7 +120,7 @@ class VLLMServer:
         nccl = (self.transfer or ("nccl" if self._weights.device.type == "cuda" else "folder")) == "nccl"
         length = request.max_prompt_tokens + request.max_new_tokens
         fit = ServerFit(self._weights, length, self._sampling.logprobs, nccl, checksums=self.checksum_every_n_syncs > 0)
-        folder = policy.folder.resolve()  # servers start elsewhere
+        folder = policy.folder.resolve()  # a server's working directory may be another
         shared = self.shared_folder
         place = Path(shared).expanduser().resolve() / self._run if shared else folder
         by_folder = None if nccl else FolderTransfer(self._weights, place)
@@ -138,7 +135,7 @@ class VLLMServer:
         self._transfer: WeightTransfer = by_folder or NCCLTransfer(self._weights, self._servers, self.timeout)
 
     def _find_servers(self, source: Path, arguments: list[str], log: Path) -> list[VLLMClient]:
-        """Those at the given addresses, or one that the first rank starts; when they answer."""
+        """Wait for the servers at the addresses, or for one that rank 0 starts, and return their clients."""
         addresses = self.addresses
         if addresses is None:
             if self._ranks.first:
@@ -151,16 +148,14 @@ class VLLMServer:
         wait_for_servers(servers, self.startup_timeout, source, arguments, tell=self._ranks.first)
         return servers
 
-    # ---- rollouts ----
-
     def sync_weights(self, policy_version: int) -> None:
-        """Send the student's weights to all servers, and compare what arrived."""
+        """Send the student's weights to all servers, and compare checksums of what arrived."""
         label = f"{self._run}/{policy_version}"
         compare = self.checksum_every_n_syncs > 0 and self._syncs % self.checksum_every_n_syncs == 0
         sent = Digests(enabled=compare and self._ranks.first)
 
         def announce() -> None:
-            """What is sampled from now on, such as by another run's requests, is not of the weights before."""
+            """Change the servers' label, so that no token sampled during the transfer carries the old one."""
             if self._ranks.first:
                 self._on_each(lambda server: server.label_weights(f"{label}, on their way"))
                 self._transfer.prepare(self._on_each)
@@ -181,21 +176,21 @@ class VLLMServer:
         self._label, self._policy_version = label, policy_version
 
     def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
-        """Have servers sample, and prove the responses on-policy. See `RolloutEngine.generate`."""
+        """Have servers sample, and prove that the responses are on-policy."""
         requests = self._sampling.requests(prompts, stream)
         responses = self._together(lambda: self._ask_all(requests))
         rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
         return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def close(self) -> None:
-        """Stop the server that was started here, or let those elsewhere go."""
+        """Disconnect from all servers, and stop the one that was started here."""
         self._transfer.close()
         if self._process is not None:
             self._process.close()
             self._process = None
 
     def _together(self, action: Callable[[], T]) -> T:
-        """Do something on all ranks or none. A server that one of them has lost is lost for all."""
+        """Carry out an action on all ranks. If it fails on one, it fails on all; a server lost by one is lost by all."""
         result = self._ranks.agree(action)
         for alive in self._ranks.collect([server.address for server in self._servers]):
             self._servers = [server for server in self._servers if server.address in alive]
@@ -204,7 +199,7 @@ class VLLMServer:
         return result
 
     def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Response]:
-        """Responses, in the order of requests. They come back as they finish."""
+        """Send all requests, and return the responses in their order."""
         answers: dict[int, Answer] = {}
         pool = ThreadPoolExecutor(min(len(requests), self.requests_in_flight * len(self._servers)))
         try:
@@ -213,7 +208,7 @@ class VLLMServer:
                 for done in as_completed(places):
                     answers[places[done]] = done.result()
                     bar.update()
-        except KeyboardInterrupt:  # the user's second one: nothing is waited for
+        except KeyboardInterrupt:  # the second Ctrl-C: end without waiting for anything
             self._servers = []
             self.close()
             raise
@@ -225,7 +220,7 @@ class VLLMServer:
             raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
 
     def _ask(self, place: int, tokens: list[int], parameters: dict[str, Any]) -> Answer:
-        """One response, from whatever server is left."""
+        """Get one response, from another server if the first is lost."""
         failures: Counter[str] = Counter()
         while servers := self._servers:
             server = servers[place % len(servers)]
@@ -245,7 +240,7 @@ class VLLMServer:
         raise RolloutError(f"no vLLM server is left; {self._why_lost}")
 
     def _on_each(self, call: Callable[[VLLMClient], None]) -> None:
-        """Call something with every server, at the same time."""
+        """Call a function with every server, all at the same time."""
 
         def attempt(server: VLLMClient) -> None:
             try:

@@ -1,4 +1,4 @@
-"""Whether a server fits a run, and how to start one that does."""
+"""Checks that a server fits a run, and how to start one that does."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.rollout.vllm.requests import CPU_CACHE_GIB, GIB
 from oprd_tune.rollout.vllm.server_process import SERVER_MODULE
 
-_MOST_LOGPROBS = 20  # at a token, vLLM's default
+_MOST_LOGPROBS = 20  # at each token, vLLM's default
 
 
 @dataclass(frozen=True)
 class ServerFit:
-    """What a run needs of its servers.
+    """What a run needs from its servers.
 
     Attributes:
-        weights: of the student.
-        length: tokens of the longest prompt and response.
-        logprobs: at each token.
+        weights: the student's weights.
+        length: the most tokens of a prompt and its response together.
+        logprobs: the number of log-probabilities at each token.
         nccl: whether weights come over NCCL.
-        checksums: whether weights are to be summed up.
+        checksums: whether servers have to compute checksums of their weights.
     """
 
     weights: PolicyWeights
@@ -39,7 +39,7 @@ class ServerFit:
     checksums: bool
 
     def arguments(self, memory: float, kv_cache_gib: float | None) -> list[str]:
-        """Arguments of `vllm serve`, with a share of a GPU's memory or a size of the cache."""
+        """Arguments for `vllm serve`. `memory` is the share of a GPU's memory, unless the cache has a fixed size."""
         on_cuda = self.weights.device.type == "cuda"
         named: dict[str, Any] = {
             "dtype": str(self.weights.dtype).removeprefix("torch."),
@@ -57,7 +57,7 @@ class ServerFit:
         return [word for name, value in named.items() for word in (f"--{name}", str(value))] + flags
 
     def check(self, server: VLLMClient) -> None:
-        """Raise ConfigError, with the server's address, for one of another version, model or precision."""
+        """Raise ConfigError if a server has the wrong version, model, precision or settings."""
         wanted = {"dtype": str(self.weights.dtype), "logprobs_mode": "raw_logprobs"}
         least = {"max_model_len": self.length, "max_logprobs": self.logprobs}
         try:
@@ -83,22 +83,15 @@ class ServerFit:
 def wait_for_servers(
     servers: Sequence[VLLMClient], timeout: float, folder: Path, arguments: Sequence[str], *, tell: bool
 ) -> None:
-    """Return when all servers answer, or raise ConfigError after `timeout` seconds.
+    """Wait until all servers answer. After `timeout` seconds, raise ConfigError.
 
-    Args:
-        servers: to wait for.
-        timeout: seconds.
-        folder: that they are to serve.
-        arguments: that they are to be started with.
-        tell: whether to print the commands that start them.
+    If `tell` is true and a server does not answer yet, print the command that starts it, with `folder` as its model.
     """
     deadline = time.monotonic() + timeout
     while missing := [server for server in servers if not server.is_ready()]:
         if tell:
-            print(
-                f"Waiting up to {timeout:g} seconds (rollout.startup_timeout) for servers, to be started with",
-                flush=True,
-            )
+            limit = f"{timeout:g} seconds (rollout.startup_timeout)"
+            print(f"Waiting up to {limit} for servers, to be started with", flush=True)
             for server in missing:
                 place = urlsplit(server.address)
                 where = ["--host", str(place.hostname), "--port", str(place.port or 80)]

@@ -1,4 +1,4 @@
-"""The command that serves a student with vLLM, and a process of ours that runs it."""
+"""A process that serves a student with vLLM on this machine."""
 
 from __future__ import annotations
 
@@ -19,23 +19,21 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.rollout.vllm.client import VLLMClient
 
 LOOPBACK = "127.0.0.1"
-SERVER_MODULE = (
-    "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs; that command does not start in the CPU build
-)
-_PORTS = range(20_000, 32_000)  # below those that the system hands out in the meantime
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` runs it, but does not start in vLLM's CPU build
+_PORTS = range(20_000, 32_000)  # below the ports that the system gives to other programs
 _SHUTDOWN_SECONDS = 10.0
 _LAST_LINES, _LAST_ERRORS = 15, 4
 _PR_SET_PDEATHSIG = 1
 
 
 class ServerProcess:
-    """A local `vllm serve`, on a free port of the loopback interface. It ends with this process, however that ends.
+    """A local vLLM server on a free port of the loopback interface. It ends when this process ends, in whatever way.
 
     Args:
-        folder: the model.
-        arguments: of `vllm serve`.
-        environment: what it sees beside this process's own variables.
-        log: a file for its output.
+        folder: the model's folder.
+        arguments: further arguments of the server.
+        environment: environment variables, in addition to those of this process.
+        log: the file for the server's output.
     """
 
     def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -51,21 +49,21 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the run, which ends its step and then the server
+                start_new_session=True,  # Ctrl-C must reach the run only, which ends its step and then the server
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         atexit.register(self.close)
 
     @property
     def pid(self) -> int:
-        """Of the server."""
+        """The process id of the server."""
         return self._process.pid
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Return when it answers.
+        """Wait until the server answers.
 
         Raises:
-            ConfigError: if it ends or is not ready in time, with what its log says.
+            ConfigError: if it ends, or is not ready after `timeout` seconds. The message quotes the log.
         """
         print(f"Starting vLLM's server at {self.address}; its log is {self._log}", flush=True)
         client, deadline = VLLMClient(self.address, timeout=5.0), time.monotonic() + timeout
@@ -81,7 +79,7 @@ class ServerProcess:
             time.sleep(0.2)
 
     def close(self) -> None:
-        """Stop it, with all its processes."""
+        """Stop the server and all its processes."""
         atexit.unregister(self.close)
         if self._process.poll() is None:
             self._process.terminate()
@@ -93,7 +91,7 @@ class ServerProcess:
 
 
 def _end_with_parent() -> None:
-    """In the child: have the kernel send SIGTERM when the parent is gone, even by SIGKILL."""
+    """In the child: have the kernel send SIGTERM when the parent has ended, even if it was killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""Ways of the student's weights to servers: over NCCL where both have GPUs, through a shared folder elsewhere."""
+"""Two ways to send the student's weights to servers: NCCL, if both have GPUs, and a shared folder."""
 
 from __future__ import annotations
 
@@ -25,26 +25,20 @@ _START = "start"
 
 
 class WeightTransfer(Protocol):
-    """How weights reach servers."""
+    """A way to send weights to servers. `on_each` takes a function of a server and calls it for every server."""
 
     def prepare(self, on_each: Callable[..., None]) -> None:
-        """Tell servers what is coming. The first rank calls; what fails here fails before anything is gathered."""
+        """Prepare servers for a transfer. Only rank 0 calls. A failure here comes before any weights are gathered."""
 
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
-        """Give servers the student's weights. All ranks must call; the first one talks to the servers.
-
-        Args:
-            servers: who receives.
-            checksums: notes what is sent.
-            on_each: called with a function of a server, carries it out for each of them.
-        """
+        """Send the student's weights to servers, through `checksums`. All ranks must call; rank 0 calls the servers."""
 
     def close(self) -> None:
-        """Leave nothing behind, neither here nor on servers."""
+        """Free all resources, here and on servers."""
 
 
 def write_config(weights: PolicyWeights, folder: Path) -> Path:
-    """Write the engine's `config.json`, from which a server can start without weights; returns its folder."""
+    """Write the engine's `config.json`, from which a server can start without weights. Returns the folder."""
     target = folder / _START
     if weights.ranks.first:
         target.mkdir(parents=True, exist_ok=True)
@@ -54,11 +48,9 @@ def write_config(weights: PolicyWeights, folder: Path) -> Path:
 
 
 class FolderTransfer:
-    """Writes a Hugging Face folder, one file for each block, and has servers read it.
+    """Writes the weights to a Hugging Face folder, one file for each block, and has servers read it.
 
-    Args:
-        weights: what to send.
-        folder: servers see it under the same path.
+    Servers must see `folder` at the same path.
     """
 
     def __init__(self, weights: PolicyWeights, folder: Path) -> None:
@@ -66,25 +58,25 @@ class FolderTransfer:
         self._count = 0
 
     def write_start(self) -> Path:
-        """Write what a server starts from; returns its folder."""
+        """Write a config and weights from which a server can start. Returns the folder."""
         target = write_config(self._weights, self._folder)
         self._write(self._weights.parts(), target)
         return target
 
     def remove_start(self) -> None:
-        """Remove the weights of `write_start`, which servers have read."""
+        """Remove the weights that `write_start` wrote, after servers have read them."""
         if self._weights.ranks.first:
             for file in (self._folder / _START).glob("*.safetensors"):
                 file.unlink()
 
     def prepare(self, on_each: Callable[..., None]) -> None:
-        """Nothing: servers read when the files are there."""
+        """Do nothing: servers read the files after they are written."""
 
     def close(self) -> None:
-        """Nothing: files go as soon as they are read."""
+        """Do nothing: files are removed as soon as servers have read them."""
 
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
-        """See `WeightTransfer.send`."""
+        """Write the weights, and have servers read them."""
         self._count += 1
         target = self._folder / f"weights_{self._count % 2}"
         if self._weights.ranks.first:
@@ -95,30 +87,27 @@ class FolderTransfer:
             shutil.rmtree(target, ignore_errors=True)
 
     def _write(self, parts: Iterable[dict[str, Tensor]], target: Path) -> None:
-        """Write each part. A full disk must not keep other ranks waiting, so all parts are gathered all the same."""
+        """Write each part. After a failure, go on gathering the parts, or other ranks would wait for this one."""
         failure: Exception | None = None
         for number, part in enumerate(parts):
             if not self._weights.ranks.first or failure is not None:
                 continue
             try:
-                # A tied head is the embedding's own memory, which a file may not hold twice.
+                # A tied head shares the embedding's memory, but a file may not hold the same memory twice.
                 own = {name: w.clone() if name == "lm_head.weight" else w.contiguous() for name, w in part.items()}
                 target.mkdir(parents=True, exist_ok=True)
                 save_file(own, target / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
                 failure = error
         if failure is not None:
-            shutil.rmtree(target, ignore_errors=True)  # a checkpoint may need the room
+            shutil.rmtree(target, ignore_errors=True)  # a checkpoint may need the space
             raise RolloutError(f"the student's weights cannot be written to {target}: {failure}") from failure
 
 
 class NCCLTransfer:
-    """vLLM's own weight transfer: one broadcast from the first rank to the GPUs of all servers.
+    """vLLM's own weight transfer: one broadcast from rank 0 to the GPUs of all servers.
 
-    Args:
-        weights: what to send.
-        servers: all of them; none can be added later.
-        timeout: seconds that a transfer may take.
+    A transfer may take `timeout` seconds. Servers cannot be added later.
     """
 
     def __init__(self, weights: PolicyWeights, servers: Sequence[VLLMClient], timeout: float) -> None:
@@ -126,7 +115,7 @@ class NCCLTransfer:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         class Source(WeightSource):
-            """The stream, in vLLM's own form."""
+            """The student's weights, with the interface that vLLM expects."""
 
             checksums: Checksums
             passing: Iterator[dict[str, Tensor]] = iter(())
@@ -151,46 +140,46 @@ class NCCLTransfer:
                 master_port=port,
                 world_size=1 + sum(sizes),
                 rank=weights.ranks.rank,
-                packed=False,  # or vLLM reads parameters on streams that do not wait for the optimizer
+                packed=False,  # packing reads parameters on CUDA streams that do not wait for the optimizer
             ),
             client=self._client,
             source=self._source,
         )
 
     def prepare(self, on_each: Callable[..., None]) -> None:
-        """Open the update on all servers."""
+        """Start the update on all servers."""
         try:
             self._client.open_update()
         except OSError as error:
             raise RolloutError(f"vLLM's servers do not take new weights: {error}") from error
 
     def close(self) -> None:
-        """Release the servers' ends of the connection, and this one."""
+        """Close the connection on the servers and here."""
         with suppress(OSError, RuntimeError):
             if self._engine.is_sender:
                 self._client.shutdown_weight_transfer_engine()
             self._engine.shutdown()
 
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
-        """See `WeightTransfer.send`. A server that was lost breaks the group, and so ends the run."""
+        """Broadcast the weights. If a server is lost, the NCCL group is broken, and the run ends."""
         self._source.checksums = checksums
         try:
             self._engine.send_weights()
-        except (OSError, RuntimeError) as error:  # of the HTTP client or of NCCL
-            for _ in self._source.passing:  # other ranks gather to the end
+        except (OSError, RuntimeError) as error:  # from the HTTP client or from NCCL
+            for _ in self._source.passing:  # take part in gathering to the end, as other ranks do
                 pass
             raise RolloutError(f"the student's weights did not reach vLLM's servers over NCCL: {error}") from error
 
 
 def _address_towards(server: str) -> str:
-    """This host's address, as a server's host sees it. No packet is sent."""
+    """This host's address on the route to a server. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         route.connect((urlsplit(server).hostname, 9))
         return route.getsockname()[0]
 
 
 class _AllServers:
-    """vLLM's client for weight transfers, of several servers as one: each gets its own ranks of the group."""
+    """Acts as vLLM's client for weight transfers, for several servers. Each gets its own ranks of the NCCL group."""
 
     def __init__(self, servers: Sequence[VLLMClient], sizes: Sequence[int], timeout: float) -> None:
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
@@ -203,7 +192,7 @@ class _AllServers:
         self._each("init_weight_transfer_engine", infos)
 
     def open_update(self) -> None:
-        """What vLLM does at the start of a transfer, before other ranks gather; then it need not be done again."""
+        """Start the update, before any rank gathers weights. vLLM's own call to start it then does nothing."""
         self._each("start_weight_update")
 
     def start_weight_update(self) -> None:
@@ -219,7 +208,7 @@ class _AllServers:
         self._each("shutdown_weight_transfer_engine")
 
     def _each(self, method: str, arguments: Sequence[Any] | None = None) -> None:
-        """Call all servers at once: they meet each other in it."""
+        """Call all servers at the same time, because they wait for each other in these calls."""
         calls = [getattr(client, method) for client in self._clients]
         with ThreadPoolExecutor(len(calls)) as pool:
             list(pool.map(lambda call, *args: call(*args), calls, *([] if arguments is None else [arguments])))
