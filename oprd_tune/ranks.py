@@ -97,10 +97,7 @@ class Ranks:
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """Join the processes that a launcher such as torchrun has started. A single process makes no process group.
-
-    `device` is this process's own, such as `cuda:3`.
-    """
+    """Join the processes that a launcher such as torchrun has started. `device` is this one's own, such as `cuda:3`."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():

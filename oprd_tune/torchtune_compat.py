@@ -87,7 +87,7 @@ def config_of(files: FullModelHFCheckpointer) -> Mapping[str, Any]:
 
 
 def model_type_of(files: FullModelHFCheckpointer) -> str:
-    """A checkpointer's `model_type` as configs spell it; our own name where torchtune does not know the architecture."""
+    """A checkpointer's `model_type` as configs spell it; our own name if torchtune does not know the architecture."""
     return getattr(files, "architecture", files._model_type.name)
 
 
@@ -109,7 +109,7 @@ def other_conversions_for_qwen2(to_tune: Callable[..., Any], to_hf: Callable[...
 
 def set_output(model: TransformerDecoder, output: object) -> None:
     """Put a head, or an object in a head's place, into a decoder."""
-    # A tied head is a plain attribute and an untied one a submodule. Remove either, so that the other can take the name.
+    # A tied head is a plain attribute and an untied one a submodule. Neither can take the name while the other has it.
     model._modules.pop("output", None)
     model.__dict__.pop("output", None)
     model.output = output

@@ -1,6 +1,6 @@
 """The data of a training step as frozen dataclasses, and the letters that name tensor dimensions.
 
-Tensor names in this package end in one letter per dimension:
+The names of tensors in this package end in one letter per dimension:
 
     B  sequences           T  selected response tokens, packed over the batch    V  vocabulary
     P  prompt tokens       L  tapped layer pairs                                 H  attention heads
@@ -70,9 +70,9 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class LogprobGap:
-    """The difference |Δ|, in nats, between a sampler's and the trainer's log-probabilities of the same tokens.
+    """Mean and largest difference |Δ|, in nats, between a sampler's and the trainer's log-probabilities of its tokens.
 
-    It covers all ranks: `tokens` were compared in `seconds`.
+    `tokens` of all ranks were compared, which took `seconds`.
     """
 
     mean: float

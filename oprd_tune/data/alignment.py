@@ -1,4 +1,4 @@
-"""Lets a teacher with another tokenizer read the student's responses, and finds the places where the two compare.
+"""Tokenizes responses for a teacher with another tokenizer, and finds which states of student and teacher meet.
 
 At each token, a model has read a certain number of UTF-8 bytes of the response. A student state and a teacher state
 meet if both models have read the same number of bytes.
@@ -24,8 +24,7 @@ Integers = NDArray[np.int64]
 class Reader:
     """Tokenizes sampled responses for the teacher and aligns both tokenizations.
 
-    Raises:
-        ConfigError: if a tokenizer is of another class, or if its tokens do not stand for bytes.
+    Raises ConfigError if a tokenizer is of another class, or if its tokens do not stand for bytes.
     """
 
     def __init__(self, student: HuggingFaceTokenizer, teacher: HuggingFaceTokenizer) -> None:
@@ -49,12 +48,7 @@ class Reader:
         read the same bytes, only the last of them meets another. A tokenizer may change the text that it encodes;
         after the first byte that differs, no states meet.
 
-        Args:
-            rollout: prompts and responses in the student's tokens.
-            teacher_prompts: the prompt of each row in the teacher's tokens.
-
-        Returns:
-            The reading, on the rollout's device.
+        `teacher_prompts` holds the prompt of each row in the teacher's tokens. The result is on the rollout's device.
 
         Raises:
             ValueError: if a prompt is missing or empty.

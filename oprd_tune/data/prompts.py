@@ -24,8 +24,8 @@ class PromptDataset:
 
     Args:
         rows: texts in the columns `prompt` and `answer`; an answer is None if it is not known.
-        max_prompt_tokens: the most tokens of a prompt, in the student's tokens; None sets no limit. Longer prompts and
-            empty ones are dropped.
+        max_prompt_tokens: the most tokens that a prompt may have for the student; None sets no limit. Longer prompts
+            and empty ones are dropped.
         prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template.
         system_prompt: a system message for the chat template.
         teacher_tokenizer: the tokenizer of a teacher that reads the prompts in other tokens; None if it reads these.
@@ -69,8 +69,7 @@ class PromptDataset:
         found = len(rows)
         # Not read from the library's disk cache: its keys do not tell one tokenizer from another.
         tokenized = rows.map(self._tokenize, desc="Tokenizing prompts", load_from_cache_file=False)
-        longest = {"longest": max_prompt_tokens or 2**31}
-        kept = tokenized.filter(_fits, fn_kwargs=longest, load_from_cache_file=False)
+        kept = tokenized.filter(_fits, fn_kwargs={"longest": max_prompt_tokens or 2**31}, load_from_cache_file=False)
         self.dropped = found - len(kept)
         if not len(kept):
             reason = f"all {found} prompts are empty or longer than max_prompt_tokens {max_prompt_tokens}"
@@ -185,13 +184,14 @@ def prompt_dataset(
 
 def _load(source: str, split: str, subset: str | None) -> Dataset:
     path = Path(source).expanduser()
-    file_format = _LOCAL_FORMATS.get(path.suffix)
-    if file_format is not None and not path.is_file():
-        raise ConfigError(f"dataset.source: there is no file {path}")
     try:
-        if file_format is not None:
-            return load_dataset(file_format, data_files=str(path), split=split)
+        if path.suffix in _LOCAL_FORMATS:
+            if not path.is_file():
+                raise ConfigError(f"dataset.source: there is no file {path}")
+            return load_dataset(_LOCAL_FORMATS[path.suffix], data_files=str(path), split=split)
         return load_dataset(source, subset, split=split)
+    except ConfigError:
+        raise
     except Exception as error:  # the library raises many kinds, most of them about the hub
         raise ConfigError(
             f"dataset.source {source!r} (split {split!r}) cannot be loaded: {error}. Give a hub name, or a file "

@@ -1,4 +1,4 @@
-"""The order of prompts: an endless, shuffled stream in which each prompt depends on its position alone."""
+"""The order of prompts: an endless, shuffled stream in which a seed and a position determine the prompt."""
 
 from __future__ import annotations
 

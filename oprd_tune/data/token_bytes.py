@@ -64,10 +64,8 @@ class TokenBytes:
 def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
     """Work out from a tokenizer's definition which bytes each token stands for.
 
-    An added token that is not special stands for its own text.
-
-    Raises:
-        ConfigError: if decoding does more than join the bytes of the tokens.
+    An added token that is not special stands for its own text. Raises ConfigError if decoding does more than join the
+    bytes of the tokens, apart from a space at the start of the text.
     """
     definition = json.loads(tokenizer.to_str())
     steps = _steps(definition["decoder"], "decoders")

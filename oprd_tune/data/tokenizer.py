@@ -27,7 +27,6 @@ class HuggingFaceTokenizer:
     as well. Only the chat template adds special tokens; `encode` does not.
 
     Args:
-        path: a model folder.
         max_seq_len: not used for truncation; the data set drops prompts that are too long.
         chat_template_kwargs: values for the chat template's own variables, such as Qwen3's `enable_thinking`.
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config.checks import check_whole
@@ -73,11 +74,7 @@ class ReferencePerplexity:
 
 
 def _pad_pairs(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    tokens_BS = torch.full((len(pairs), width), pad_id)
-    mask_BS = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        tokens_BS[row, :end] = torch.tensor([*prompt, *answer])
-        mask_BS[row, len(prompt) : end] = True
-    return tokens_BS, mask_BS
+    """Token ids of prompts with their answers, right-padded, and a mask of the answers."""
+    tokens = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
+    masks = [torch.tensor([False] * len(prompt) + [True] * len(answer)) for prompt, answer in pairs]
+    return pad_sequence(tokens, batch_first=True, padding_value=pad_id), pad_sequence(masks, batch_first=True)

@@ -9,10 +9,8 @@ def exact_match(response: str, answer: str) -> bool:
 def math_answer(response: str, answer: str) -> bool:
     """True if the last mathematical expression of the response equals the reference, as math-verify judges.
 
-    The reference is the text after `####`, as in GSM8K, or else the whole answer.
-
-    Raises:
-        ImportError: if the `eval` extra is not installed.
+    The reference is the text after `####`, as in GSM8K, or else the whole answer. Raises ImportError without the `eval`
+    extra.
     """
     try:
         from math_verify import parse, verify

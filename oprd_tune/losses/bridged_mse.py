@@ -34,16 +34,12 @@ BRIDGED_NORMALISATIONS: dict[str, StateError] = {
 
 
 class BridgedMSE(HiddenStateLoss):
-    """The hidden-state loss of OPRD-Bridge.
+    """The hidden-state loss of OPRD-Bridge. Raises ConfigError for an unknown normalisation or a negative coefficient.
 
     Args:
         normalisation: `l2` scales both projections to unit length, as in the paper. `variance` divides each layer's
             error by the variance of the teacher's projections; always predicting their mean then costs 1. `none` does
             neither.
-        coefficient: factor on the whole loss.
-
-    Raises:
-        ConfigError: for an unknown normalisation or a negative coefficient.
     """
 
     bridged: ClassVar[bool | None] = True

@@ -83,9 +83,9 @@ class Composite:
         bridge: Projections | None = None,
         probe: Probe | None = None,
     ) -> CompositeStream:
-        """Start one microbatch. Token losses read `tokens` and `heads`; a hidden-state loss reads the rest.
+        """Start one microbatch. A `probe` also gets the final state; most steps have none.
 
-        A `probe` also gets the final state; most steps have none.
+        Token losses read `tokens` and `heads`. A hidden-state loss reads `selection`, `pairs` and `bridge`.
         """
         streams: dict[str, LayerStream | TokenStream] = {}
         for name, part in self.parts.items():

@@ -19,11 +19,7 @@ _TOKENS_AT_ONCE = 16
 class Probe:
     """Runs `diagnose` on `count` evenly spaced response tokens. Call it with the student's final state.
 
-    Args:
-        teacher_TC: the teacher's final state at `tokens.index_T`.
-
-    Attributes:
-        metrics: sums over those tokens; empty before the call.
+    `teacher_TC` is the teacher's final state at `tokens.index_T`. `metrics` is empty before the call.
     """
 
     def __init__(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens, *, count: int, k: int) -> None:

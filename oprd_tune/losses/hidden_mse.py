@@ -72,7 +72,7 @@ class HiddenStateLoss:
             count: number of those tokens.
 
         Raises:
-            ValueError: if a layer's mean square is zero or not finite.
+            ValueError: if a layer's mean square is zero or NaN.
         """
         scales = {layer: total / count for layer, total in square_sums.items()}
         if dead := [layer for layer, scale in scales.items() if not scale > 0]:
@@ -99,8 +99,8 @@ class HiddenStateLoss:
 
         Args:
             pairs: layer pairs, ascending by student layer.
-            targets: the teacher's states by student layer, or their projections. Each is removed once it is used.
-            bridge: projects the student's states; None compares them as they are.
+            targets: by student layer, the teacher's states or, with a bridge, their projections. Each is removed once
+                it is used.
             measured: whether to collect metrics as well.
         """
         return LayerStream(self, pairs, targets, selection, bridge, measured=measured)
@@ -119,16 +119,12 @@ NORMALISATIONS: dict[str, StateError] = {"none": squared_error, "l2": unit_squar
 
 
 class HiddenStateMSE(HiddenStateLoss):
-    """The hidden-state loss of OPRD.
+    """The hidden-state loss of OPRD. Raises ConfigError for an unknown normalisation or a negative coefficient.
 
     Args:
         normalisation: `none` is Eq. 6 as written. `l2` scales both states to unit length; use a coefficient of about D
             with it. `rms` divides each layer's error by the teacher's mean square at that layer, which is measured on
             the selected tokens of the first step and then fixed.
-        coefficient: factor on the whole loss.
-
-    Raises:
-        ConfigError: for an unknown normalisation or a negative coefficient.
     """
 
     bridged: ClassVar[bool | None] = False

@@ -49,7 +49,7 @@ class StateSelector:
             raise ConfigError(f"anchor is {self.anchor!r}; allowed are {', '.join(ANCHORS)}")
 
     def __call__(self, rollout: Rollout) -> Selection:
-        """The selected states. With a teacher that has another tokenizer: those that match one of its states."""
+        """The selected states. If the teacher has another tokenizer, only states that match one of its own."""
         selection = select_states(rollout.response_mask_BS, positions=self.positions, k=self.k, anchor=self.anchor)
         if (reading := rollout.reading) is None:
             return selection
@@ -72,9 +72,7 @@ def select_states(
 ) -> Selection:
     """Select response tokens by position and return the positions of their states, in row-major order.
 
-    Args:
-        response_mask_BS: True on response tokens, contiguous in each row.
-        positions: as in `StateSelector`, like `k` and `anchor`.
+    The response tokens of each row must be contiguous. The other arguments are those of `StateSelector`.
 
     Raises:
         ValueError: if, under `predict`, a response starts in column 0, where no state predicts it.

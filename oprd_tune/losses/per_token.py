@@ -30,7 +30,8 @@ class PerTokenLoss(DenseTokenLoss):
         chunk_tokens: see `TokenLoss`. The function's own intermediates add to the usual three [chunk, V] tensors.
 
     Raises:
-        ConfigError: if there is no such function, or, in the first step, if it does not return [T].
+        ConfigError: if there is no such function, or, in the first step, if its result is not [T] or does not depend on
+            the student.
     """
 
     per_token: TokenError | str

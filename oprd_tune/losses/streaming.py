@@ -29,12 +29,9 @@ def streamed_sum(state_BSD: Tensor, index_T: Tensor, sum_of_errors: Callable[[Te
 
 
 def check_one_a_token(name: str, error: object, student_TA: Tensor) -> None:
-    """Raise ConfigError unless a user's function has returned one value a token that depends on the student.
+    """Raise ConfigError unless `error`, a user's function of `student_TA`, has one value per token and depends on it.
 
-    Args:
-        name: The config key of the function, for the message.
-        error: What it returned.
-        student_TA: What it was given of the student.
+    `name` is the function's config key, for the message.
     """
     if not isinstance(error, Tensor) or error.shape != student_TA.shape[:1]:
         got = tuple(error.shape) if isinstance(error, Tensor) else type(error).__name__

@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 32  # rows whose exponentials, [rows, V], exist at once in `logs
 
 @dataclass(frozen=True)
 class Side:
-    """Final states and LM head of one model. All logits are divided by `temperature` and have at least fp32."""
+    """Final states and LM head of one model. Its logits are divided by `temperature` and are at least fp32."""
 
     state_TD: Tensor
     weight_VD: Tensor
@@ -87,11 +87,9 @@ class TokenLoss:
 
 
 class TokenStream:
-    """One microbatch of a token loss. Call it with the last layer's state, then read the results.
+    """One microbatch of a token loss. Call it with the last layer's state.
 
-    Attributes:
-        total: the sum over tokens, a scalar with a graph; None before the call.
-        metrics: sums over the microbatch's tokens.
+    Then `total` is the sum over tokens, a scalar with a graph, and `metrics` is complete.
     """
 
     def __init__(self, loss: TokenLoss, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> None:

@@ -84,17 +84,13 @@ def merged_while_gathered(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for linear in linears:
-                linear.weight.copy_(_merged(linear))
+                state = {f"x.{name}": p.detach().float() for name, p in linear.named_parameters() if name != "bias"}
+                linear.weight.copy_(get_merged_lora_ckpt(state, *_rank_and_alpha(linear))["x.weight"])
                 linear.disabled = True
         yield
     finally:
         for linear in linears:
             linear.disabled = False
-
-
-def _merged(linear: LoRALinear | DoRALinear) -> Tensor:
-    state = {f"x.{name}": value.detach().float() for name, value in linear.named_parameters() if name != "bias"}
-    return get_merged_lora_ckpt(state, *_rank_and_alpha(linear))["x.weight"]
 
 
 def merge_adapters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

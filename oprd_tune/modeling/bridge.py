@@ -28,7 +28,7 @@ _FORMAT = "oprd-tune bridge 1"
 
 @dataclass(frozen=True)
 class BridgePlan:
-    """The section `bridge` of a config: how to fit a bridge, or which fitted one to use.
+    """The section `bridge` of a config: how to fit a bridge, or which fitted one to use. Raises ConfigError if invalid.
 
     Attributes:
         rank: R, the number of the teacher's directions that are compared; at most the teacher's width.
@@ -43,9 +43,6 @@ class BridgePlan:
         file: a saved bridge to use instead of fitting one.
         same_weights: refuse a file that was fitted for other weights of these architectures.
         fit_only: end the run once the bridge is fitted.
-
-    Raises:
-        ConfigError: for a value that is not allowed.
     """
 
     free_on_resume: ClassVar[tuple[str, ...]] = ("fit_only", "held_out_prompts", "moments_device")
@@ -98,10 +95,7 @@ class BridgePlan:
         return pairs * (self.rank + 1) * (width + teacher_width) * 4
 
     def moment_bytes(self, pairs: int, width: int, teacher_width: int) -> int:
-        """Upper bound, in bytes, on the memory of a fit.
-
-        It covers all moments, or all projectors at full rank together with the matrices of one solution.
-        """
+        """Most memory of a fit, in bytes: all moments, or all full-rank projectors and the matrices of one solution."""
         if self.file is not None:
             return 0
         outcome = teacher_width if self.needs_final_state else None
@@ -129,7 +123,7 @@ class Belonging:
     conventions: Mapping[str, Any]
 
     def differences(self, other: Belonging, *, same_weights: bool) -> list[str]:
-        """One line for each fact in which `other`, a file's, differs from this run's; names do not matter."""
+        """One line for each fact in which `other`, a file's, differs from this run's. Names are not compared."""
         found = []
         for part in ("student", "teacher", "conventions"):
             mine, theirs = getattr(self, part), getattr(other, part)

@@ -20,8 +20,7 @@ _NAMED = {
 def resolve_layers(layers: str | Sequence[int], depth: int) -> list[int]:
     """Turn `all`, `last`, `even`, `odd` or a list into ascending student layers.
 
-    Raises:
-        ConfigError: for another name, an empty or repeating list, or a layer outside 1 to `depth`.
+    Raises ConfigError for another name, an empty list, a repeated layer, or a layer outside 1 to `depth`.
     """
     if isinstance(layers, str):
         if layers not in _NAMED:

@@ -66,13 +66,10 @@ class Covariance:
 
 
 class PairMoments:
-    """The covariances from which a layer pair's projectors are computed.
+    """The covariances from which a layer pair's projectors are computed. `dtype` and `device` are as in `Covariance`.
 
-    h is the student's state, g the teacher's, and f the teacher's final state.
-
-    Args:
-        outcome_width: width of f, which only the basis `predictive` needs; None for the other bases.
-        dtype: see `Covariance`, as for `device`.
+    h is the student's state and g the teacher's. f is the teacher's final state, of size `outcome_width`. Only the basis
+    `predictive` needs it; for the others, `outcome_width` is None.
     """
 
     def __init__(

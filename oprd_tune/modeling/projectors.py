@@ -16,9 +16,7 @@ from torch import Tensor
 from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.ranks import Ranks
 
-# Variances below this multiple of precision · largest variance are rounding noise. Measured errors of sums over many
-# batches are smaller.
-_NOISE = 32
+_NOISE = 32  # times precision and largest variance: below this, a variance is rounding noise (measured noise is less)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _reduced_rank(known: _Known) -> Tensor:
 
 
 def _predictive(known: _Known) -> Tensor:
-    """The directions that predict the teacher's final state f: the main directions of f̂ = M g, where M regresses f on g."""
+    """The directions that predict the final state f: the main directions of f̂ = M g, where M regresses f on g."""
     map_FC = known.outcome_FC
     assert map_FC is not None
     return _top_eigenvectors(map_FC @ known.gg_CC @ map_FC.T).T @ map_FC
@@ -148,7 +146,7 @@ def regression(ba_BA: Tensor, aa_AA: Tensor, *, ridge: float, precision: float, 
     Args:
         ba_BA: covariance of b and a.
         ridge: see `fit_projectors`, as for `ridge_scale`.
-        precision: relative rounding error of Σ_aa, below which a variance counts as zero.
+        precision: relative rounding error of Σ_aa; it decides which variances count as zero.
     """
     diagonal_A = aa_AA.diagonal()
     square_A = diagonal_A if ridge_scale == "diagonal" else diagonal_A.mean().expand_as(diagonal_A)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks, need_process_group
 
@@ -81,6 +82,26 @@ class Sharding:
             ignored_params=ignored,
         )
         _RESHARD_AFTER_FORWARD[module] = reshard_after_forward
+
+
+def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
+    """How to spread the student over processes; None if this process holds the whole student.
+
+    A single process does without FSDP2, which would gather a second copy, and without a process group. Two settings
+    need FSDP2 even there: `fsdp_cpu_offload`, and a `master_dtype` that differs from `dtype`.
+
+    Raises:
+        ConfigError: if shards cannot be offloaded here.
+    """
+    s = settings
+    if ranks.world_size == 1 and not s.fsdp_cpu_offload and s.torch_master_dtype == s.torch_dtype:
+        return None
+    return Sharding(
+        ranks,
+        compute_dtype=s.torch_dtype,
+        reshard_after_forward=s.fsdp_reshard_after_forward,
+        cpu_offload=s.fsdp_cpu_offload,
+    )
 
 
 @contextmanager

@@ -70,11 +70,7 @@ def hugging_face_checkpointer(
 
 
 def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheckpointer:
-    """Construct a config's checkpointer. It checks its folder but reads no weights; exports go to `output_dir`.
-
-    Raises:
-        ConfigError: if the folder is missing or incomplete.
-    """
+    """Construct a config's checkpointer; weights are not read yet. Raises ConfigError if its folder is incomplete."""
     name = component.name
     try:
         return component.plainly(output_dir=output_dir)

@@ -29,7 +29,6 @@ class RunData:
         teacher_context: the number of tokens that the teacher can read.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
-        ranks: the processes of the run.
     """
 
     tokenizer: Tokenizer

@@ -78,8 +78,6 @@ class Memory:
 
     Attributes:
         student: the student's parameters and buffers.
-        optimizer: the optimizer's state.
-        teacher: the teacher's parameters.
         engine: what a sampling engine holds all the time.
         bridge: a bridge's projectors.
         sampling: what sampling adds: gathered weights and the cache.

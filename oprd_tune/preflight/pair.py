@@ -29,12 +29,9 @@ class ModelPair:
 
     Attributes:
         layers: the paired layers, ascending by student layer; empty without a hidden-state loss.
-        depth: the number of the student's blocks.
-        teacher_depth: the number of the teacher's blocks.
-        student_files: the student's opened checkpointer.
-        teacher_files: the teacher's opened checkpointer.
-        width: the size of a student's state.
-        teacher_width: the size of a teacher's state.
+        depth, teacher_depth: the number of blocks.
+        student_files, teacher_files: the opened checkpointers.
+        width, teacher_width: the size of a hidden state.
         context: the number of tokens that both models can read. If the teacher has another tokenizer, the number that
             the student can read.
         teacher_context: the number of tokens that the teacher can read.

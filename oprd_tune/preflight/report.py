@@ -18,6 +18,8 @@ from oprd_tune.losses.composite import Composite, as_composite
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
 from oprd_tune.losses.masking import StateSelector
 from oprd_tune.modeling.bridge import BridgePlan
+from oprd_tune.modeling.freezing import freeze
+from oprd_tune.modeling.sharding import choose_sharding
 from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.memory import Memory, Plan, optimizer_bytes, predict_memory
@@ -26,7 +28,6 @@ from oprd_tune.protocols import RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.torchtune_compat import folder_of
-from oprd_tune.training.student import choose_sharding, freeze
 
 _GIB = 2**30
 

@@ -57,7 +57,6 @@ class RunFolder:
     Args:
         output_dir: the run's folder, the same on all ranks.
         keep: the number of checkpoints to keep. Older ones are removed once a new one is complete.
-        ranks: the processes of the run.
     """
 
     def __init__(self, output_dir: str, keep: int, ranks: Ranks | None = None) -> None:
@@ -92,10 +91,9 @@ class RunFolder:
         return latest
 
     def open(self, record: Mapping[str, Any]) -> None:
-        """Write the run's config into the folder, and remove what an interrupted save left. Call `check` before.
+        """Write the run's config, as plain values, into the folder. Remove what an interrupted save left there.
 
-        Args:
-            record: the run's config as plain values.
+        All ranks must have called `check` before.
         """
         self._record = record
         self._ranks.wait()
@@ -132,7 +130,7 @@ class RunFolder:
         Args:
             step: the number of finished optimizer steps.
             model: the student. Frozen parameters are not saved.
-            optimizer: holds the student's trainable parameters.
+            optimizer: the optimizer of the student's trainable parameters.
             parts: further objects with a state, by name. The first rank's state is saved. None is left out.
         """
         if step == self._saved_step or not optimizer.state:  # nothing has been learned yet
@@ -155,12 +153,12 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         self._ranks.wait()
-        if self._group is None and dist.is_initialized():
-            # Checkpoints are written while training communicates, so they need a group of their own. A single process
-            # needs one if a library such as vLLM has made a default group: `async_save` refuses a group for GPUs only.
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
         with quiet():
+            # Training communicates while checkpoints are written, so checkpoints need a group of their own. A single
+            # process needs one if a library such as vLLM has made a group for GPUs only: `async_save` refuses that one.
+            if self._group is None and dist.is_initialized():
+                self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             written = async_save(
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=staged,
@@ -207,7 +205,7 @@ class _PendingCheckpoint:
 
     def _publish(self) -> None:
         with self._lock:
-            if self._target.exists():
+            if self._target.exists():  # the callback or `wait` has published it already
                 shutil.rmtree(self._staged, ignore_errors=True)
                 return
             os.replace(self._staged, self._target)
@@ -231,11 +229,10 @@ def load_checkpoint(
     Args:
         checkpoint: a folder that `RunFolder.save` wrote, on any number of ranks.
         model: the student, wrapped as it trains.
-        optimizer: holds the student's trainable parameters.
+        optimizer: the optimizer of the student's trainable parameters.
         parts: the same objects as those that were saved.
         seed: seeds the random numbers if the number of ranks has changed, since no saved state fits then. Shuffling and
             sampling do not depend on that state: they follow from the run's seed and the step.
-        ranks: the processes of the run.
     """
     ranks = ranks or Ranks()
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)

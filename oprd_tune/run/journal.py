@@ -118,9 +118,7 @@ class Journal:
     def finish(self, student: Path, **facts: Any) -> None:
         """Write the summary and its plot, print the summary, and close the logger. Every rank must call.
 
-        Args:
-            student: the folder of the final student.
-            facts: further facts for the summary.
+        `student` is the folder of the final student; the summary also records `facts`.
         """
         s, ranks = self._settings, self._ranks
         facts |= {"seed": s.seed, "dtype": s.dtype}

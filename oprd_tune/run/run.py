@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -35,12 +34,6 @@ class Run:
             while run.goes_on():
                 run.record(train_step(prompts of run.step))
         return run.finish()
-
-    Args:
-        parts: the recipe's components.
-        settings: the recipe's settings.
-        ranks: the processes of the run.
-        recipe: the recipe's name.
 
     Attributes:
         parts: the recipe's components, with the chosen engine in place of `auto`.
@@ -79,10 +72,7 @@ class Run:
     def load_teacher(self, pair: ModelPair, data: RunData, *, top: int | None) -> TransformerDecoder:
         """Load the teacher and record the error of its quantisation. A run that starts also measures its accuracy.
 
-        Args:
-            pair: gives the teacher's files.
-            data: measures the accuracy.
-            top: the highest layer that the run reads; None for the whole teacher with its head.
+        `top` is the highest layer that the run reads; None stands for the whole teacher with its head.
         """
         s = self._settings
         measure = data.teacher_accuracy if self.checkpoint is None and s.evaluate_teacher else None
@@ -104,7 +94,7 @@ class Run:
         Args:
             student: the student to train.
             data: measures the student.
-            engine: the sampling engine; the run closes it at the end.
+            engine: samples responses. The run closes it at the end.
             stateful: further objects that a checkpoint saves, by name. Each has `state_dict` and `load_state_dict`.
         """
         s = self._settings
@@ -139,10 +129,8 @@ class Run:
             self._scope = scope.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._scope.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._scope.__exit__(*error)
 
     def goes_on(self) -> bool:
         """Whether to do another step: false after the last step, and after a signal. Every rank must call."""

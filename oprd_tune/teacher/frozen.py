@@ -1,4 +1,4 @@
-"""A frozen teacher, and what it gives the student's hidden states to imitate."""
+"""A frozen teacher, whose hidden states the losses compare with the student's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from oprd_tune.types import LayerPair, TeacherTargets
 
 
 class FrozenTeacher:
-    """Gives the states of chosen layers; consists of what that takes and nothing more.
+    """Computes the states of chosen layers.
 
     Args:
-        model: a loaded decoder. It is frozen, and cut after the highest layer that is needed; its head leaves too (hold
-            it as an `LMHead` before, if a token loss needs it).
+        model: a loaded decoder. It is frozen and loses its head and all layers above the highest one that is needed. If
+            a token loss needs the head, hold it as an `LMHead` before.
         pairs: the layers of a hidden-state loss; empty without one.
-        final: whether anything needs the states after the final norm.
-        bridge: projects states where they are produced, so that no whole one is kept; None keeps them whole.
+        final: whether a loss needs the states after the final norm.
+        bridge: projects states as soon as they are computed, so that no whole ones are kept; None keeps whole states.
     """
 
     def __init__(
@@ -37,15 +37,9 @@ class FrozenTeacher:
         cut_after(model, self._depth if final else max(pair.teacher for pair in pairs))
 
     def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
-        """What the losses compare the student with; one forward pass.
+        """What the losses compare the student with, from one forward pass. `protocols.Teacher` describes the arguments.
 
-        Args:
-            tokens_BS: right-padded token ids, as the teacher reads them.
-            index_T: positions in the flattened [B * S] grid, for the layers of a hidden-state loss.
-            final_index_T: positions of the final states.
-
-        Returns:
-            Tensors [T, C] in the teacher's dtype, or [T, R] through a bridge.
+        The tensors are [T, C] in the teacher's dtype, or [T, R] through a bridge.
         """
         wanted = [(pair.teacher, index_T, self._projection(pair)) for pair in self._pairs]
         if final_index_T is not None:

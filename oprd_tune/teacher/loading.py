@@ -1,4 +1,4 @@
-"""From a teacher's checkpoint to a frozen model: whole, spread over ranks, quantised, or waiting in CPU memory."""
+"""Loads a teacher's checkpoint as a frozen model: replicated, sharded, offloaded to CPU memory, or quantised."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ PLACEMENTS = ("replicated", "sharded", "offloaded")
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """How a run keeps its teacher.
+    """Where and how a run stores its teacher.
 
     Attributes:
-        placement: `replicated`, whole on each device; `sharded` over all processes, which for one process is the same;
-            or `offloaded`, in CPU memory, from where its blocks visit the device one at a time.
-        quantization: a scheme of `oprd_tune.teacher.quantize`, or None.
-        ranks: the processes of the run.
+        placement: `replicated` keeps it whole on each device; `sharded` spreads it over all ranks, which makes no
+            difference for one rank; `offloaded` keeps it in CPU memory and moves its blocks to the device one by one.
+        quantization: a key of `oprd_tune.teacher.quantize.SCHEMES`, or None.
 
     Raises:
-        ConfigError: if there is no such placement, or the device cannot run the scheme.
+        ConfigError: if the placement is unknown, or if the device cannot run the scheme.
     """
 
     placement: str
@@ -53,7 +52,7 @@ class TeacherPlan:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of it."""
+        """Whether each rank holds a part of the teacher."""
         return self.placement == "sharded" and self.ranks.world_size > 1
 
     def load(
@@ -65,7 +64,7 @@ class TeacherPlan:
         top: int | None,
         prompts: Sequence[Sequence[int]],
     ) -> tuple[TransformerDecoder, dict[int, float]]:
-        """Load it; see `load_teacher`."""
+        """Load the teacher as planned, with `load_teacher`."""
         return load_teacher(
             build,
             files,
@@ -79,13 +78,13 @@ class TeacherPlan:
         )
 
     def memory_bytes(self, model: TransformerDecoder, *, top: int, keeps_head: bool, dtype: torch.dtype) -> int:
-        """Bytes of its parameters on one rank's device; of blocks that visit it, at the largest.
+        """Bytes of the teacher's parameters on one rank's device. Of offloaded blocks, only the largest counts.
 
         Args:
             model: the whole teacher, on the meta device.
             top: the highest layer that is kept.
-            keeps_head: whether a loss reads its head.
-            dtype: of what is not quantised.
+            keeps_head: whether a loss reads the head.
+            dtype: the dtype of everything that is not quantised.
         """
         blocks = [quantized_bytes(block, self.quantization, dtype) for block in model.layers[:top]]
         embedding, head = model.tok_embeddings.weight.numel() * dtype.itemsize, 0
@@ -111,24 +110,20 @@ def load_teacher(
     quantization: str | None = None,
     prompts: Sequence[Sequence[int]] = (),
 ) -> tuple[TransformerDecoder, dict[int, float]]:
-    """Load a teacher block by block; each one is quantised, spread or moved away before the next is read.
+    """Load a teacher block by block. Each block is quantised, sharded or offloaded before the next one is read.
 
     The LM head stays whole on every rank, since token losses read it in the student's forward pass.
 
     Args:
-        build: builds it.
-        checkpointer: where its weights are.
-        dtype: of its parameters.
-        device: where it computes.
-        top: leave out what is above that layer; None loads everything.
-        sharding: how to spread it over ranks; None keeps it whole on each.
-        offloaded: blocks live in CPU memory and visit the device one at a time.
-        quantization: a scheme of `oprd_tune.teacher.quantize`, or None.
+        top: the highest layer to load; None loads everything.
+        sharding: how to spread the teacher over ranks; None keeps it whole on each.
+        offloaded: whether blocks stay in CPU memory and move to the device one by one.
+        quantization: a key of `oprd_tune.teacher.quantize.SCHEMES`, or None.
         prompts: token ids on which the error of quantisation is measured.
 
     Returns:
         The teacher with its head, and by layer the relative error ‖g_quantised − g‖ / ‖g‖ of its hidden states over
-        the prompts' tokens; empty without quantisation.
+        the prompts' tokens. The errors are empty without quantisation.
     """
     model = build_on_meta(build).requires_grad_(False).eval()
     if top is not None and top < len(model.layers):
@@ -156,7 +151,7 @@ def load_teacher(
 
 
 class _ErrorMeter:
-    """Takes a few prompts through the blocks as they are and as they become, one block at a time."""
+    """Runs a few prompts through each block before and after quantisation, and compares the states."""
 
     @torch.no_grad()
     def __init__(self, model: TransformerDecoder, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -180,7 +175,7 @@ class _ErrorMeter:
 
 
 def _keep_on_cpu(block: nn.Module, device: torch.device) -> None:
-    """Keep a frozen block's parameters in CPU memory; they visit the device for each of its forward passes."""
+    """Keep a frozen block's parameters in CPU memory, and move them to the device for each forward pass."""
     homes: list[tuple[nn.Parameter, Tensor]] = []
     for parameter in block.parameters():
         home = parameter.data.cpu()

@@ -1,6 +1,6 @@
-"""A frozen teacher's linears with fewer bits: as torchao's tensors, or as plain int8 that FSDP2 can shard.
+"""Quantises the linear layers of a frozen teacher: to torchao's tensors, or to plain int8 tensors that FSDP2 can shard.
 
-Only this file imports torchao, inside functions: importing it is slow and prints a line.
+Only this file imports torchao. It does so inside functions, because the import is slow and prints a line.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from oprd_tune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Scheme:
-    """A torchao config with its arguments, and what it takes.
+    """A torchao config with its arguments and its requirements.
 
     Attributes:
-        bits: per weight, with the scales of groups.
-        row_bytes: at most, per output row: its scale and zero point.
-        multiple: what has to divide the number of columns.
-        tile: to multiples of how many rows and columns a weight is padded.
-        dtype: the only one that its kernel takes, or None.
+        bits: bits per weight, including the scales of groups.
+        row_bytes: the most bytes of an output row's scale and zero point.
+        multiple: the number of columns has to be a multiple of this.
+        tile: a weight is padded to multiples of these numbers of rows and columns.
+        dtype: the only dtype that the kernel takes; None if it takes any.
     """
 
     config: str
@@ -39,9 +39,9 @@ class Scheme:
     dtype: torch.dtype | None = None
 
 
-# Version 2 of the int8 configs, and int4 without hqq, keep scales above the dtype's epsilon. bf16's is 0.0078, far more
-# than most rows of a language model need, whose weights would then round to a few steps.
-# int8_dynamic's kernel wants multiples of 8, and torchao skips 16. The int4 layout is the one with a kernel in torch.
+# The int8 configs are version 1 and int4 uses hqq, because the alternatives keep scales above the dtype's epsilon (0.0078
+# for bf16). Most rows of a language model need a far smaller scale, or their weights are rounded to a few steps.
+# The kernel of int8_dynamic needs multiples of 8, and torchao skips 16. torch has a kernel for this int4 layout only.
 _INT4 = {"int4_packing_format": "tile_packed_to_4d", "int4_choose_qparams_algorithm": "hqq", "group_size": 64}
 SCHEMES: Mapping[str, Scheme] = {
     "int8_weight_only": Scheme("Int8WeightOnlyConfig", {"version": 1}, 8, row_bytes=12),
@@ -57,8 +57,8 @@ _SHARDABLE = "int8_weight_only"
 class Int8Linear(nn.Module):
     """y = s · (W x) + b with int8 weights W [out, in] and a scale s [out] for each row, all frozen.
 
-    The product is formed in x's dtype, where int8 is exact, and then scaled. W and s are plain parameters, so
-    `fully_shard` shards both along their rows.
+    The product is computed in x's dtype, which represents int8 exactly, and then scaled. W and s are plain parameters,
+    so `fully_shard` shards both by rows.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -69,7 +69,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Int8Linear:
-        """W = round(w / s), s = max|w| / 127 by row, s in w's dtype before it divides: its rounding costs nothing."""
+        """W = round(w / s) with s = max|w| / 127 for each row. s is rounded to w's dtype first, so W allows for it."""
         weight = linear.weight.detach()
         smallest = torch.finfo(weight.dtype).tiny  # for a row of zeros
         scale = (weight.abs().amax(1) / 127).clamp_min(smallest)
@@ -83,15 +83,9 @@ class Int8Linear(nn.Module):
 
 
 def check_scheme(scheme: str, device: torch.device, *, sharded: bool) -> None:
-    """Try a scheme on one small linear in bf16, before any weights are read. Leaves the random state alone.
+    """Try a scheme on one small linear layer in bf16, before any weights are read. The random state does not change.
 
-    Args:
-        scheme: a key of `SCHEMES`.
-        device: where the teacher will run.
-        sharded: whether FSDP2 will shard it.
-
-    Raises:
-        ConfigError: if the scheme is unknown, cannot be sharded, or does not run on the device.
+    Raises ConfigError if the scheme is unknown, cannot be sharded, or does not run on the device.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"teacher_quantization={scheme} is unknown; allowed: null, {', '.join(SCHEMES)}")
@@ -115,15 +109,14 @@ def check_scheme(scheme: str, device: torch.device, *, sharded: bool) -> None:
 
 
 def quantize_linears(block: nn.Module, scheme: str, *, sharded: bool) -> None:
-    """Freeze a loaded block and quantise the linears inside it, in place and where they are.
+    """Freeze a loaded block and quantise its linear layers, in place and on their device.
 
     Args:
-        block: a module that holds linears.
         scheme: a key of `SCHEMES` that `check_scheme` has passed.
-        sharded: replace them by `Int8Linear`s, for FSDP2.
+        sharded: whether to replace them by `Int8Linear`s, for FSDP2.
 
     Raises:
-        ConfigError: if a linear's shape or dtype does not fit the scheme.
+        ConfigError: if a layer's shape or dtype does not fit the scheme.
     """
     block.requires_grad_(False)
     linears = _linears(block)
@@ -144,15 +137,15 @@ def quantize_linears(block: nn.Module, scheme: str, *, sharded: bool) -> None:
 
 
 def quantized_bytes(block: nn.Module, scheme: str | None, dtype: torch.dtype) -> int:
-    """Bytes that the parameters of a block will take: never too few, at most 10 too many for each row of a linear.
+    """Bytes of a block's parameters after quantisation. Never too few, at most 10 too many per row of a linear layer.
 
     Args:
-        block: not quantised yet; on any device, meta included. Buffers are not counted.
+        block: not yet quantised; may be on the meta device. Its buffers are not counted.
         scheme: a key of `SCHEMES`, or None.
-        dtype: of everything that is not quantised.
+        dtype: the dtype of everything that is not quantised.
 
     Raises:
-        ConfigError: if a linear's shape, or the dtype, does not fit the scheme.
+        ConfigError: if a layer's shape, or the dtype, does not fit the scheme.
     """
     total = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
     if scheme is None:

@@ -37,8 +37,7 @@ def tiny_qwen2() -> TransformerDecoder:
 def wide_tiny_qwen2(vocab_size: int = len(SYMBOLS)) -> TransformerDecoder:
     """Build the wide teachers' model: 6 blocks, width 192, 6 heads over 2 key-value heads, tied embeddings.
 
-    Args:
-        vocab_size: 16 for the one that reads characters, 26 for the one that also has 10 to 19 as tokens.
+    `vocab_size` is 16 for the teacher that reads characters, and 26 for the one with tokens for 10 to 19 as well.
     """
     return qwen2(max_seq_len=MAX_SEQ_LEN, **_WIDE_SHAPE | {"vocab_size": vocab_size})
 
@@ -46,7 +45,7 @@ def wide_tiny_qwen2(vocab_size: int = len(SYMBOLS)) -> TransformerDecoder:
 def lora_tiny_qwen2(
     lora_rank: int = 8, lora_alpha: float = 16.0, lora_dropout: float = 0.0, use_dora: bool = False
 ) -> TransformerDecoder:
-    """The tiny model with LoRA or DoRA adapters on all linear layers of its blocks."""
+    """Build the tiny model with LoRA or DoRA adapters on all linear layers of its blocks."""
     return lora_qwen2(
         ["q_proj", "k_proj", "v_proj", "output_proj"],
         apply_lora_to_mlp=True,
@@ -63,9 +62,8 @@ def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
     """Open one of the shipped checkpoints with torchtune's Hugging Face checkpointer.
 
     Args:
-        name: `student`; `teacher`, the end of the student's own training; `wide_teacher`, larger and from another
-            seed; or `teens_teacher`, the same again with a tokenizer of its own.
-        output_dir: where the checkpointer may write exports.
+        name: `student`; `teacher`, which is the student after more training; `wide_teacher`, which is larger and has
+            another seed; or `teens_teacher`, which is wide too and has its own tokenizer.
 
     Raises:
         ValueError: if no such checkpoint is shipped.
@@ -82,12 +80,12 @@ def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
 
 
 def tokenizer(name: str = "student") -> HuggingFaceTokenizer:
-    """The tokenizer of a shipped checkpoint: characters; for `teens_teacher`, 10 to 19 are one token each."""
+    """The tokenizer of a shipped checkpoint. Tokens are characters; `teens_teacher` has 10 to 19 as tokens too."""
     return HuggingFaceTokenizer(str(_FOLDER / name))
 
 
 def hugging_face_config(model: TransformerDecoder) -> dict[str, object]:
-    """A tiny model's architecture as the `config.json` that transformers and vLLM read."""
+    """The `config.json` of a tiny model, as transformers and vLLM read it."""
     shape = _SHAPE if len(model.layers) == _SHAPE["num_layers"] else _WIDE_SHAPE
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -112,7 +110,7 @@ def hugging_face_config(model: TransformerDecoder) -> dict[str, object]:
 
 
 def write_tokenizer(folder: Path, symbols: list[str] = SYMBOLS) -> None:
-    """Write a tokenizer of `symbols`, the longest first, as `tokenizer.json` and `tokenizer_config.json`."""
+    """Write `tokenizer.json` and `tokenizer_config.json` for these symbols. Longer symbols are matched first."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
@@ -121,11 +119,6 @@ def write_tokenizer(folder: Path, symbols: list[str] = SYMBOLS) -> None:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<pad>", "<eos>")])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "unk_token": "<pad>",
-        "model_max_length": MAX_SEQ_LEN,
-    }
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": MAX_SEQ_LEN}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""The tiny pair's task: integer addition, written as `12+345=` and answered `357`.
+"""The task of the tiny models: integer addition, such as `12+345=` with the answer `357`.
 
-Operands have one to three digits, each length equally likely, so answers have one to four. A problem belongs to the
-held-out split by a hash of its operands, never by chance, so no seed can leak it into training.
+Operands have one to three digits, and each length is equally likely. A hash of the operands decides which split a
+problem belongs to. So no seed can bring a held-out problem into training.
 """
 
 from __future__ import annotations
@@ -16,24 +16,15 @@ _HELD_OUT_IN_1000 = 50
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """True if `a+b` belongs to the held-out split: about 5 % of all problems, the same ones for everybody."""
+    """True if `a+b` belongs to the held-out split. About 5 % of all problems do, whatever the seed."""
     mixed = ((a * 1009 + b) * 2654435761) % 2**32
     return (mixed >> 8) % 1000 < _HELD_OUT_IN_1000
 
 
 def sample_problems(count: int, *, split: str, seed: int) -> list[tuple[int, int]]:
-    """Draw `count` addition problems of one split, with repetition among the short ones.
+    """Draw `count` pairs of operands from the split `train` or `held_out`. Pairs may repeat.
 
-    Args:
-        count: number of problems.
-        split: `train` or `held_out`.
-        seed: seeds the draw; splits stay disjoint whatever it is.
-
-    Returns:
-        Operand pairs.
-
-    Raises:
-        ValueError: if `split` is neither of the two.
+    Raises ValueError if there is no such split.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split is {split!r}; the addition task has 'train' and 'held_out'")
@@ -60,16 +51,7 @@ def addition(
     max_prompt_tokens: int | None = None,
     teacher_tokenizer: Tokenizer | None = None,
 ) -> PromptDataset:
-    """Addition problems as a data set of prompts and answers.
-
-    Args:
-        tokenizer: the tiny pair's.
-        split: `train` or `held_out`.
-        count: number of problems.
-        seed: of the draw.
-        max_prompt_tokens: longer prompts are dropped.
-        teacher_tokenizer: of a teacher that reads the same problems in other tokens.
-    """
+    """Problems from `sample_problems` as a data set. `PromptDataset` describes the last two arguments."""
     problems = sample_problems(count, split=split, seed=seed)
     rows = in_memory([f"{a}+{b}=" for a, b in problems], [str(a + b) for a, b in problems])
     return PromptDataset(

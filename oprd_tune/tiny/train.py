@@ -4,9 +4,9 @@
     python -m oprd_tune.tiny.train wide_teacher OUTPUT_FOLDER
     python -m oprd_tune.tiny.train teens_teacher OUTPUT_FOLDER
 
-`pair` keeps two checkpoints of one run: the student is the first whose held-out accuracy, by sampling at temperature 1,
-reaches STUDENT_ACCURACY, and the teacher is the end. The others keep the end, in bf16. All are written as Hugging Face
-folders, beside a `provenance.json`.
+`pair` writes two checkpoints of one run. The student is the first model whose held-out accuracy, sampled at temperature
+1, reaches STUDENT_ACCURACY. The teacher is the model at the end. The other runs write only the last model, in bf16. A
+checkpoint is a Hugging Face folder, and `provenance.json` records the run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import OneCycleLR
 from torchtune.modules import TransformerDecoder
 from tqdm import trange
 
@@ -45,7 +47,7 @@ _IGNORE = -100
 
 @dataclass(frozen=True)
 class Run:
-    """How a model is trained."""
+    """The hyperparameters of a training run."""
 
     seed: int = 0
     steps: int = 2000
@@ -62,23 +64,20 @@ MODELS: dict[str, tuple[Callable[[], TransformerDecoder], list[str], Run]] = {
 
 
 def encode_batch(problems: list[tuple[int, int]], tokenizer: HuggingFaceTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded inputs [B, S] and next-token labels [B, S] that score the answer and its EOS only."""
+    """Right-padded inputs [B, S] and next-token labels [B, S]. Only the answer and its EOS have labels."""
     rows, labels = [], []
     for a, b in problems:
         prompt = tokenizer.encode(f"{a}+{b}=")
         answer = tokenizer.encode(str(a + b), add_eos=True)
-        rows.append(prompt + answer[:-1])
-        labels.append([_IGNORE] * (len(prompt) - 1) + answer)
-    width = max(map(len, rows))
-    return (
-        torch.tensor([r + [tokenizer.pad_id] * (width - len(r)) for r in rows]),
-        torch.tensor([r + [_IGNORE] * (width - len(r)) for r in labels]),
-    )
+        rows.append(torch.tensor(prompt + answer[:-1]))
+        labels.append(torch.tensor([_IGNORE] * (len(prompt) - 1) + answer))
+    inputs = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+    return inputs, pad_sequence(labels, batch_first=True, padding_value=_IGNORE)
 
 
 @torch.no_grad()
 def sampled_accuracy(model: TransformerDecoder, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-    """Probability that an answer sampled at temperature 1 is right: the product of its tokens' probabilities."""
+    """The mean probability of the right answer at temperature 1: the product of its tokens' probabilities."""
     logprobs = -F.cross_entropy(model(tokens).transpose(1, 2), labels, ignore_index=_IGNORE, reduction="none")
     return logprobs.sum(1).exp().mean().item()
 
@@ -89,17 +88,14 @@ def write_checkpoint(model: TransformerDecoder, folder: Path, symbols: list[str]
     config = hugging_face_config(model)
     heads = {"num_heads": config["num_attention_heads"], "num_kv_heads": config["num_key_value_heads"]}
     weights = qwen2_tune_to_hf(model.state_dict(), dim=config["hidden_size"], **heads)
-    save_file(
-        {k: v.to(dtype).clone().contiguous() for k, v in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {name: weight.to(dtype).clone().contiguous() for name, weight in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_tokenizer(folder, symbols)
 
 
 def train(name: str, output: Path) -> dict[str, Any]:
-    """Run the whole training; returns what goes into `provenance.json`."""
+    """Train a model and write its checkpoints. Returns the content of `provenance.json`."""
     build, symbols, run = MODELS[name]
     torch.manual_seed(run.seed)
     torch.set_num_threads(1)
@@ -112,13 +108,8 @@ def train(name: str, output: Path) -> dict[str, Any]:
             std = 0.02 if "tok_embeddings" in parameter_name else parameter.shape[1] ** -0.5
             torch.nn.init.normal_(parameter, std=std)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        run.learning_rate,
-        total_steps=run.steps,
-        pct_start=run.warmup_steps / run.steps,
-        final_div_factor=1000,
-    )
+    warmup = run.warmup_steps / run.steps
+    schedule = OneCycleLR(optimizer, run.learning_rate, total_steps=run.steps, pct_start=warmup, final_div_factor=1000)
     held_out = encode_batch(sample_problems(2000, split="held_out", seed=run.seed), tokenizer)
     stream = sample_problems(run.steps * run.batch, split="train", seed=run.seed)
     record: dict[str, Any] = asdict(run)
@@ -142,7 +133,7 @@ def train(name: str, output: Path) -> dict[str, Any]:
         write_checkpoint(model, output / "teacher", symbols, torch.float32)
     else:
         write_checkpoint(model, output, symbols, torch.bfloat16)
-    record |= {"teacher_accuracy": round(sampled_accuracy(model, *held_out), 4)}
+    record["teacher_accuracy"] = round(sampled_accuracy(model, *held_out), 4)
     record |= {"minutes": round((time.perf_counter() - started) / 60, 1), "torch": torch.__version__}
     (output / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
     return record

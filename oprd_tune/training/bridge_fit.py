@@ -72,9 +72,6 @@ def fit_or_load(
 
     Args:
         plan: says which bridge; None for no bridge.
-        settings: the run's settings.
-        pair: the models' files and layers.
-        data: gives the prompts.
         engine: samples the responses.
         student: the student as it trains.
         teacher: the loaded teacher. It must be whole if the plan needs its final state.
@@ -138,15 +135,10 @@ class _Fit:
         steps, held_out = ceil(plan.prompts / per_step), ceil(plan.held_out_prompts / per_step)
         final = plan.needs_final_state
         teacher = FrozenTeacher(self.teacher, pairs, final=True)  # keeps every layer: training may read more of them
+        sizes = self.pair.width, self.pair.teacher_width
+        outcome = self.pair.teacher_width if final else None
         moments = {
-            pair.student: PairMoments(
-                self.pair.width,
-                self.pair.teacher_width,
-                outcome_width=self.pair.teacher_width if final else None,
-                dtype=plan.dtype,
-                device=device,
-            )
-            for pair in pairs
+            pair.student: PairMoments(*sizes, outcome_width=outcome, dtype=plan.dtype, device=device) for pair in pairs
         }
         self.engine.sync_weights(0)
         with tqdm(desc="Bridge", unit="prompt", total=steps * per_step, disable=not self.ranks.first) as bar:

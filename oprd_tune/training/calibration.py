@@ -21,10 +21,8 @@ def calibrate(
 
     Args:
         loss: the run's hidden-state loss; None if the run has none.
-        teacher: gives the states.
         micro_batches: this rank's microbatches of the first step.
         select: selects a microbatch's states, as in training.
-        ranks: the processes of the run.
     """
     if loss is None or not loss.needs_calibration:
         return

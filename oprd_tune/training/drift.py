@@ -16,9 +16,7 @@ _DRIFT_ROWS = 1024  # measure at most that many rows
 class TiedHeadDrift:
     """Measures how far an embedding that also is the LM head has moved, on evenly spaced rows.
 
-    Args:
-        model: the student before training.
-        ranks: the processes that the student is spread over.
+    The constructor takes the student before training.
     """
 
     def __init__(self, model: TransformerDecoder, ranks: Ranks | None = None) -> None:

@@ -39,5 +39,5 @@ def restore_schedule(schedule: LRScheduler, state: dict[str, Any]) -> None:
 
 
 def constant_with_warmup(optimizer: Optimizer, *, num_training_steps: int, warmup_steps: int = 0) -> LambdaLR:
-    """Linear warm-up, then a constant rate. Recipes pass `num_training_steps` to every schedule; it is not used here."""
+    """Linear warm-up, then a constant rate. Every schedule gets `num_training_steps`; this one does not use it."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))

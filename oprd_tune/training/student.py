@@ -10,38 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import set_trainable_params
-from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings, Parts, construct
 from oprd_tune.metrics.step import Metrics
-from oprd_tune.modeling.adapters import adapter_names
-from oprd_tune.modeling.sharding import Sharding, sync_gradients
+from oprd_tune.modeling.freezing import freeze
+from oprd_tune.modeling.sharding import Sharding, choose_sharding, sync_gradients
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
 from oprd_tune.ranks import Ranks
 from oprd_tune.training.drift import TiedHeadDrift
 from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
-
-
-def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
-    """How to spread the student over processes; None if this process holds the whole student.
-
-    A single process does without FSDP2, which would gather a second copy, and without a process group. Two settings
-    need FSDP2 even there: `fsdp_cpu_offload`, and a `master_dtype` that differs from `dtype`.
-
-    Raises:
-        ConfigError: if shards cannot be offloaded here.
-    """
-    s = settings
-    if ranks.world_size == 1 and not s.fsdp_cpu_offload and s.torch_master_dtype == s.torch_dtype:
-        return None
-    return Sharding(
-        ranks,
-        compute_dtype=s.torch_dtype,
-        reshard_after_forward=s.fsdp_reshard_after_forward,
-        cpu_offload=s.fsdp_cpu_offload,
-    )
 
 
 class Student:
@@ -143,11 +121,9 @@ def load_student(
 
     Args:
         build: builds the model. If it has LoRA or DoRA adapters, only the adapters train.
-        files: the checkpointer of its weights.
         settings: set precision, what is frozen, recomputed and compiled, and the seed of the adapters' first values.
         top: the highest layer that a loss reads, from 1.
         trains_head: whether a loss reaches the LM head. A tied head is the embedding and trains with it.
-        device: the device to load to.
         sharding: spreads each block over ranks as soon as it is loaded; None leaves the model whole.
     """
     s, every = settings, settings.activation_checkpointing
@@ -172,26 +148,3 @@ def load_student(
     if sharding is not None:
         sharding.rest(model, gathered_head=trains_head)
     return model.train()
-
-
-def freeze(model: TransformerDecoder, *, top: int, trains_head: bool, freeze_embedding: bool) -> str:
-    """Freeze what no loss reaches and what the user froze. If the model has adapters, freeze everything else.
-
-    Returns:
-        A sentence for the user that says what stays frozen; empty if everything trains.
-    """
-    frozen = []
-    if adapters := adapter_names(model):
-        frozen.append("everything but the adapters")
-        set_trainable_params(model, adapters)
-    if top < len(model.layers):
-        frozen.append(f"blocks above layer {top} and the final norm")
-        model.layers[top:].requires_grad_(False)
-        model.norm.requires_grad_(False)
-    if not trains_head and not isinstance(model.output, TiedLinear):
-        frozen.append("the LM head")
-        model.output.requires_grad_(False)
-    if freeze_embedding:
-        frozen.append("the embedding")
-        model.tok_embeddings.requires_grad_(False)
-    return f"Not trained, since the loss does not reach it or you froze it: {', '.join(frozen)}." if frozen else ""

@@ -12,13 +12,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings
+from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.preflight import report as module
 from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.launch import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
-from oprd_tune.training.student import freeze
 from tests.conftest import SMALL, load_config, recipe_class
 
 SETTINGS = OPRDSettings(

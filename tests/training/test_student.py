@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from oprd_tune.modeling.freezing import freeze
 from oprd_tune.training.drift import TiedHeadDrift
 from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
-from oprd_tune.training.student import freeze
 from tests.conftest import make_model
 
 

@@ -16,11 +16,9 @@ class Family:
     Attributes:
         title: the family's name in messages.
         config_name: the family's `model_type` in config.json.
-        to_tune: renames Hugging Face's parameters to ours. It takes whole or partial state dicts, and the keyword
-            `tie_word_embeddings`.
+        to_tune: renames some or all of Hugging Face's parameters to ours, given the keyword `tie_word_embeddings`.
         to_hf: renames our parameters to Hugging Face's, including an untied head.
-        checkpointer: makes a checkpointer from a folder, its weight files and an output folder; None if torchtune's own
-            checkpointer knows the family.
+        checkpointer: called with a folder, its weight files and an output folder; None if torchtune has its own.
     """
 
     title: str

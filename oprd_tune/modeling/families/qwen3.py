@@ -51,7 +51,6 @@ class NormedProjection(nn.Module):
         self._head_dim = head_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in] to [..., heads * head_dim], in x's dtype."""
         return self.norm(self.linear(x).unflatten(-1, (-1, self._head_dim))).flatten(-2)
 
 
@@ -98,7 +97,11 @@ def qwen3(
         attention = _attention(
             make_linear, embed_dim, norm_eps, pos_embeddings=rope, attn_dropout=attn_dropout, **heads
         )
-        mlp = _mlp(make_linear, embed_dim, intermediate_dim)
+        mlp = FeedForward(
+            gate_proj=make_linear("w1", embed_dim, intermediate_dim),
+            down_proj=make_linear("w2", intermediate_dim, embed_dim),
+            up_proj=make_linear("w3", embed_dim, intermediate_dim),
+        )
         blocks.append(TransformerSelfAttentionLayer(attention, mlp, sa_norm=norm(), mlp_norm=norm()))
     embedding = nn.Embedding(vocab_size, embed_dim)
     head = TiedLinear(embedding) if tie_word_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
@@ -127,7 +130,6 @@ def lora_qwen3(
 
     Args:
         lora_attn_modules: which of q_proj, k_proj, v_proj and output_proj get adapters.
-        apply_lora_to_mlp: whether the linears of the feed-forward layers get adapters.
         lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
         lora_dropout: dropout probability of an adapter's input in training.
 
@@ -160,15 +162,6 @@ def _attention(make_linear: _MakeLinear, width: int, eps: float, **heads: Any) -
         v_proj=make_linear("v_proj", width, keys),
         output_proj=make_linear("output_proj", queries, width),
         **heads,
-    )
-
-
-def _mlp(make_linear: _MakeLinear, width: int, inner: int) -> FeedForward:
-    gate, down, up = _MLP
-    return FeedForward(
-        gate_proj=make_linear(gate, width, inner),
-        down_proj=make_linear(down, inner, width),
-        up_proj=make_linear(up, width, inner),
     )
 
 

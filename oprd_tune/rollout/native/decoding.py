@@ -67,7 +67,7 @@ class DecodingCache:
         self.columns += length
 
     def mask(self, new_columns: int) -> Tensor | None:
-        """True where a new query may see a column, [B, 1, Q, S]; Q = 1 in a decoding step. None: all, causally."""
+        """The columns that new queries see, [B, 1, Q, S] with Q = 1 in a decoding step. None means all, causally."""
         if not self._padded:
             return None
         end = self.columns + new_columns
@@ -159,8 +159,8 @@ def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dic
 def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int) -> Iterator[DecodingCache]:
     """Within the scope, `model(tokens, mask=cache.mask(n), input_pos=…)` continues its rows by n columns.
 
-    It returns the logits [B, 1, V] of the last column. Call `cache.advance(n)` after each pass. After the scope, the
-    model is as it was before.
+    It returns the logits [B, 1, V] of the last column. Call `cache.advance(n)` after each pass. When the scope ends,
+    even by an exception, the model is as it was before.
 
     Args:
         visible_BP: True on the tokens of left-padded prompts, False on padding.

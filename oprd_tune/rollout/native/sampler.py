@@ -9,7 +9,7 @@ from torchtune.modules import TransformerDecoder
 from oprd_tune.modeling.adapters import merged_while_gathered
 from oprd_tune.modeling.output import device_of, evaluating
 from oprd_tune.modeling.sharding import gathered
-from oprd_tune.rollout.native.decoding import DecodingCache, incremental_decoding
+from oprd_tune.rollout.native.decoding import incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.rollout.responses import Response, pack_responses
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
@@ -35,7 +35,7 @@ class Sampler:
     """Samples from a decoder. The noise of a response depends on the seed, the stream and the response's place.
 
     Args:
-        model: may be wrapped as the taps allow. A sharded model is gathered while it samples. So all ranks must call
+        model: any decoder that the taps work with. A sharded model is gathered while it samples. So all ranks must call
             `sample` together, each with its own prompts.
         temperature: 0 is greedy. Log-probabilities are always those at temperature 1.
         batch_size: the most rows decoded at once; None decodes all rows at once.
@@ -101,7 +101,10 @@ class Sampler:
         input_BS, position_BS = tokens_BP, (visible_BP.cumsum(1) - 1).clamp(min=0)
         with incremental_decoding(self._model, visible_BP, length) as cache:
             for step in range(length):
-                logits_BV = self._forward(cache, input_BS, position_BS)[:, : self._request.vocabulary].float()
+                columns = input_BS.shape[1]
+                logits_B1V = self._model(input_BS, mask=cache.mask(columns), input_pos=position_BS)
+                cache.advance(columns)
+                logits_BV = logits_B1V[:, -1, : self._request.vocabulary].float()
                 normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
                 token_B = self._choose(logits_BV, noise_BT[row_B, step])
                 response_BT[row_B, step] = token_B
@@ -122,14 +125,8 @@ class Sampler:
                 "the student's logits are not finite, so nothing can be sampled from it; lower the learning rate, or "
                 "set dtype=fp32 to see whether precision is the cause"
             )
-        columns = [column.cpu() for column in (response_BT, logprob_BT, top_ids_BTK, top_mass_BT)]
-        return [Response(*(column[b, :n] for column in columns)) for b, n in enumerate(length_B.tolist())]
-
-    def _forward(self, cache: DecodingCache, input_BS: Tensor, position_BS: Tensor) -> Tensor:
-        columns = input_BS.shape[1]
-        logits_B1V = self._model(input_BS, mask=cache.mask(columns), input_pos=position_BS)
-        cache.advance(columns)
-        return logits_B1V[:, -1]
+        results = [result.cpu() for result in (response_BT, logprob_BT, top_ids_BTK, top_mass_BT)]
+        return [Response(*(result[b, :n] for result in results)) for b, n in enumerate(length_B.tolist())]
 
     def _choose(self, logits_BV: Tensor, noise_B: Tensor) -> Tensor:
         """Sample, or take the argmax at temperature 0."""

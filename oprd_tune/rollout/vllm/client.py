@@ -35,12 +35,7 @@ class Answer:
 
 
 class VLLMClient:
-    """The client of one server.
-
-    Args:
-        address: such as `http://127.0.0.1:8000`.
-        timeout: seconds to wait for a sign of an answer.
-    """
+    """The client of one server, such as `http://127.0.0.1:8000`. It waits `timeout` seconds for a sign of an answer."""
 
     def __init__(self, address: str, timeout: float) -> None:
         self.address = address.rstrip("/")

@@ -37,8 +37,7 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 def import_vllm(device: torch.device) -> Any:
     """Import vLLM so that its engine runs in this process.
 
-    Raises:
-        ConfigError: if vLLM is not installed, does not import, or cannot use the run's `device`.
+    Raises ConfigError if vLLM is not installed, does not import, or cannot use the run's `device`.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -225,8 +224,13 @@ class VLLMColocated:
 
     def close(self) -> None:
         """Free the engine's memory."""
-        with _process_group_kept(self._had_process_group):
+        destroy = dist.destroy_process_group
+        if self._had_process_group:  # vLLM destroys the default group when it shuts down, but that is the run's
+            dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+        try:
             self._llm.llm_engine.engine_core.shutdown()
+        finally:
+            dist.destroy_process_group = destroy
         del self._llm
 
     def _sleep(self) -> None:
@@ -237,18 +241,6 @@ class VLLMColocated:
         if self._on_cuda:
             torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch keeps after training has freed it
             self._llm.wake_up(tags=[what])
-
-
-@contextmanager
-def _process_group_kept(keep: bool) -> Iterator[None]:
-    """Within the scope, vLLM cannot destroy the default process group, as it does when it shuts down."""
-    destroy = dist.destroy_process_group
-    if keep:
-        dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy
 
 
 @contextmanager

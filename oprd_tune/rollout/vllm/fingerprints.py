@@ -105,7 +105,7 @@ def check_arrived(sent: Mapping[str, int | str], found: Mapping[str, int | str],
 
 
 def _bit_sum(weight: Tensor, first_row: int) -> Tensor:
-    """Σ over rows i of (2 i + 1) · Σ of the row's words, modulo 2⁶⁴. An odd factor is invertible, so it keeps all bits."""
+    """Σ over rows i of (2 i + 1) · Σ of the row's words, modulo 2⁶⁴. An odd factor is invertible: no bit is lost."""
     rows = weight.contiguous().view(len(weight), -1)
     if rows.storage_offset() * rows.element_size() % max(_WORDS):  # a view may not be aligned to words
         rows = rows.clone()

@@ -27,10 +27,7 @@ class PolicyWeights:
 
     A tied embedding is sent twice, the second time as `lm_head.weight`. vLLM's CPU build packs the head, and it would
     keep a stale head if the config said "tied". Only tokens that the teacher has too are sent, so the engine cannot
-    sample others.
-
-    Raises:
-        ConfigError: if vLLM's names for the student's architecture are not known.
+    sample others. Raises ConfigError if no conversion of the student's architecture is known.
     """
 
     def __init__(self, policy: Policy) -> None:

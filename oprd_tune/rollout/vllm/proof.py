@@ -25,12 +25,11 @@ _DEFAULT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 def prove_on_policy(rollout: Rollout, weights: PolicyWeights, limit: float | None) -> Rollout:
     """Compare a few tokens of a rollout with the trainer's own forward pass. All ranks must call.
 
+    Returns the rollout with its `logprob_gap`.
+
     Args:
         weights: the weights that the engine should have sampled with.
         limit: the largest mean gap allowed, in nats; None uses the one in `_DEFAULT_LIMITS`.
-
-    Returns:
-        The rollout with its `logprob_gap`.
 
     Raises:
         RolloutError: if the mean gap over all ranks is above the limit, or not a number.
@@ -55,7 +54,7 @@ def measure_gap(
     counts_B = rollout.response_mask_BS.sum(1)
     prompts_B, order_B = (rollout.lengths_B - counts_B).sort(stable=True)
     widths_B = (prompts_B + counts_B[order_B].clamp(max=_TOKENS)).cummax(0).values
-    sizes_B = widths_B * torch.arange(1, len(order_B) + 1, device=widths_B.device)  # of the first 1, 2, … rows
+    sizes_B = widths_B * torch.arange(1, len(order_B) + 1, device=widths_B.device)  # tokens in the first 1, 2, … rows
     chosen_B = order_B[: max(1, int((sizes_B[:_ROWS] <= _COLUMNS).sum()))]
     few, width = rollout.rows(chosen_B), int(widths_B[len(chosen_B) - 1])
     mask_BS = few.response_mask_BS & (few.response_mask_BS.cumsum(1) <= _TOKENS)

@@ -41,23 +41,22 @@ T = TypeVar("T")
 class VLLMServer:
     """Spreads requests over servers, and sends the student's weights to them.
 
-    Without addresses, it starts a server on this machine's loopback interface. The last five arguments but one are for
-    this server alone. If a server ends, hangs or fails, it is lost: it is not used again, and the other servers get its
-    requests. If no server is left, the run saves and ends.
+    Without addresses, it starts a server on this machine's loopback interface. If a server ends, hangs or fails, it is
+    lost: it is not used again, and the other servers get its requests. If no server is left, the run saves and ends.
 
     Attributes:
         temperature: 1 is on-policy; 0 is greedy.
         addresses: such as `http://host:8000`; None starts a server.
         transfer: how weights travel: `nccl` or `folder`; None takes `nccl` if the run computes on GPUs.
-        shared_folder: the folder for `folder`, at the same path on all machines; None takes one in the run's folder.
+        shared_folder: the folder for weights, at the same path on all machines; None takes one in the run's folder.
         requests_in_flight: the most unanswered requests, for each server and each of the run's processes.
         timeout: seconds that a response or a sync may take before the server counts as lost.
         startup_timeout: seconds to wait for servers at the start.
-        checksum_every_n_syncs: after how many syncs servers compute SHA-256 of their weights to compare; 0: never.
-        gpu_memory_utilization: the share of a GPU's memory for weights and cache.
-        kv_cache_gib: the size of the cache alone, used instead of that share; None means 1 GiB on a CPU.
-        server_environment: environment variables, such as CUDA_VISIBLE_DEVICES.
-        server_arguments: further arguments, such as `--tensor-parallel-size`, 2.
+        checksum_every_n_syncs: compare SHA-256 checksums of the servers' weights at every n-th sync; 0 never compares.
+        gpu_memory_utilization: the share of a GPU's memory for a server started here.
+        kv_cache_gib: the size of the cache of a server started here, instead of that share; None: 1 on a CPU.
+        server_environment: environment variables of a server started here, such as CUDA_VISIBLE_DEVICES.
+        server_arguments: further arguments of a server started here, such as `--tensor-parallel-size`, 2.
         logprob_gap_limit: the `limit` of `prove_on_policy`.
 
     Raises:
@@ -190,7 +189,7 @@ class VLLMServer:
             self._process = None
 
     def _together(self, action: Callable[[], T]) -> T:
-        """Carry out an action on all ranks. If it fails on one, it fails on all; a server lost by one is lost by all."""
+        """Carry out an action on all ranks. A server that is lost on one rank is then lost on all."""
         result = self._ranks.agree(action)
         for alive in self._ranks.collect([server.address for server in self._servers]):
             self._servers = [server for server in self._servers if server.address in alive]

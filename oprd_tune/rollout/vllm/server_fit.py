@@ -1,4 +1,4 @@
-"""Checks that a server fits a run, and how to start one that does."""
+"""Checks whether servers fit a run, and tells how to start one that does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class ServerFit:
     """What a run needs from its servers.
 
     Attributes:
-        weights: the student's weights.
         length: the most tokens of a prompt and its response together.
         logprobs: the number of log-probabilities at each token.
         nccl: whether weights come over NCCL.
@@ -85,7 +84,8 @@ def wait_for_servers(
 ) -> None:
     """Wait until all servers answer. After `timeout` seconds, raise ConfigError.
 
-    If `tell` is true and a server does not answer yet, print the command that starts it, with `folder` as its model.
+    If `tell` is true, print for each server that does not answer yet the command that starts it, with `folder` as its
+    model and with `arguments`.
     """
     deadline = time.monotonic() + timeout
     while missing := [server for server in servers if not server.is_ready()]:

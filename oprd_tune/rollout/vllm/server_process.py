@@ -31,7 +31,6 @@ class ServerProcess:
 
     Args:
         folder: the model's folder.
-        arguments: further arguments of the server.
         environment: environment variables, in addition to those of this process.
         log: the file for the server's output.
     """
@@ -62,8 +61,7 @@ class ServerProcess:
     def wait_until_ready(self, timeout: float) -> None:
         """Wait until the server answers.
 
-        Raises:
-            ConfigError: if it ends, or is not ready after `timeout` seconds. The message quotes the log.
+        Raises ConfigError, which quotes the log, if the server ends or does not answer within `timeout` seconds.
         """
         print(f"Starting vLLM's server at {self.address}; its log is {self._log}", flush=True)
         client, deadline = VLLMClient(self.address, timeout=5.0), time.monotonic() + timeout

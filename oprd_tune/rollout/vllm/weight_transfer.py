@@ -31,7 +31,7 @@ class WeightTransfer(Protocol):
         """Prepare servers for a transfer. Only rank 0 calls. A failure here comes before any weights are gathered."""
 
     def send(self, servers: Sequence[VLLMClient], checksums: Checksums, on_each: Callable[..., None]) -> None:
-        """Send the student's weights to servers, through `checksums`. All ranks must call; rank 0 calls the servers."""
+        """Send the student's weights to servers, and note their `checksums`. All ranks must call; rank 0 sends."""
 
     def close(self) -> None:
         """Free all resources, here and on servers."""
@@ -48,10 +48,7 @@ def write_config(weights: PolicyWeights, folder: Path) -> Path:
 
 
 class FolderTransfer:
-    """Writes the weights to a Hugging Face folder, one file for each block, and has servers read it.
-
-    Servers must see `folder` at the same path.
-    """
+    """Writes a Hugging Face folder, one file per block, and has servers read it. They must see it at the same path."""
 
     def __init__(self, weights: PolicyWeights, folder: Path) -> None:
         self._weights, self._folder = weights, folder
