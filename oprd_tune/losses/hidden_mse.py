@@ -178,8 +178,7 @@ class LayerStream:
                 self._measure(layer, student_TD.detach(), target_TD)
             scale = self._loss.scale(layer, self._bridge)
             scale = torch.as_tensor(scale, dtype=student_TD.dtype, device=student_TD.device)
-            error_T = self._loss.error(student_TD, target_TD)
-            check_one_a_token("loss.error", error_T, student_TD)
+            error_T = check_one_a_token("loss.error", self._loss.error(student_TD, target_TD), student_TD)
             return (error_T / scale).sum()
 
         layer_sum = streamed_sum(state_BSD, self._selection.index_T, sum_of_errors)

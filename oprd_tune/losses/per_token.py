@@ -53,8 +53,7 @@ class PerTokenLoss(DenseTokenLoss):
         log_q_TV = torch.sub(log_p_TV, chunk.log_ratio_TV, out=chunk.log_ratio_TV)
         with torch.enable_grad():
             leaf_TV = log_p_TV.requires_grad_()
-            loss_T = self._function(leaf_TV, log_q_TV)
-            check_one_a_token("loss.per_token", loss_T, leaf_TV)
+            loss_T = check_one_a_token("loss.per_token", self._function(leaf_TV, log_q_TV), leaf_TV)
             total = loss_T.sum()
             (gradient_TV,) = torch.autograd.grad(total, leaf_TV)
         return total.detach(), gradient_TV - p_TV.mul_(gradient_TV.sum(-1, keepdim=True))

@@ -28,8 +28,8 @@ def streamed_sum(state_BSD: Tensor, index_T: Tensor, sum_of_errors: Callable[[Te
     return total
 
 
-def check_one_a_token(name: str, error: object, student_TA: Tensor) -> None:
-    """Raise ConfigError unless `error`, a user's function of `student_TA`, has one value per token and depends on it.
+def check_one_a_token(name: str, error: object, student_TA: Tensor) -> Tensor:
+    """Return what a user's function made of `student_TA`, or raise ConfigError unless that is one value a token.
 
     `name` is the function's config key, for the message.
     """
@@ -38,6 +38,7 @@ def check_one_a_token(name: str, error: object, student_TA: Tensor) -> None:
         raise ConfigError(f"{name} returned {got}; it must return one value a token: ({len(student_TA)},)")
     if student_TA.requires_grad and not error.requires_grad:
         raise ConfigError(f"{name} returned something that does not depend on the student, so nothing can be learned")
+    return error
 
 
 class _StreamedSum(torch.autograd.Function):

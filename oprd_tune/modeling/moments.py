@@ -68,8 +68,8 @@ class Covariance:
 class PairMoments:
     """The covariances from which a layer pair's projectors are computed. `dtype` and `device` are as in `Covariance`.
 
-    h is the student's state and g the teacher's. f is the teacher's final state, of size `outcome_width`. Only the basis
-    `predictive` needs it; for the others, `outcome_width` is None.
+    h is the student's state and g the teacher's. f is the teacher's final state, of size `outcome_width`. Only the
+    basis `predictive` needs it; for the others, `outcome_width` is None.
     """
 
     def __init__(

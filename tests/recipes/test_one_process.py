@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.conftest import assert_same_student, load_config, recipe_class, run_recipe, weights
+from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe, weights
 
 CONFIGS = {"oprd_distributed": "tiny/oprd", "opd_topk_distributed": "tiny/opd_topk"}
 each_recipe = pytest.mark.parametrize(("recipe", "config"), CONFIGS.items())
@@ -68,17 +68,18 @@ def test_one_process_makes_no_group_shards_nothing_and_never_communicates(recipe
 @each_recipe
 @pytest.mark.usefixtures("_group_removed")
 def test_fp32_weights_of_a_bf16_student_are_sharded_and_learn(recipe, config, out):
-    size = {"max_steps": 30, "prompts_per_step": 64, "dataset.count": 2000, "eval_dataset.count": 400}
-    cfg = load_config(config, output_dir=out, **size, **MIXED)
+    cfg = load_config(config, output_dir=out, **SMALL, **MIXED, evaluate_teacher="false")
     trainer = recipe_class(recipe)(cfg)
     trainer.setup()
     assert dist.get_world_size() == 1
     assert is_sharded(trainer.student.model)
     assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in trainer.student.model.parameters())
     assert not any(isinstance(p, DTensor) or p.dtype != torch.bfloat16 for p in trainer.teacher._model.parameters())
-    assert trainer.train() == 0
-    assert json.loads((out / "summary.json").read_text())["gap_closed"] > 0.08
-    assert {weight.dtype for weight in weights(out / "final").values()} == {torch.bfloat16}
+    prompts = trainer.data.prompts.at_step(0)
+    rollout = trainer.engine.generate(prompts)
+    trainer.engine.generate = lambda *_, **__: rollout
+    first, *_, last = (trainer.train_step(prompts).loss for _ in range(12))
+    assert last < 0.5 * first
 
 
 @pytest.mark.usefixtures("_group_removed")
@@ -88,3 +89,4 @@ def test_sharded_by_one_process_two_steps_and_two_more_are_four_bit_by_bit(tmp_p
     for folder, extra in ((whole, {}), (parts, {"max_steps": 2}), (parts, {"resume": "true"})):
         run_recipe("oprd_distributed", "tiny/oprd", folder, **MIXED, **schedule, **extra)
     assert_same_student(whole, parts)
+    assert {weight.dtype for weight in weights(whole / "final").values()} == {torch.bfloat16}
