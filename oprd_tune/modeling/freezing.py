@@ -1,4 +1,4 @@
-"""What trains of a student: what a loss reaches, less what the user froze."""
+"""Which parameters of a student train: those that a loss reaches, except for what the user froze."""
 
 from __future__ import annotations
 

@@ -85,10 +85,10 @@ class Sharding:
 
 
 def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
-    """How to spread the student over processes; None if this process holds the whole student.
+    """How to shard the student over ranks; None if this process holds the whole student.
 
-    A single process does without FSDP2, which would gather a second copy, and without a process group. Two settings
-    need FSDP2 even there: `fsdp_cpu_offload`, and a `master_dtype` that differs from `dtype`.
+    A single process needs neither FSDP2, which would gather a second copy, nor a process group. Two settings need FSDP2
+    even then: `fsdp_cpu_offload`, and a `master_dtype` that differs from `dtype`.
 
     Raises:
         ConfigError: if shards cannot be offloaded here.

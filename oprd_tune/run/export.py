@@ -45,7 +45,7 @@ def export_model(
     """Write weights in torchtune's names as a Hugging Face folder, config and tokenizer files included.
 
     LoRA and DoRA adapters are merged into the weights. The folder `adapter` also holds them alone: `adapter_model.pt`
-    for torchtune, and `adapter_model.safetensors` with `adapter_config.json` for PEFT. They may not lie beside the
+    for torchtune, and `adapter_model.safetensors` with `adapter_config.json` for PEFT. They must not lie beside the
     merged weights: if PEFT is installed, transformers would find them there and apply them a second time.
 
     Args:

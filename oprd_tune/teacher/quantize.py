@@ -39,8 +39,8 @@ class Scheme:
     dtype: torch.dtype | None = None
 
 
-# The int8 configs are version 1 and int4 uses hqq, because the alternatives keep scales above the dtype's epsilon,
-# 0.0078 for bf16. Most rows of a language model need a far smaller scale, or their weights are rounded to a few steps.
+# The int8 configs are version 1 and int4 uses hqq: the alternatives keep scales above the dtype's epsilon (0.0078 for
+# bf16). Most rows of a language model need a far smaller scale, or their weights are rounded to a few steps.
 # The kernel of int8_dynamic needs multiples of 8, and torchao skips 16. torch has a kernel for this int4 layout only.
 _INT4 = {"int4_packing_format": "tile_packed_to_4d", "int4_choose_qparams_algorithm": "hqq", "group_size": 64}
 SCHEMES: Mapping[str, Scheme] = {

@@ -36,7 +36,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 def split_alike(rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks) -> list[Rollout]:
     """This rank's microbatches, padded with idle ones up to the largest number on any rank.
 
-    Every rank runs a sharded model equally often, so every rank needs as many microbatches.
+    All ranks must run a sharded model the same number of times.
     """
     micro_batches = rollout.split(tokens_per_micro_batch)
     most = int(ranks.largest(len(micro_batches)))
