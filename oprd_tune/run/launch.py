@@ -161,8 +161,3 @@ class StopSignals:
         name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{name}: finishing the step, then saving; once more to stop at once", file=sys.stderr)
-
-    @property
-    def exit_status(self) -> int:
-        """The exit status for the shell: 128 plus the signal's number; 0 without a signal."""
-        return 128 + self.received if self.received else 0
