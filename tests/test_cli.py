@@ -20,18 +20,20 @@ def call(*words, cwd=None, **env):
 
 
 def test_tune_lists_copies_and_shows(tmp_path):
-    listed = call(TUNE, "ls", cwd=tmp_path).stdout
-    for name in (*recipe_files(), *config_files(), "full_finetune_single_device"):
-        assert name in listed
-    assert call(TUNE, "cp", "oprd_single_device", "my_recipe.py", cwd=tmp_path).returncode == 0
+    listed = call(TUNE, "ls", cwd=tmp_path).stdout.split()
+    assert "full_finetune_single_device" in listed
+    assert all(listed.count(name) == 1 for name in recipe_files())
+    assert all(listed.count(name) == 2 for name in config_files())  # a recipe has two names
+    for name in ("oprd_distributed", "oprd_single_device"):
+        assert call(TUNE, "cp", name, f"{name}.py", cwd=tmp_path).returncode == 0
+        assert (tmp_path / f"{name}.py").read_text() == recipe_files()["oprd_distributed"].read_text()
     assert call(TUNE, "cp", "tiny/oprd", "my.yaml", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "my_recipe.py").read_text() == recipe_files()["oprd_single_device"].read_text()
     assert "HiddenStateMSE" in call(TUNE, "cat", "tiny/oprd", cwd=tmp_path).stdout
     assert "well-formed" in call(TUNE, "validate", "my.yaml", cwd=tmp_path).stdout
 
 
 def test_a_copied_recipe_runs_in_a_foreign_folder(tmp_path):
-    (tmp_path / "my_recipe.py").write_text(recipe_files()["oprd_single_device"].read_text())
+    (tmp_path / "my_recipe.py").write_text(recipe_files()["oprd_distributed"].read_text())
     (tmp_path / "my.yaml").write_text(config_files()["tiny/oprd"].read_text())
     words = ("max_steps=1", "eval_dataset.count=20", "dataset.count=64", "output_dir=run")
     result = call(TUNE, "run", "my_recipe.py", "--config", "my.yaml", *words, cwd=tmp_path)
@@ -41,7 +43,7 @@ def test_a_copied_recipe_runs_in_a_foreign_folder(tmp_path):
 
 def test_a_torchtune_config_is_refused_by_name(tmp_path):
     config = "llama3_2/1B_full_single_device"
-    result = call(TUNE, "run", "oprd_single_device", "--config", config, cwd=tmp_path)
+    result = call(TUNE, "run", "oprd_distributed", "--config", config, cwd=tmp_path)
     assert result.returncode == 2
     assert "error: this config belongs to full_finetune_single_device" in result.stderr
 
@@ -49,11 +51,11 @@ def test_a_torchtune_config_is_refused_by_name(tmp_path):
 def test_module_form_works_without_the_hook(tmp_path):
     listed = call(TUNE, "ls", cwd=tmp_path, OPRD_TUNE_NO_HOOK="1").stdout
     assert "full_finetune_single_device" in listed
-    assert "oprd_single_device" not in listed
+    assert "oprd_" not in listed
     listed = call(sys.executable, "-m", "oprd_tune", "ls", cwd=tmp_path, OPRD_TUNE_NO_HOOK="1").stdout
-    assert listed.count("oprd_single_device") == 1
+    assert listed.count("oprd_distributed") == 1
     listed = call(sys.executable, "-m", "oprd_tune", "ls", cwd=tmp_path).stdout
-    assert listed.count("oprd_single_device") == 1
+    assert listed.count("oprd_distributed") == 1
 
 
 def test_export_explains_itself(tmp_path):
@@ -81,7 +83,7 @@ def test_the_wheel_registers_recipes_and_occupies_no_foreign_name(wheel, tmp_pat
         "import sys, site; sys.path += sys.argv[2:]; site.addsitedir(sys.argv[1])\n"
         "assert 'torch' not in sys.modules and 'torchtune' not in sys.modules\n"
         "from torchtune._recipe_registry import get_all_recipes\n"
-        "ours = [r for r in get_all_recipes() if r.name == 'oprd_single_device']\n"
+        "ours = [r for r in get_all_recipes() if r.name == 'oprd_distributed']\n"
         "print(len(ours), ours[0].file_path, *(c.file_path for c in ours[0].configs))"
     )
     packages = [p for p in sys.path if p.endswith("site-packages")]

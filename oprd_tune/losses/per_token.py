@@ -42,8 +42,8 @@ class PerTokenLoss(DenseTokenLoss):
         self._function: TokenError = find_function("loss.per_token", self.per_token)
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
-        """As in `TokenLoss`, plus four [chunk, V] tensors that autograd is assumed to keep."""
-        return super().working_bytes(vocabulary, width) + 4 * self.chunk_tokens * vocabulary * 4
+        """As in `TokenLoss`, plus p and four more [chunk, V] tensors that autograd is assumed to keep."""
+        return super().working_bytes(vocabulary, width) + 5 * self.chunk_tokens * vocabulary * 4
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """As in `DenseTokenLoss`. With g = ∂loss/∂log p, the gradient with respect to the logits is g − p · Σ_v g."""

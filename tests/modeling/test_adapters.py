@@ -18,13 +18,14 @@ from oprd_tune.modeling.adapters import (
     merged_while_gathered,
     start_adapters,
 )
-from oprd_tune.modeling.freezing import freeze, load_student
+from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.sharding import Sharding, gathered
 from oprd_tune.modeling.taps import collect_states
 from oprd_tune.modeling.weights import build_on_meta, load_decoder, load_weights
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.export import export_model
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
+from oprd_tune.training.student import load_student
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")

@@ -33,6 +33,14 @@ def test_the_student_approaches_its_teacher(out):
     assert all(after > before for before, after in zip(first, last, strict=True))
 
 
+def test_the_name_for_one_device_means_the_same_recipe(tmp_path):
+    further, config = "oprd_single_device", {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
+    run_recipe(NAME, CONFIG, tmp_path / "whole", **config)
+    run_recipe(further, CONFIG, tmp_path / "parts", recipe=further, max_steps=2, **config)
+    run_recipe(NAME, CONFIG, tmp_path / "parts", resume="true", **config)
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_leaves_what_a_user_looks_for(out):
     run_recipe(NAME, CONFIG, out, **{"log_samples_every_n_steps": 2})
     assert (out / "accuracy.png").exists()
