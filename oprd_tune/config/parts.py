@@ -106,7 +106,7 @@ def resolve(
     found = {name: Component.find(name, values[name]) for name in part_fields if values.get(name) is not None}
     hints = get_type_hints(settings)
     scalars = {name: _typed(name, values[name], hints[name]) for name in scalar_fields if name in values}
-    return settings(**scalars), parts(record=values, **found)
+    return settings(**scalars), parts(record={**values, "recipe": recipe}, **found)
 
 
 def _check_recipe(cfg: DictConfig, recipe: str) -> None:

@@ -81,6 +81,12 @@ def test_differences_name_keys_and_values_but_not_what_may_change():
     ]
 
 
+def test_a_run_may_resume_under_the_recipes_further_name():
+    old = parts_of(load_config("tiny/oprd")).record
+    now = parts_of(load_config("tiny/oprd", recipe="oprd_single_device"))
+    assert now.differences(old, OPRDSettings) == []
+
+
 def test_every_component_says_itself_what_may_change():
     bridged = parts_of(load_config("tiny/bridge"))
     assert bridged.bridge.free_on_resume == {

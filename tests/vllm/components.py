@@ -4,25 +4,28 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 
 from oprd_tune.rollout import VLLMServer
 
 SLOW = 0.1  # seconds that each request waits, so that a batch has a middle
 
 
+@dataclass(kw_only=True, eq=False)
 class FragileServer(VLLMServer):
     """Kills servers at its addresses: in a batch, at a sync, or between the two.
 
-    Args:
+    Attributes:
         record: a file for a line on each rollout: step, policy version, prompts.
 
     The environment variable MOMENTS says where, at which policy version, and whom: `batch 2 <pid>`.
     """
 
-    def __init__(self, model, *, record, **kwargs):
-        super().__init__(model, **kwargs)
+    record: str
+
+    def start(self, policy, request):
+        super().start(policy, request)
         self._moments = dict(moment.rsplit(" ", 1) for moment in os.environ["MOMENTS"].split(",") if moment)
-        self._record = record
         for server in self._servers:
             server.generate = lambda *args, ask=server.generate: (time.sleep(SLOW), ask(*args))[1]
 
@@ -55,6 +58,6 @@ class FragileServer(VLLMServer):
             rollout = super().generate(prompts, stream=stream)
         finally:
             timer.join()
-        with open(self._record, "a") as file:
+        with open(self.record, "a") as file:
             file.write(f"{stream} {rollout.policy_version} {list(prompts.positions)}\n")
         return rollout

@@ -11,10 +11,10 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import VLLMColocated
 from oprd_tune.types import Prompts
 from tests.distributed.spawn import run_ranks
-from tests.vllm.students import GROUPS, PROMPTS, SAMPLING, make_student, move, native
+from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, started
 
 pytest.importorskip("vllm")
-ENGINE = {"max_prompt_tokens": 16, "kv_cache_gib": 0.125, **SAMPLING}
+CACHE = {"kv_cache_gib": 0.125}
 KINDS = ("tied", "untied", "lora", "dora", "qwen3")
 SINGLE = [(kind, group) for kind in KINDS[:2] for group in (*GROUPS, *(["output.weight"] if kind == "untied" else []))]
 SINGLE += [("qwen3", group) for group in ("q_proj.linear", "q_proj.norm", "k_proj.norm")]
@@ -24,7 +24,7 @@ def compare(engine, model, prompts, version):
     """Greedy tokens and log-probabilities of a synced engine against the native one's."""
     engine.sync_weights(version)
     found = engine.generate(prompts, stream=version)
-    wanted = native(model, temperature=0).generate(prompts, stream=version)
+    wanted = native(model, temperature=0).sample(prompts, stream=version)
     same = torch.equal(found.tokens_BS, wanted.tokens_BS)
     gap = (found.sampler_logprobs_BS - wanted.sampler_logprobs_BS).abs().max().item() if same else None
     return {"same": same, "gap": gap, "proof": found.logprob_gap.largest, "version": found.policy_version}
@@ -70,9 +70,10 @@ def on_one_rank(rank, folder):
     results = {}
     threads, noise = torch.set_num_threads, torch.get_rng_state()
     for kind in KINDS:
-        model, weights = make_student(kind, folder / kind)
+        policy = make_student(kind, folder / kind)
+        model = policy.model
         torch.set_rng_state(noise)
-        engine = VLLMColocated(model, weights=weights, temperature=0.0, **ENGINE)
+        engine = started(VLLMColocated(temperature=0.0, **CACHE), policy)
         results[kind] = [compare(engine, model, PROMPTS, 0)]
         for version, group in enumerate(("", *[group for k, group in SINGLE if k == kind]), start=1):
             assert move(model, group, by=0.02 if not group else 0.1), group
@@ -86,11 +87,11 @@ def on_one_rank(rank, folder):
             engine._llm.update_weight_version("another")
             results["foreign"] = message(lambda: engine.generate(PROMPTS))  # noqa: B023
         engine.close()
-    model, weights = make_student("tied", folder / "sampled")
-    engine = VLLMColocated(model, weights=weights, samples_per_prompt=3, seed=7, top_k_ids=3, **ENGINE)
+    policy = make_student("tied", folder / "sampled")
+    engine = started(VLLMColocated(**CACHE), policy, samples_per_prompt=3, seed=7, top_k_ids=3)
     engine.sync_weights(4)
     torch.save([engine.generate(PROMPTS, stream=s) for s in (1, 1, 2)], folder / "sampled.pt")
-    torch.save(native(model, samples_per_prompt=500, max_new_tokens=1).generate(PROMPTS), folder / "native.pt")
+    torch.save(native(policy.model, samples_per_prompt=500, max_new_tokens=1).sample(PROMPTS), folder / "native.pt")
     engine.close()
     results["process"] = [torch.set_num_threads is threads, torch.equal(noise, torch.get_rng_state())]
     (folder / "results.json").write_text(json.dumps(results))
@@ -102,8 +103,11 @@ def on_two_ranks(rank, folder):
     mine = Prompts(PROMPTS.tokens[rank::2], PROMPTS.positions[rank::2], (None, None))
     results = {}
     for kind, together in (("tied", 1), ("lora", 1), ("tied", 2)):
-        model, weights = make_student(kind, folder / f"{kind}{rank}", ranks)
-        engine = VLLMColocated(model, weights=weights, temperature=0.0, tensor_parallel_size=together, **ENGINE)
+        policy = make_student(kind, folder / f"{kind}{rank}", ranks)
+        model = policy.model
+        engine = VLLMColocated(temperature=0.0, tensor_parallel_size=together, **CACHE)
+        engine.check(ranks.device, ranks)
+        started(engine, policy)
         name = f"{kind} {together}"
         results[name] = [compare(engine, model, mine, 0)]
         move(model, "", by=0.02)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oprd_tune.registry import config_files, recipe_files
+from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer
 from oprd_tune.run.launch import run_recipe as launch
@@ -17,7 +18,7 @@ from tests.vllm.test_server import ENVIRONMENT
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
-NAME, CONFIG = "oprd_single_device", "tiny/oprd"
+NAME, CONFIG = "oprd_distributed", "tiny/oprd"
 STEADY = {**SMALL, "lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
 
 
@@ -46,24 +47,27 @@ def test_closes_the_gap_as_with_the_native_engine(out, engine):
     assert "largest gap of sampler and trainer" in done.stdout
 
 
-@pytest.mark.parametrize(("recipe", "config"), [("opd_topk_distributed", "tiny/opd_topk_distributed")])
-def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out, recipe, config):
-    auto = {**STEADY, "rollout._component_": "oprd_tune.rollout.auto"}
+@pytest.mark.parametrize(
+    ("extra", "largest"), [({}, 1e-3), ({"dtype": "bf16", "master_dtype": "fp32"}, 1e-1)], ids=["whole", "sharded"]
+)
+def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out, extra, largest):
+    recipe, config = "opd_topk_distributed", "tiny/opd_topk"
+    auto = {**STEADY, **extra, "rollout._component_": "oprd_tune.rollout.auto", "teacher_placement": "sharded"}
     first = run(out, recipe, config, **{**auto, "max_steps": 2})
     assert first.returncode == 0, first.stderr
     assert "rollout: VLLMColocated (vLLM works here)" in first.stdout
     second = run(out, recipe, config, **auto, resume="true")
     assert second.returncode == 0, second.stderr
     assert "rollout: VLLMColocated (as before)" in second.stdout
-    assert json.loads((out / "summary.json").read_text())["max_logprob_gap"] < 1e-3
+    assert json.loads((out / "summary.json").read_text())["max_logprob_gap"] < largest
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """Three servers, to be killed."""
     folder = tmp_path_factory.mktemp("servers")
-    _, student = make_student("tied", folder / "student")
-    start = FolderTransfer(student, folder).write_start()
+    student = make_student("tied", folder / "student")
+    start = FolderTransfer(PolicyWeights(student), folder).write_start()
     arguments = ["--dtype", "float32", "--max-model-len", "24", "--generation-config", "vllm", "--enforce-eager"]
     arguments += ["--skip-tokenizer-init", "--enable-scale-out", "--kv-cache-memory-bytes", str(2**27)]
     processes = [ServerProcess(start, arguments, ENVIRONMENT, folder / f"{i}.log") for i in range(3)]

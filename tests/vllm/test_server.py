@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,24 +14,22 @@ from oprd_tune.rollout import VLLMServer
 from oprd_tune.rollout.vllm.client import LostServerError
 from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer
-from oprd_tune.types import Prompts
+from oprd_tune.types import Prompts, SamplingRequest
 from tests.distributed.spawn import run_ranks
-from tests.vllm.students import GROUPS, PROMPTS, SAMPLING, make_student, move, native
+from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, started
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-ENGINE = {"max_prompt_tokens": 16, "temperature": 0.0, "timeout": 60.0, **SAMPLING}
+ENGINE = {"temperature": 0.0, "timeout": 60.0}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server that starts from the tied student, for all tests of this file."""
     folder = tmp_path_factory.mktemp("server")
-    model, weights = make_student("tied", folder / "student")
-    engine = VLLMServer(
-        model, weights=weights, folder=folder, kv_cache_gib=0.125, server_environment=ENVIRONMENT, **ENGINE
-    )
+    engine = VLLMServer(kv_cache_gib=0.125, server_environment=ENVIRONMENT, **ENGINE)
+    started(engine, make_student("tied", folder / "student"))
     yield engine._process
     engine.close()
 
@@ -38,10 +37,10 @@ def server(tmp_path_factory):
 @pytest.fixture
 def make_engine(server, tmp_path):
     def make(kind="tied", **kwargs):
-        model, weights = make_student(kind, tmp_path / kind)
-        return model, VLLMServer(
-            model, weights=weights, folder=tmp_path, **{"addresses": [server.address], **ENGINE, **kwargs}
-        )
+        policy = make_student(kind, tmp_path / kind)
+        asked = {name: kwargs.pop(name) for name in list(kwargs) if name in SamplingRequest.__dataclass_fields__}
+        engine = VLLMServer(**{"addresses": [server.address], **ENGINE, **kwargs})
+        return policy.model, started(engine, policy, **asked)
 
     return make
 
@@ -49,7 +48,7 @@ def make_engine(server, tmp_path):
 def assert_equal_to_native(engine, model, version, prompts=PROMPTS):
     engine.sync_weights(version)
     found = engine.generate(prompts, stream=version)
-    wanted = native(model, temperature=0).generate(prompts, stream=version)
+    wanted = native(model, temperature=0).sample(prompts, stream=version)
     assert torch.equal(found.tokens_BS, wanted.tokens_BS)
     torch.testing.assert_close(found.sampler_logprobs_BS, wanted.sampler_logprobs_BS, rtol=0, atol=1e-4)
     assert found.logprob_gap.largest < 1e-4
@@ -69,12 +68,13 @@ def test_greedy_tokens_and_log_probabilities_are_the_native_engines_after_every_
 
 def on_two_ranks(rank, folder, address):
     ranks = Ranks(rank, 2)
-    model, weights = make_student("lora", folder / str(rank), ranks)
-    engine = VLLMServer(model, weights=weights, folder=folder, addresses=[address], **ENGINE)
+    policy = make_student("lora", folder / str(rank), ranks)
+    policy = replace(policy, folder=folder)  # both see one
+    engine = started(VLLMServer(addresses=[address], **ENGINE), policy)
     mine = Prompts(PROMPTS.tokens[rank::2], PROMPTS.positions[rank::2], (None, None))
     for version in range(2):
-        assert_equal_to_native(engine, model, version, mine)
-        move(model, "", by=0.02)
+        assert_equal_to_native(engine, policy.model, version, mine)
+        move(policy.model, "", by=0.02)
     ranks.wait()
     if rank == 0:
         engine._servers[0].commit_weights("another")
