@@ -194,7 +194,8 @@ class VLLMColocated:
         ranks = self._weights.ranks
         together = [prompts]
         if len(self._parallel) > 1:
-            together = [ranks.collect(prompts)[rank] for rank in self._parallel]
+            everybody = ranks.collect(prompts)
+            together = [everybody[rank] for rank in self._parallel]
         requests = [request for part in together for request in self._sampling.requests(part, stream)]
         outputs = ranks.agree(lambda: self._sample(requests))
         self._sleep()
