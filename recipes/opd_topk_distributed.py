@@ -64,6 +64,7 @@ class OPDRecipe:
             return StepResult(None, sampled, metrics)
         count_P = torch.tensor(counts, device=self.ranks.device)
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
+        # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss.hidden, self.teacher, micro_batches, self.select, self.ranks)
 
         for micro in micro_batches:
@@ -101,12 +102,11 @@ class OPDRecipe:
         """Check everything, then load it. What can be wrong is found before weights are read."""
         s, run, parts = self.settings, self.run, self.run.parts
         self.select = StateSelector(s.positions, s.positions_k, s.anchor)
-        self.engine = parts.rollout()
-        self.engine.check(self.ranks.device, self.ranks)
+        self.engine = run.make_engine()
         self.loss = as_composite(parts.loss())
         if not self.loss.token_losses:
             raise ConfigError("loss has no token part; losses on hidden states alone are for oprd_distributed")
-        plan = construct(parts.bridge)
+        plan = construct(parts.bridge)  # None without that section
         pair = load_pair(parts, s, hidden_loss=self.loss.hidden is not None, token_loss=True)
         self.pairs = pair.layers
         self.loss.check(pair.vocabulary, self.engine)

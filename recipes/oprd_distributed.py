@@ -52,13 +52,14 @@ class OPRDRecipe:
             self.engine.sync_weights(run.step)
         with run.phase("rollout"):
             sampled = self.engine.generate(prompts, stream=run.step)  # or an error, which leaves the step undone
-        sampled = self.data.read(sampled, prompts)  # by a teacher that has a tokenizer of its own
+        sampled = self.data.read(sampled, prompts)  # adds the teacher's own tokens, if it has another tokenizer
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator for the whole step, over all processes and microbatches, known before the first backward.
         count = self.ranks.sum(len(self.select(rollout)))
         if count == 0:
             return StepResult(None, sampled, metrics)
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
+        # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss, self.teacher, micro_batches, self.select, self.ranks)
 
         for micro in micro_batches:
@@ -68,7 +69,7 @@ class OPRDRecipe:
             with run.phase("student"):
                 stream = self.loss.stream(self.pairs, targets.states, selection, self.bridge)
                 with layer_taps(self.student.model, stream.layers, stream):
-                    loss_sum = self.student.model(micro.tokens_BS)  # no head: it returns the loss of all taps
+                    loss_sum = self.student.model(micro.tokens_BS)  # the last tap stands where the LM head was
                 self.student.backward(loss_sum, count, last=micro is micro_batches[-1])
             metrics.merge(stream.metrics)
 
@@ -80,12 +81,11 @@ class OPRDRecipe:
         """Check everything, then load it. What can be wrong is found before weights are read."""
         s, run, parts = self.settings, self.run, self.run.parts
         self.select = StateSelector(s.positions, s.positions_k, s.anchor)
-        self.engine = parts.rollout()
-        self.engine.check(self.ranks.device, self.ranks)
+        self.engine = run.make_engine()
         self.loss = parts.loss()
         if not isinstance(self.loss, HiddenStateLoss):
             raise ConfigError(f"{type(self.loss).__name__} is no loss on hidden states; opd_topk_distributed takes it")
-        plan = construct(parts.bridge)
+        plan = construct(parts.bridge)  # None without that section
         pair = load_pair(parts, s)
         self.pairs = pair.layers
         self.data = load_data(parts, s, pair, self.ranks)

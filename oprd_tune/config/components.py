@@ -47,7 +47,9 @@ class Component:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         for key in given:
             if key not in taken and not takes_any:
-                raise ConfigError(f"{path} takes no argument {name}.{key}{nearest(key, taken)}")
+                raise ConfigError(
+                    f"{path} takes no argument {name}.{key}{nearest(key, taken)}. '~{name}.{key}' takes it away"
+                )
         return cls(name, path, target, {key: _find_within(f"{name}.{key}", value) for key, value in given.items()})
 
     def __call__(self, *args: Any, **added: Any) -> Any:
@@ -90,6 +92,16 @@ def find_function(name: str, function: Callable[..., Any] | str) -> Callable[...
     if not callable(function):
         raise ConfigError(f"{name} {function!r} is no function; give the dotted path of one")
     return function
+
+
+def check_offers(name: str, found: object, protocol: type) -> None:
+    """Raise ConfigError if an object that the config key `name` made lacks members of a protocol."""
+    members = {*vars(protocol), *vars(protocol).get("__annotations__", {})}
+    if missing := sorted(member for member in members if member[0] != "_" and not hasattr(found, member)):
+        raise ConfigError(
+            f"{name}: {type(found).__name__} lacks {', '.join(missing)}; oprd_tune/protocols.py says what "
+            f"{protocol.__name__} has to offer"
+        )
 
 
 def _find_within(name: str, value: Any) -> Any:

@@ -23,7 +23,7 @@ class PromptDataset:
     """Tokenized prompts and their reference answers.
 
     Args:
-        rows: texts in the columns `prompt` and `answer`; an answer is None if it is not known.
+        rows: texts `prompt` and `answer`, as a `Dataset` or a list of dicts; an answer is None if it is not known.
         max_prompt_tokens: the most tokens that a prompt may have for the student; None sets no limit. Longer prompts
             and empty ones are dropped.
         prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template.
@@ -44,7 +44,7 @@ class PromptDataset:
 
     def __init__(
         self,
-        rows: Dataset,
+        rows: Dataset | Sequence[Mapping[str, str]],
         tokenizer: Tokenizer,
         *,
         max_prompt_tokens: int | None = None,
@@ -66,6 +66,8 @@ class PromptDataset:
         if teacher_tokenizer is not None:
             self._readers["teacher_tokens"] = (teacher_tokenizer, teacher_template)
         self._system_prompt = system_prompt
+        if not isinstance(rows, Dataset):
+            rows = Dataset.from_list([{"answer": None, **row} for row in rows])
         found = len(rows)
         # Not read from the library's disk cache: its keys do not tell one tokenizer from another.
         tokenized = rows.map(self._tokenize, desc="Tokenizing prompts", load_from_cache_file=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from oprd_tune.config import OPRDSettings, Parts, construct
+from oprd_tune.config.components import check_offers
 from oprd_tune.data import PromptStream, Reader
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.evaluation import ReferencePerplexity, TaskAccuracy
@@ -77,6 +78,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
     held_out: PromptSource | None = construct(parts.eval_dataset, tokenizer, **given)
     datasets = {"dataset": train} | ({} if held_out is None else {"eval_dataset": held_out})
     for name, dataset in datasets.items():
+        check_offers(name, dataset, PromptSource)
         if dataset.dropped:
             total, limit = dataset.dropped + len(dataset), s.max_prompt_tokens
             print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")

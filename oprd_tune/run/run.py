@@ -11,6 +11,7 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from oprd_tune.config import OPRDSettings, Parts
+from oprd_tune.config.components import check_offers
 from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.step import StepResult
 from oprd_tune.preflight.data import RunData
@@ -63,6 +64,13 @@ class Run:
                 f"resume: {self.checkpoint} was written under another config: {'; '.join(changed)}. Only max_steps, "
                 "output_dir, logging, checkpoints and what concerns memory or servers alone may change"
             )
+
+    def make_engine(self) -> RolloutEngine:
+        """Construct the config's engine. What keeps it from working here is found before any model is loaded."""
+        engine: RolloutEngine = self.parts.rollout()
+        check_offers("rollout", engine, RolloutEngine)
+        engine.check(self._ranks.device, self._ranks)
+        return engine
 
     def open(self) -> None:
         """Construct the logger and claim the folder for this run. From here on, files are written."""

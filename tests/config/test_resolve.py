@@ -6,8 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from oprd_tune.config import Component, OPDSettings, OPRDSettings, Parts, resolve
+from oprd_tune.config.components import check_offers
 from oprd_tune.errors import ConfigError
+from oprd_tune.protocols import PromptSource, RolloutEngine
 from oprd_tune.registry import config_files, full_name, recipe_files, recipe_named_in
+from oprd_tune.rollout import NativeEngine
+from oprd_tune.tiny import tokenizer
 from tests.conftest import load_config
 
 SETTINGS = {"oprd_distributed": OPRDSettings, "opd_topk_distributed": OPDSettings}
@@ -137,6 +141,19 @@ def test_every_shipped_config_belongs_to_a_recipe_and_is_well_formed(name):
 def test_what_the_recipe_sets_may_not_stand_in_the_config():
     with pytest.raises(ConfigError, match="dataset.split is set by the recipe; leave it out of dataset"):
         parts_of(load_config("tiny/oprd")).dataset(None, split="train")
+
+
+def test_what_an_object_lacks_of_its_protocol_is_named():
+    class Half:
+        temperature = 1.0
+
+        def generate(self, prompts, *, stream=0):
+            return None
+
+    with pytest.raises(ConfigError, match="rollout: Half lacks check, close, free_on_resume, memory_bytes, samples"):
+        check_offers("rollout", Half(), RolloutEngine)
+    check_offers("rollout", NativeEngine(), RolloutEngine)
+    check_offers("dataset", parts_of(load_config("tiny/oprd")).dataset(tokenizer()), PromptSource)
 
 
 def test_components_within_components_are_constructed():

@@ -1,5 +1,7 @@
 import csv
 import json
+import textwrap
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -211,3 +213,13 @@ def test_ranks_share_a_step_without_overlap(world_size):
     by_position = {p: t for part in parts for p, t in zip(part.positions, part.tokens, strict=True)}
     assert [by_position[p] for p in whole.positions] == list(whole.tokens)
     assert sum(map(len, parts)) == len(whole)
+
+
+def test_the_data_set_that_the_guide_shows_works():
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("## Add a data set")[2]
+    namespace = {}
+    exec(textwrap.dedent(guide.partition("```python\n")[2].partition("```")[0]), namespace)
+    dataset = namespace["doubles"](tokenizer(), count=20, max_prompt_tokens=5)
+    assert len(dataset) + dataset.dropped == 20
+    assert dataset[7][1] == "14"
+    assert tokenizer().decode(dataset[7][0]) == "7+7="

@@ -34,11 +34,12 @@ def test_the_student_approaches_its_teacher(out):
 
 
 def test_the_name_for_one_device_means_the_same_recipe(tmp_path):
-    further = "oprd_single_device"
-    run_recipe(NAME, CONFIG, tmp_path / "whole")
-    run_recipe(further, CONFIG, tmp_path / "further", recipe=further)
-    assert_same_student(tmp_path / "whole", tmp_path / "further")
-    assert json.loads((tmp_path / "further" / "summary.json").read_text())["recipe"] == NAME
+    further, schedule = "oprd_single_device", {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
+    run_recipe(NAME, CONFIG, tmp_path / "whole", **schedule)
+    run_recipe(further, CONFIG, tmp_path / "parts", recipe=further, max_steps=2, **schedule)
+    run_recipe(NAME, CONFIG, tmp_path / "parts", resume="true", **schedule)
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+    assert json.loads((tmp_path / "parts" / "summary.json").read_text())["recipe"] == NAME
 
 
 def test_leaves_what_a_user_looks_for(out):
