@@ -86,7 +86,7 @@ def test_private_parts_of_torchtune_are_touched_in_one_room(path):
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_config_stops_at_the_recipe(path):
-    if path.parent.name != "config" and path.name != "launch.py":  # which hands it to the recipe
+    if path.parent.name != "config" and path.name != "launcher.py":  # which hands it to the recipe
         assert "DictConfig" not in path.read_text()
 
 

@@ -16,13 +16,13 @@ def check_whole(name: str, value: object, *, at_least: int = 1) -> None:
 def check_positive(name: str, value: object) -> None:
     """Raise ConfigError unless a value is a finite number above 0."""
     if not _is_finite(value) or not value > 0:  # type: ignore[operator]
-        raise ConfigError(f"{name} is {value!r}; it must be a positive number")
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number above 0")
 
 
 def check_not_negative(name: str, value: object) -> None:
     """Raise ConfigError unless a value is a finite number, 0 or above."""
     if not _is_finite(value) or value < 0:  # type: ignore[operator]
-        raise ConfigError(f"{name} is {value!r}; it must be a number that is not negative")
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number, 0 or above")
 
 
 def _is_finite(value: object) -> bool:

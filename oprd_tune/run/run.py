@@ -21,7 +21,7 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
 from oprd_tune.run.folder import RunFolder, load_checkpoint, read_config
 from oprd_tune.run.journal import Journal
-from oprd_tune.run.launch import StopSignals
+from oprd_tune.run.launcher import StopSignals
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.training.student import Student
 
@@ -125,10 +125,10 @@ class Run:
     # ---- the loop ----
 
     def __enter__(self) -> Run:
-        if self.step == 0 and not self.journal.history.evaluations:
-            self._evaluate()
         with ExitStack() as scope:
             scope.enter_context(closing(self._engine))
+            if self.step == 0 and not self.journal.history.evaluations:
+                self._evaluate()
             self._stop = scope.enter_context(StopSignals())
             name = self._recipe.partition("_")[0].upper()
             total = self._settings.max_steps

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from oprd_tune.registry import config_files, recipe_files
-from oprd_tune.run.launch import _processes_for
+from oprd_tune.run.launcher import _processes_for
 from tests.conftest import SMALL
 
 SPREAD = {"teacher_placement": "sharded"}

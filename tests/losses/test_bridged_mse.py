@@ -181,7 +181,7 @@ def test_coefficient_scales_and_constructor_explains():
     torch.testing.assert_close(5 * one, five)
     with pytest.raises(ConfigError, match="'rms'; allowed are l2, variance, none"):
         BridgedMSE("rms")
-    with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a number that is not negative"):
+    with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a finite number, 0 or above"):
         BridgedMSE(coefficient=-1)
     assert not any(BridgedMSE(normalisation).needs_calibration for normalisation in NORMALISATIONS)
 

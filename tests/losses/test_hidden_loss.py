@@ -152,7 +152,7 @@ def test_it_may_be_a_part_of_a_composite():
         ((f"{__name__}.PAIRS",), r"loss.error \[.* is no function"),
         ((f"{__name__}.hubert",), "loss.error 'tests.losses.test_hidden_loss.hubert' cannot be found: "),
         (("nowhere.at_all",), "loss.error 'nowhere.at_all' cannot be found: "),
-        ((huber, -1), "loss.coefficient is -1; it must be a number that is not negative"),
+        ((huber, -1), "loss.coefficient is -1; it must be a finite number, 0 or above"),
     ],
 )
 def test_mistakes_are_explained(arguments, message):

@@ -188,7 +188,7 @@ def test_coefficient_scales_and_constructor_explains():
     torch.testing.assert_close(2 * one, two)
     with pytest.raises(ConfigError, match="'unit'; allowed are none, l2, rms"):
         HiddenStateMSE("unit")
-    with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a number that is not negative"):
+    with pytest.raises(ConfigError, match="loss.coefficient is -1; it must be a finite number, 0 or above"):
         HiddenStateMSE(coefficient=-1)
 
 

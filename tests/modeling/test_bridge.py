@@ -198,7 +198,7 @@ REFUSED = {
     "intercept": ({"intercept": "no"}, "bridge.intercept is 'no'; allowed are true and false"),
     "weights": ({"same_weights": 0}, "bridge.same_weights is 0; allowed are true and false"),
     "fit only": ({"fit_only": None}, "bridge.fit_only is None; allowed are true and false"),
-    "negative ridge": ({"ridge": -1e-4}, "bridge.ridge is -0.0001; it must be a number that is not negative"),
+    "negative ridge": ({"ridge": -1e-4}, "bridge.ridge is -0.0001; it must be a finite number, 0 or above"),
     "no ridge": ({"ridge": None}, "bridge.ridge is None"),
     "endless ridge": ({"ridge": float("inf")}, "bridge.ridge is inf"),
     "undefined ridge": ({"ridge": float("nan")}, "bridge.ridge is nan"),

@@ -17,7 +17,7 @@ from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.preflight import report as module
 from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
 from oprd_tune.ranks import Ranks
-from oprd_tune.run.launch import run_recipe as launch
+from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from tests.conftest import SMALL, load_config, recipe_class
 

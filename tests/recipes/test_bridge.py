@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.modeling.bridge import Bridge
-from oprd_tune.run.launch import run_recipe as launch
+from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.training.bridge_fit import FIGURE, FILE, _Fit
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 from tests.modeling.bridges import PAIRS, make_bridge

@@ -11,7 +11,7 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.modeling.weights import load_decoder
 from oprd_tune.preflight.pair import check_same_tokens
 from oprd_tune.ranks import Ranks
-from oprd_tune.run.launch import run_recipe as launch
+from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny import checkpointer, tiny_qwen2
 from oprd_tune.tiny.model import write_tokenizer
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe, weights

@@ -13,7 +13,10 @@ import torch
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.registry import config_files
+from oprd_tune.rollout import NativeEngine
+from oprd_tune.run import Run
 from oprd_tune.run.export import export_checkpoint
+from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.types import TeacherTargets
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
 
@@ -207,8 +210,6 @@ BAD_INPUTS = {
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch, tmp_path, capsys):
-    from oprd_tune.run.launch import run_recipe as launch
-
     overrides, message = BAD_INPUTS[case]
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
     monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
@@ -219,8 +220,6 @@ def test_bad_input_is_explained_before_a_model_is_loaded(case, out, monkeypatch,
 
 
 def test_a_token_loss_is_sent_to_its_recipe(out, capsys):
-    from oprd_tune.run.launch import run_recipe as launch
-
     cfg = load_config(CONFIG, output_dir=out, **SMALL)
     cfg.loss = {"_component_": "oprd_tune.losses.FullReverseKL"}
     assert launch(recipe_class(NAME), cfg) == 2
@@ -228,8 +227,6 @@ def test_a_token_loss_is_sent_to_its_recipe(out, capsys):
 
 
 def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
-    from oprd_tune.run.launch import run_recipe as launch
-
     run_recipe(NAME, CONFIG, out, max_steps=1)
     recipe = recipe_class(NAME)
     assert launch(recipe, load_config(CONFIG, output_dir=out, **SMALL)) == 2
@@ -237,6 +234,18 @@ def test_an_output_folder_in_use_and_another_config_are_refused(out, capsys):
     changed = load_config(CONFIG, output_dir=out, resume="true", **SMALL, **{"optimizer.lr": 0.5})
     assert launch(recipe, changed) == 2
     assert "optimizer.lr: 0.006 then, 0.5 now" in capsys.readouterr().err
+
+
+def test_the_engine_is_closed_if_the_first_evaluation_fails(out, monkeypatch):
+    def fail(_):
+        raise RuntimeError("the evaluation failed")
+
+    closed = []
+    monkeypatch.setattr(Run, "_evaluate", fail)
+    monkeypatch.setattr(NativeEngine, "close", closed.append)
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        run_recipe(NAME, CONFIG, out, max_steps=1)
+    assert len(closed) == 1
 
 
 DRIVER = """

@@ -270,7 +270,7 @@ def test_the_engine_holds_nothing_and_takes_as_much_as_its_rows_at_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -1}, "rollout.temperature is -1; it must be a number that is not negative"),
+        ({"temperature": -1}, "rollout.temperature is -1; it must be a finite number, 0 or above"),
         ({"batch_size": 0}, "rollout.batch_size is 0; it must be a whole number, at least 1"),
     ],
 )

@@ -142,10 +142,11 @@ def test_tokens_of_other_weights_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.5}, "rollout.temperature is -0.5; it must be a number that is not negative"),
+        ({"temperature": -0.5}, "rollout.temperature is -0.5; it must be a finite number, 0 or above"),
         ({"gpu_memory_utilization": 1.5}, "it must be at most 1"),
-        ({"kv_cache_gib": 0}, "rollout.kv_cache_gib is 0; it must be a positive number"),
-        ({"logprob_gap_limit": -1.0}, "rollout.logprob_gap_limit is -1.0; it must be a positive number"),
+        ({"temperature": float("inf")}, "rollout.temperature is inf; it must be a finite number, 0 or above"),
+        ({"kv_cache_gib": 0}, "rollout.kv_cache_gib is 0; it must be a finite number above 0"),
+        ({"logprob_gap_limit": -1.0}, "rollout.logprob_gap_limit is -1.0; it must be a finite number above 0"),
     ],
 )
 def test_wrong_arguments_are_explained(engine, arguments, message):

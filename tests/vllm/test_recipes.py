@@ -11,7 +11,7 @@ from oprd_tune.registry import config_files, recipe_files
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer
-from oprd_tune.run.launch import run_recipe as launch
+from oprd_tune.run.launcher import run_recipe as launch
 from tests.conftest import SMALL, load_config, recipe_class, weights
 from tests.vllm.students import make_student
 from tests.vllm.test_server import ENVIRONMENT

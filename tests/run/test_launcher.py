@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.rollout import NativeEngine
-from oprd_tune.run.launch import StopSignals, _processes_for, run_recipe
+from oprd_tune.run.launcher import StopSignals, _processes_for, run_recipe
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class
 
 CFG = OmegaConf.create({"seed": 0, "max_steps": 3, "output_dir": "there"})
