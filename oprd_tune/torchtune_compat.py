@@ -8,6 +8,7 @@
 - A Hugging Face checkpointer keeps `_checkpoint_dir`, `_checkpoint_paths`, `_config` (config.json) and `_model_type`.
   It has `_weight_map` after loading. It imports Qwen2's conversions while it loads and saves.
 - `models.qwen2._convert_weights` renames Qwen2's parameters; `models.qwen2._positional_embeddings` rotates.
+- `models.llama3_1._position_embeddings` rotates with scaled frequencies. On the meta device it has no tables yet.
 - A decoder applies `model.output` to its final states. A tied head is a plain attribute, an untied one a submodule.
 - `DoRALinear._get_weight_norm` gives ‖W + s B A‖ by row; `_quantize_base` tells a quantised base.
 """
@@ -25,6 +26,7 @@ import torchtune
 from torch import Tensor, nn
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.models.qwen2 import _convert_weights as _qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
@@ -32,7 +34,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import FullModelHFCheckpointer
 
-__all__ = ["Qwen2RotaryPositionalEmbeddings", "qwen2_hf_to_tune", "qwen2_tune_to_hf"]
+__all__ = ["Llama3ScaledRoPE", "Qwen2RotaryPositionalEmbeddings", "qwen2_hf_to_tune", "qwen2_tune_to_hf"]
 
 QWEN2_NAMES: Mapping[str, str] = {theirs: ours for theirs, ours in _qwen2._FROM_HF.items() if ours}
 
@@ -129,5 +131,5 @@ def start_rotations(module: nn.Module) -> None:
     """Compute the tables of those rotary embeddings that are still on the meta device."""
     part: Any
     for part in module.modules():
-        if hasattr(part, "rope_init") and any(buffer.is_meta for buffer in part.buffers()):
+        if hasattr(part, "rope_init") and (not [*part.buffers()] or any(buffer.is_meta for buffer in part.buffers())):
             part.rope_init()

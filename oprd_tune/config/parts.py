@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.config.components import Component, nearest
 from oprd_tune.config.settings import FREE_ON_RESUME, free_fields
+from oprd_tune.config.short_form import NAMES, expand
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import full_name
 from oprd_tune.torchtune_compat import recipe_of_running_config
@@ -24,7 +25,7 @@ class Parts:
     For more components in a recipe of your own, derive a frozen dataclass, and give each new field the default None.
 
     Attributes:
-        record: the whole config as plain values, overrides included. Checkpoints keep it.
+        record: the whole config as plain values, overrides included and the short form written out. Checkpoints keep it.
     """
 
     record: Mapping[str, Any] = field(metadata={"key": False})
@@ -88,15 +89,13 @@ def resolve(
     """
     _check_recipe(cfg, recipe)
     try:
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+        given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the config cannot be resolved: {error}") from error
+    values = expand(given)
     scalar_fields = {f.name: f for f in fields(settings)}  # type: ignore[arg-type]
     part_fields = {f.name: f for f in fields(parts) if f.metadata.get("key", True)}
-    for name in part_fields:  # torchtune reads `task_accuracy=null` as `task_accuracy._component_=null`
-        if isinstance(section := values.get(name), Mapping) and section.get("_component_", "") is None:
-            values[name] = None
-    known = {*scalar_fields, *part_fields, "recipe"}
+    known = {*scalar_fields, *part_fields, *NAMES, "recipe"}
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown config key {key!r}{nearest(key, known)}")

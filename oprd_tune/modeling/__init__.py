@@ -15,10 +15,12 @@ from oprd_tune.modeling.families.qwen3 import (
     qwen3_14b,
     qwen3_32b,
 )
+from oprd_tune.modeling.from_folder import decoder
 from oprd_tune.modeling.weights import hugging_face_checkpointer
 
 __all__ = [
     "BridgePlan",
+    "decoder",
     "hugging_face_checkpointer",
     "lora_qwen3_0_6b",
     "lora_qwen3_1_7b",

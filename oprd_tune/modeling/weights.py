@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
@@ -18,11 +17,15 @@ from torchtune.training.checkpointing import ModelType
 from oprd_tune.config.components import Component
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
-from oprd_tune.modeling.families import FAMILIES, Family
-from oprd_tune.torchtune_compat import config_of, model_type_of, start_rotations, weight_files_of
+from oprd_tune.modeling.families import family_of, transformers_config
+from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
+from oprd_tune.modeling.folders import read_config, stored_shapes, weight_files
+from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of, start_rotations, weight_files_of
 
 Builder = Callable[[], TransformerDecoder]
 _SHOWN = 4  # names listed in a message
+_NEEDED = ("tie_word_embeddings", "num_key_value_heads")  # torchtune's checkpointers look these up without a default
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def build_on_meta(build: Builder) -> TransformerDecoder:
@@ -37,36 +40,32 @@ def width_of(model: TransformerDecoder) -> int:
 
 
 def hugging_face_checkpointer(
-    checkpoint_dir: str, output_dir: str, hub_name: str | None = None, model_type: str = "QWEN2"
+    checkpoint_dir: str, output_dir: str, hub_name: str | None = None, model_type: str | None = None
 ) -> FullModelHFCheckpointer:
     """torchtune's checkpointer for all weight files of a Hugging Face folder.
 
     Args:
         output_dir: where exports go; recipes set it.
         hub_name: the model's name on the hub, such as `Qwen/Qwen2.5-1.5B`, for the message that the folder is missing.
-        model_type: torchtune's name of the architecture, or QWEN3.
+        model_type: torchtune's name of the architecture, or QWEN3; None for the one that `config.json` states.
 
     Raises:
-        ConfigError: if the architecture is unknown, or if the folder or one of its files is missing. The message then
-            has the command that fetches them.
+        ConfigError: if the folder is none of a model that can be trained, or if one of its files is missing. The
+            message then has the command that fetches them.
     """
-    known = {*(kind.name for kind in ModelType), *FAMILIES}
-    if model_type not in known:
-        raise ConfigError(f"model_type is {model_type}; allowed are {', '.join(sorted(known))}")
     folder = Path(checkpoint_dir).expanduser()
     fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
     fetch += "" if hub_name else ", unless an earlier run is to leave it there"
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is no Hugging Face model folder: it has no config.json; {fetch}")
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise ConfigError(f"{folder} lacks {', '.join(missing[:_SHOWN])}; {fetch}")
-    if model_type in FAMILIES and (checkpointer := FAMILIES[model_type].checkpointer) is not None:
-        return checkpointer(str(folder), files, output_dir)
-    return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
+    family = family_of(read_config(folder, fetch))
+    if model_type not in (None, *family.model_types):
+        known = [kind.name for kind in ModelType] + ["QWEN3"]
+        if model_type not in known:
+            raise ConfigError(f"model_type is {model_type}; leave it out, or give one of {', '.join(sorted(known))}")
+        raise ConfigError(f"model_type is {model_type}, but config.json says {family.config_name}; leave it out")
+    files = weight_files(folder, fetch)
+    if family.checkpointer is not None:
+        return family.checkpointer(str(folder), files, output_dir)
+    return FullModelHFCheckpointer(str(folder), files, model_type or family.model_types[0], output_dir)
 
 
 def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheckpointer:
@@ -77,7 +76,7 @@ def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheck
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        if isinstance(error, KeyError) and error.args[0] in FAMILIES:
+        if isinstance(error, KeyError) and error.args[0] == "QWEN3":
             raise ConfigError(
                 f"{name}: {error} is not known to torchtune's checkpointer; use "
                 "oprd_tune.modeling.hugging_face_checkpointer"
@@ -89,54 +88,59 @@ def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheck
 
 
 def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: TransformerDecoder) -> None:
-    """Compare the headers of a checkpoint's files with the parameters of a model on the meta device.
+    """Compare a checkpoint with a model on the meta device: what `config.json` states, and the headers of the files.
 
     `name` is the checkpointer's config key, for messages.
 
     Raises:
-        ConfigError: if a file is damaged; if parameters are missing, unknown or of another shape; or if `config.json`
-            states another architecture than the checkpointer, or other rotary positions than the model.
+        ConfigError: if no test shows that this architecture computes what transformers does; if a number that changes
+            the outputs differs between `config.json` and the model; if a file is damaged; if parameters are missing,
+            unknown or of another shape; or if a stored head differs from the embedding that it is tied to.
     """
     config, given = config_of(checkpointer), model_type_of(checkpointer)
-    says = config.get("model_type")
-    right = next((kind for kind, family in FAMILIES.items() if family.config_name == says), given)
-    if given != right:
-        raise ConfigError(f"{name}.model_type is {given}, but config.json says {says}: {right}")
+    try:
+        family = family_of(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if given not in family.model_types:
+        right = family.model_types[0]
+        raise ConfigError(f"{name}.model_type is {given}, but config.json says {family.config_name}: {right}")
+    if missing := [key for key in _NEEDED if key not in config]:
+        raise ConfigError(f"{name}: config.json does not say {missing[0]}; add it, as its model's card states it")
+    stated = stated_numbers(transformers_config(folder_of(checkpointer)))
+    if different := differences(stated, built_numbers(model)):
+        raise ConfigError(
+            f"{name}: config.json and the model's builder differ: {'; '.join(different)}. Give the builder the numbers "
+            "of config.json; oprd_tune.modeling.decoder reads them"
+        )
     found: dict[str, Any] = {}
     for path in weight_files_of(checkpointer):
         if path.suffix != ".safetensors":
             return  # a pickle has no header; mistakes are found when it is loaded
         try:
-            with safe_open(path, framework="pt") as file:
-                found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
-    if given in FAMILIES:
-        converted = _converted(name, found, config, FAMILIES[given])
-        adapters = adapter_names(model)
-        _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
-        _check_rotations(name, config, model)
-
-
-def _converted(name: str, found: dict[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    if "tie_word_embeddings" not in config:
-        raise ConfigError(f"{name}: config.json does not say tie_word_embeddings; add it, true or false")
+            found |= {key: torch.empty(shape, device="meta") for key, shape in stored_shapes(path).items()}
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
     try:
-        return family.to_tune(found, tie_word_embeddings=config["tie_word_embeddings"])
+        converted = family.to_tune(found, config)
     except Exception as error:  # torchtune raises the base class for an unknown name
         raise ConfigError(f"{name}: the checkpoint is not of the architecture {family.title}: {error}") from error
+    adapters = adapter_names(model)
+    _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
+    if config["tie_word_embeddings"] and _HEAD in found:
+        _check_tied_head(name, weight_files_of(checkpointer))
 
 
-def _check_rotations(name: str, config: Mapping[str, Any], model: TransformerDecoder) -> None:
-    """Raise ConfigError for other rotary positions: the shapes would fit, but the outputs would be meaningless."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    base, own = rope.get("rope_theta", config.get("rope_theta")), model.layers[0].attn.pos_embeddings.base
-    if kind != "default":
-        raise ConfigError(f"{name}: config.json scales rotary positions by {kind!r}, which no builder here does")
-    if base not in (None, own):
+def _check_tied_head(name: str, files: Sequence[Path]) -> None:
+    """Raise ConfigError if a stored head is not the embedding: transformers would then use both."""
+    stored: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            stored |= {key: file.get_tensor(key) for key in (_HEAD, _EMBEDDING) if key in file.keys()}  # noqa: SIM118
+    if not torch.equal(stored[_HEAD], stored[_EMBEDDING]):
         raise ConfigError(
-            f"{name}: config.json says rope_theta {base:g}, but the model's builder has {own:g}: give it that rope_base"
+            f"{name}: config.json says tie_word_embeddings true, but {_HEAD} is stored and differs from "
+            f"{_EMBEDDING}. If the head is right, say false there; if not, leave {_HEAD} out of the files"
         )
 
 

@@ -20,8 +20,9 @@ from torchtune.training import set_default_dtype
 
 from oprd_tune.config import OPRDSettings
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.weights import Builder
+from oprd_tune.modeling.weights import Builder, build_on_meta
 from oprd_tune.ranks import Ranks
+from oprd_tune.torchtune_compat import start_rotations
 
 _REDUCED = 4  # bytes of each number of a gradient while it is averaged over ranks
 _GLOO_COPIES = 2  # gloo makes that many copies of a gradient, as measured; NCCL makes none
@@ -210,10 +211,13 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
     One block runs on tensors without data, and the bytes that it saves are counted. A recomputed block keeps its input
     alone. While the backward pass runs through such a block, it needs all of its bytes; that is one block at a time.
     """
-    with FakeTensorMode(), torch.device("cpu"), set_default_dtype(plan.settings.torch_dtype):
-        model = build()
-        block = model.layers[0]
-        known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    with set_default_dtype(plan.settings.torch_dtype):
+        block = build_on_meta(build).layers[0]
+    with torch.device("cpu"):
+        start_rotations(block)  # not below, because torchtune's scaled rotations look at their numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), set_default_dtype(plan.settings.torch_dtype):
+        block.to_empty(device="cpu")
+        known = {t.untyped_storage()._cdata for t in (*block.parameters(), *block.buffers())}
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:

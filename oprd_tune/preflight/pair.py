@@ -136,36 +136,3 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         vocabulary=min(model.tok_embeddings.num_embeddings for model in read_same),
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
     )
-
-
-def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
-    """Compare the tokenizers of two model folders. Embedding rows beyond the tokens are padding and do not matter.
-
-    Three findings are printed: special tokens with different names; tokens that only the student has, which the teacher
-    reads through untrained rows; and a folder without `tokenizer.json`, which cannot be compared.
-
-    Raises:
-        ConfigError: if an id stands for two different ordinary tokens.
-    """
-    of_student, of_teacher = tokens_by_id(student_folder), tokens_by_id(teacher_folder)
-    if of_student is None or of_teacher is None:
-        missing = student_folder if of_student is None else teacher_folder
-        print(f"{missing} has no tokenizer.json: whether student and teacher share their tokens is not checked.")
-        return
-    (student, student_special), (teacher, teacher_special) = of_student, of_teacher
-    shared = student.keys() & teacher.keys()
-    different = sorted(i for i in shared if student[i] != teacher[i])
-
-    def examples(ids: Sequence[int]) -> str:
-        return "; ".join(f"{i} is {student[i]!r} and {teacher.get(i)!r}" for i in ids[:_SHOWN])
-
-    if ordinary := [i for i in different if i not in student_special & teacher_special]:
-        raise ConfigError(
-            f"student and teacher do not share their tokens: {len(ordinary)} of {len(shared)} ids differ, for example "
-            f"{examples(ordinary)}. The teacher reads the student's ids, so both need one vocabulary; padded sizes may "
-            "differ"
-        )
-    if renamed := [i for i in different if i in student_special & teacher_special]:
-        print(f"{len(renamed)} special tokens differ between student and teacher: {examples(renamed)}.")
-    if own := sorted(student.keys() - teacher.keys()):
-        print(f"{len(own)} tokens are the student's alone: {examples(own)}.")

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torchtune.models.convert_weights import tune_to_peft_adapter_weights
 from torchtune.modules.peft import set_trainable_params
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
 
@@ -27,7 +26,9 @@ from oprd_tune.config import Component
 from oprd_tune.config.settings import DTYPES
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
+from oprd_tune.modeling.families import family_of
 from oprd_tune.modeling.weights import build_on_meta, load_weights
+from oprd_tune.torchtune_compat import config_of
 
 STAGED = ".staged-"
 _REPLACED = ".replaced-"
@@ -68,26 +69,15 @@ def export_model(
         checkpointer.save_checkpoint(state, epoch=0)
         written = folder / "export" / "epoch_0"
         if adapters:
-            save_file(_peft_weights(adapters), written / "adapter_model.safetensors", metadata={"format": "pt"})
+            renamed = family_of(config_of(checkpointer)).to_peft(adapters, config_of(checkpointer))
+            contiguous = {key: value.contiguous() for key, value in renamed.items()}
+            save_file(contiguous, written / "adapter_model.safetensors", metadata={"format": "pt"})
         for file in written.iterdir():
             place = folder / "adapter" if file.name.startswith("adapter_") else folder
             place.mkdir(exist_ok=True)
             file.rename(place / file.name)
         shutil.rmtree(folder / "export")
     return target
-
-
-def _peft_weights(adapters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters under PEFT's names, with unchanged values.
-
-    torchtune reorders the rows of q and k. Llama needs that; Qwen2 does not, but torchtune does it there too. If each
-    head is said to have two rows, the reordering changes nothing.
-    """
-    converted: dict[str, Tensor] = {}
-    for key, value in adapters.items():
-        heads = len(value) // 2
-        converted |= tune_to_peft_adapter_weights({key: value}, num_heads=heads, num_kv_heads=heads, head_dim=2)
-    return {key: value.contiguous() for key, value in converted.items()}
 
 
 def export_checkpoint(checkpoint: str, target: str) -> Path:

@@ -15,7 +15,6 @@ from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import start_adapters
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.run.export import export_model
@@ -150,8 +149,3 @@ def test_no_part_outlives_the_one_after_it(kind, tmp_path):
         assert sum(w() is not None for w in alive) == len(part)
         del part
     assert sizes == [1, *[12] * DEPTH, 2]
-
-
-def test_an_architecture_without_a_conversion_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="vLLM rollouts know the weights of QWEN2 and QWEN3 only, not of LLAMA3_2"):
-        policy_weights(make_model(), tmp_path, model_type="LLAMA3_2")

@@ -6,25 +6,17 @@ The builders by size are for `model` and `teacher_model` in configs. Each also t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torchtune.models.convert_weights import get_mapped_key
-from torchtune.modules import (
-    FeedForward,
-    MultiHeadAttention,
-    RMSNorm,
-    TransformerDecoder,
-    TransformerSelfAttentionLayer,
-)
-from torchtune.modules.peft import DoRALinear, LoRALinear
-from torchtune.modules.tied_linear import TiedLinear
+from torchtune.modules import RMSNorm, TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.families.family import Family
+from oprd_tune.modeling.families.decoder import MakeLinear, dense_decoder, plain_linear, with_adapters
+from oprd_tune.modeling.families.family import Family, peft_names, shape_arguments
 from oprd_tune.torchtune_compat import (
     QWEN2_NAMES,
     Qwen2RotaryPositionalEmbeddings,
@@ -33,8 +25,7 @@ from oprd_tune.torchtune_compat import (
     other_conversions_for_qwen2,
 )
 
-_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "w3")
-_MakeLinear = Callable[[str, int, int], nn.Module]
+_NORMED = ("q_proj", "k_proj")
 _Builder = Callable[..., TransformerDecoder]
 
 
@@ -54,10 +45,6 @@ class NormedProjection(nn.Module):
         return self.norm(self.linear(x).unflatten(-1, (-1, self._head_dim))).flatten(-2)
 
 
-def _plain(name: str, width: int, to: int) -> nn.Module:
-    return nn.Linear(width, to, bias=False)
-
-
 def qwen3(
     *,
     vocab_size: int,
@@ -72,97 +59,37 @@ def qwen3(
     norm_eps: float = 1e-6,
     rope_base: float = 1_000_000.0,
     tie_word_embeddings: bool = False,
-    make_linear: _MakeLinear = _plain,
+    make_linear: MakeLinear = plain_linear,
 ) -> TransformerDecoder:
-    """The dense decoder of https://arxiv.org/abs/2505.09388.
+    """The dense decoder of https://arxiv.org/abs/2505.09388. `dense_decoder` describes the arguments.
 
     Args:
-        num_heads: number of query heads; must divide `embed_dim`.
-        num_kv_heads: number of key and value heads; must divide `num_heads`.
-        head_dim: size of a head; `num_heads * head_dim` may differ from `embed_dim`.
-        embed_dim: size of a hidden state.
-        intermediate_dim: width inside the feed-forward layers.
-        max_seq_len: number of positions for which rotations are tabulated.
-        norm_eps: epsilon of all norms, including those of queries and keys.
-        make_linear: called with the name of each linear of a block, its input width and its output width.
-
-    Raises:
-        ValueError: if a number of heads does not divide as required.
+        norm_eps: the epsilon of all norms, including those of queries and keys.
+        make_linear: makes each linear of a block.
     """
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_seq_len": max_seq_len}
-    rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
-    norm = partial(RMSNorm, embed_dim, eps=norm_eps)
-    blocks = nn.ModuleList()
-    for _ in range(num_layers):
-        attention = _attention(
-            make_linear, embed_dim, norm_eps, pos_embeddings=rope, attn_dropout=attn_dropout, **heads
-        )
-        mlp = FeedForward(
-            gate_proj=make_linear("w1", embed_dim, intermediate_dim),
-            down_proj=make_linear("w2", intermediate_dim, embed_dim),
-            up_proj=make_linear("w3", embed_dim, intermediate_dim),
-        )
-        blocks.append(TransformerSelfAttentionLayer(attention, mlp, sa_norm=norm(), mlp_norm=norm()))
-    embedding = nn.Embedding(vocab_size, embed_dim)
-    head = TiedLinear(embedding) if tie_word_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
-    return TransformerDecoder(
-        tok_embeddings=embedding,
-        layers=blocks,
-        max_seq_len=max_seq_len,
+
+    def make_projection(name: str, width: int, to: int) -> nn.Module:
+        linear = make_linear(name, width, to)
+        return NormedProjection(linear, head_dim, norm_eps) if name in _NORMED else linear
+
+    return dense_decoder(
+        make_projection,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
         num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm=norm(),
-        output=head,
+        embed_dim=embed_dim,
+        intermediate_dim=intermediate_dim,
+        max_seq_len=max_seq_len,
+        attn_dropout=attn_dropout,
+        norm_eps=norm_eps,
+        rope=Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base),
+        tie_word_embeddings=tie_word_embeddings,
     )
 
 
-def lora_qwen3(
-    lora_attn_modules: Collection[str],
-    apply_lora_to_mlp: bool = False,
-    *,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    **shape: Any,
-) -> TransformerDecoder:
-    """`qwen3` with LoRA or DoRA adapters on linears of its blocks. `shape` takes the arguments of `qwen3`.
-
-    Args:
-        lora_attn_modules: which of q_proj, k_proj, v_proj and output_proj get adapters.
-        lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
-        lora_dropout: dropout probability of an adapter's input in training.
-
-    Raises:
-        ConfigError: for an unknown linear, or none at all.
-    """
-    adapted = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}
-    if not adapted or not set(lora_attn_modules) <= set(_ATTENTION):
-        raise ConfigError(
-            f"lora_attn_modules is {list(lora_attn_modules)}; allowed are {', '.join(_ATTENTION)}, and at least one of "
-            "them, or apply_lora_to_mlp"
-        )
-    adapter = DoRALinear if use_dora else LoRALinear
-
-    def make_linear(name: str, width: int, to: int) -> nn.Module:
-        if name not in adapted:
-            return _plain(name, width, to)
-        return adapter(width, to, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
-
-    return qwen3(make_linear=make_linear, **shape)
-
-
-def _attention(make_linear: _MakeLinear, width: int, eps: float, **heads: Any) -> MultiHeadAttention:
-    size = heads["head_dim"]
-    queries, keys = heads["num_heads"] * size, heads["num_kv_heads"] * size
-    return MultiHeadAttention(
-        embed_dim=width,
-        q_proj=NormedProjection(make_linear("q_proj", width, queries), size, eps),
-        k_proj=NormedProjection(make_linear("k_proj", width, keys), size, eps),
-        v_proj=make_linear("v_proj", width, keys),
-        output_proj=make_linear("output_proj", queries, width),
-        **heads,
-    )
+lora_qwen3 = with_adapters(qwen3)
 
 
 def _builders(layers: int, heads: int, width: int, inner: int, *, tied: bool) -> tuple[_Builder, _Builder]:
@@ -245,4 +172,15 @@ class Qwen3HFCheckpointer(FullModelHFCheckpointer):
             super().save_checkpoint(state_dict, *args, **kwargs)
 
 
-FAMILY = Family("Qwen3", "qwen3", qwen3_hf_to_tune, qwen3_tune_to_hf, Qwen3HFCheckpointer)
+FAMILY = Family(
+    title="Qwen3",
+    model_types=("QWEN3",),
+    config_name="qwen3",
+    build=qwen3,
+    build_lora=lora_qwen3,
+    arguments=lambda config: {**shape_arguments(config), "head_dim": config.head_dim},
+    to_tune=lambda weights, config: qwen3_hf_to_tune(weights, config["tie_word_embeddings"]),
+    to_hf=lambda weights, config: qwen3_tune_to_hf(weights),
+    to_peft=lambda adapters, config: peft_names(adapters),
+    checkpointer=Qwen3HFCheckpointer,
+)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
 
-from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, merge_adapters
-from oprd_tune.modeling.families import FAMILIES
+from oprd_tune.modeling.families import family_of
 from oprd_tune.modeling.output import device_of
 from oprd_tune.protocols import Policy
-from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of
+from oprd_tune.torchtune_compat import config_of, folder_of
 
 _WRAPPER = "_checkpoint_wrapped_module."
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
@@ -27,20 +26,16 @@ class PolicyWeights:
 
     A tied embedding is sent twice, the second time as `lm_head.weight`. vLLM's CPU build packs the head, and it would
     keep a stale head if the config said "tied". Only tokens that the teacher has too are sent, so the engine cannot
-    sample others. Raises ConfigError if no conversion of the student's architecture is known.
+    sample others.
     """
 
     def __init__(self, policy: Policy) -> None:
-        kind = model_type_of(policy.files)
-        if kind not in FAMILIES:
-            known = " and ".join(sorted(FAMILIES))
-            raise ConfigError(f"vLLM rollouts know the weights of {known} only, not of {kind}")
         self.model, self.ranks = policy.model, policy.ranks
         self.dtype, self.vocabulary = policy.dtype, policy.vocabulary
         self.device = device_of(policy.model)
         self.folder = folder_of(policy.files)
         self._config = config_of(policy.files)
-        self._convert = FAMILIES[kind].to_hf
+        self._to_hf = family_of(self._config).to_hf
 
     @property
     def config_overrides(self) -> dict[str, Any]:
@@ -66,7 +61,7 @@ class PolicyWeights:
             if name == _EMBEDDING and isinstance(self.model.output, TiedLinear):
                 own[_HEAD] = own[name]
         cut = {name: weight[: self.vocabulary] if name in _BY_TOKEN else weight for name, weight in own.items()}
-        return {name: tuple(weight.shape) for name, weight in self._convert(cut).items()}
+        return {name: tuple(weight.shape) for name, weight in self._to_hf(cut, self._config).items()}
 
     @torch.no_grad()
     def parts(self) -> Iterator[dict[str, Tensor]]:
@@ -78,14 +73,14 @@ class PolicyWeights:
         ends = self._whole(model.tok_embeddings, "tok_embeddings.")
         if isinstance(model.output, TiedLinear):
             ends[_HEAD] = ends[_EMBEDDING]
-        yield self._convert(ends)
+        yield self._to_hf(ends, self._config)
         del ends
         for number, block in enumerate(model.layers):
-            yield self._convert(self._whole(block, f"layers.{number}."))
+            yield self._to_hf(self._whole(block, f"layers.{number}."), self._config)
         ends = self._whole(model.norm, "norm.")
         if not isinstance(model.output, TiedLinear):
             ends |= self._whole(model.output, "output.")
-        yield self._convert(ends)
+        yield self._to_hf(ends, self._config)
 
     def _whole(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         """A module's parameters under their full names. Adapters are merged, in fp32."""

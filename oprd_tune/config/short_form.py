@@ -1,0 +1,106 @@
+"""The short form of a config: names of models in place of the sections that follow from them, and usual components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oprd_tune.data.tokenizer_files import conventions
+from oprd_tune.data.vocabularies import share_tokens
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.folders import find_folder, hub_name
+
+NAMES = ("student", "teacher", "lora")
+_TOKENIZER = "oprd_tune.data.HuggingFaceTokenizer"
+# What a section without a `_component_` gets.
+_USUAL = {
+    "dataset": "oprd_tune.data.prompt_dataset",
+    "eval_dataset": "oprd_tune.data.prompt_dataset",
+    "rollout": "oprd_tune.rollout.NativeEngine",
+    "bridge": "oprd_tune.modeling.BridgePlan",
+    "optimizer": "torch.optim.AdamW",
+    "lr_scheduler": "oprd_tune.training.cosine_with_warmup",
+    "task_accuracy": "oprd_tune.evaluation.TaskAccuracy",
+    "reference_perplexity": "oprd_tune.evaluation.ReferencePerplexity",
+    "metric_logger": "oprd_tune.metrics.TensorBoardLogger",
+    "tokenizer": _TOKENIZER,
+    "teacher_tokenizer": _TOKENIZER,
+}
+Values = dict[str, Any]
+
+
+def expand(values: Mapping[str, Any]) -> Values:
+    """Write a config's short form out, so that each section names its component.
+
+    `student` and `teacher` stand for sections. A section of the config's own that has a `_component_` takes their place;
+    one that has none adds to them. Other sections without a `_component_` get the usual one.
+
+    Args:
+        values: the config's content as plain values.
+
+    Raises:
+        ConfigError: if a model cannot be found or used, or if a name has no effect.
+    """
+    found = {key: _without_empty_component(value) for key, value in values.items()}
+    student, teacher, lora = (found.pop(name, None) for name in NAMES)
+    implied: dict[str, Values] = {"rollout": {}, "metric_logger": {"log_dir": f"{values.get('output_dir')}/tensorboard"}}
+    for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
+        if name is not None:
+            implied |= _model_sections(key, prefix, name, found)
+    if "tokenizer" not in found:
+        implied |= _tokenizer_sections(implied)
+    if lora is not None:
+        if "model" not in implied or _is_whole(found.get("model")):
+            raise ConfigError("lora adds adapters to `student`; the builder in `model` takes lora_rank, lora_alpha, …")
+        implied["model"]["lora"] = lora
+    for name in ("tokenizer", "teacher_tokenizer"):
+        if isinstance(found.get(name), str):
+            found[name] = {"path": str(find_folder(name, found[name]))}
+    for name in {*implied, *_USUAL}:
+        section = found.get(name, {} if name in implied else None)
+        if isinstance(section, Mapping) and not _is_whole(section):
+            found[name] = {"_component_": _USUAL.get(name), **implied.get(name, {}), **section}
+    return found
+
+
+def _model_sections(key: str, prefix: str, name: object, given: Mapping[str, Any]) -> dict[str, Values]:
+    """The sections that a model's name stands for."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{key} is {name!r}; give a model folder or a hub name")
+    if all(_is_whole(given.get(prefix + part)) for part in ("model", "checkpointer")):
+        raise ConfigError(f"{key} has no effect: {prefix}model and {prefix}checkpointer are given. Leave it out, or them")
+    folder = str(find_folder(key, name))
+    files = {"checkpoint_dir": folder} | ({} if hub_name(name) is None else {"hub_name": name})
+    return {
+        f"{prefix}model": {"_component_": "oprd_tune.modeling.decoder", "path": folder},
+        f"{prefix}checkpointer": {"_component_": "oprd_tune.modeling.hugging_face_checkpointer", **files},
+    }
+
+
+def _tokenizer_sections(implied: Mapping[str, Values]) -> dict[str, Values]:
+    """The tokenizer of both models, or one of each if they read texts in different tokens.
+
+    Models that share their tokens share the teacher's chat template and stop tokens, with which it was trained. If only
+    the student's folder has a chat template, then that one counts.
+    """
+    student, teacher = (implied.get(f"{prefix}model", {}).get("path") for prefix in ("", "teacher_"))
+    if student is None:
+        return {}
+    if teacher is None:
+        return {"tokenizer": {"path": student}}
+    if not share_tokens(Path(student), Path(teacher)):
+        return {"tokenizer": {"path": student}, "teacher_tokenizer": {"path": teacher}}
+    of_student, of_teacher = (conventions(Path(folder)) for folder in (student, teacher))
+    only_student = of_student is not None and of_student["chat template"] is not None
+    only_student &= of_teacher is None or of_teacher["chat template"] is None
+    return {"tokenizer": {"path": student if only_student or of_teacher is None else teacher}}
+
+
+def _without_empty_component(section: object) -> Any:
+    """None for a section that the command line takes away: torchtune reads `bridge=null` as an empty component."""
+    return None if isinstance(section, Mapping) and section.get("_component_", "") is None else section
+
+
+def _is_whole(section: object) -> bool:
+    return isinstance(section, Mapping) and "_component_" in section

@@ -1,0 +1,71 @@
+"""The torchtune decoder that a model folder's `config.json` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
+from oprd_tune.config.components import nearest
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.families import family_of, transformers_config
+from oprd_tune.modeling.folders import read_config
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """The section `lora`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    attn_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "output_proj"])
+    apply_to_mlp: bool = True
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("lora.rank", self.rank)
+        check_positive("lora.alpha", self.alpha)
+        check_not_negative("lora.dropout", self.dropout)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of torchtune's builders."""
+        return {
+            "lora_attn_modules": list(self.attn_modules),
+            "apply_lora_to_mlp": self.apply_to_mlp,
+            "lora_rank": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_dora": self.use_dora,
+        }
+
+
+def decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any] | None = None) -> TransformerDecoder:
+    """Build a model without weights, with every number from `config.json`.
+
+    Args:
+        path: a Hugging Face model folder.
+        max_seq_len: the longest sequence in tokens; None for the model's context.
+        lora: adapters to train instead of the weights: `rank` (8), `alpha` (16), `dropout` (0), `attn_modules` (all
+            four), `apply_to_mlp` (true) and `use_dora` (false).
+
+    Raises:
+        ConfigError: if the folder cannot be read, or if its architecture is not supported.
+    """
+    folder = Path(path).expanduser()
+    family = family_of(read_config(folder))
+    arguments = family.arguments(transformers_config(folder))
+    if max_seq_len is not None:
+        check_whole("max_seq_len", max_seq_len)
+        arguments["max_seq_len"] = max_seq_len
+    if lora is None:
+        return family.build(**arguments)
+    known = {f.name for f in fields(_Adapters)}
+    for key in lora:
+        if key not in known:
+            raise ConfigError(f"unknown config key 'lora.{key}'{nearest(key, known)}")
+    return family.build_lora(**_Adapters(**lora).arguments(), **arguments)
