@@ -9,7 +9,8 @@ from pathlib import Path
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings, Parts
-from oprd_tune.data.tokenizer import HuggingFaceTokenizer, tokens_by_id
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+from oprd_tune.data.tokenizer_files import tokens_by_id
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, check_adapters
 from oprd_tune.modeling.bridge import BridgePlan
