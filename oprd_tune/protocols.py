@@ -144,6 +144,9 @@ class LossStream(Protocol):
 class Tokenizer(Protocol):
     """Turns texts into the tokens that both models know, and back. torchtune's tokenizers and ours fit.
 
+    Data sets ask a tokenizer that also has `encode_batch(texts)` and `tokenize_chats(chats)`, as ours has, for many
+    prompts at once. A chat is a list of mappings with `role` and `content` there; the result is a list of ids for each.
+
     Attributes:
         eos_id: the id that ends a reference answer.
         pad_id: the id that fills rows.

@@ -50,3 +50,11 @@ def test_objectives(tmp_path):
     assert [e["step"] for e in found["top-4, detached"]["runs"][0]["evaluations"]] == [0, 2]
     assert "| OPRD |" in (tmp_path / "objectives.md").read_text()
     assert (tmp_path / "objectives.png").exists()
+
+
+@pytest.mark.slow
+def test_prompts(tmp_path):
+    rows = run("prompts.py", tmp_path, "--count", "30", "--repeats", "1", "--threads", "1")
+    assert [(row["kind"], row["threads"], row["prompts"]) for row in rows] == [("text", 1, 30), ("messages", 1, 30)]
+    assert all(row["seconds"] > 0 and row["tokens"] > 30 for row in rows)
+    assert "| text | 1 | 30 |" in (tmp_path / "prompts.md").read_text()

@@ -25,7 +25,8 @@ class Parts:
     For more components in a recipe of your own, derive a frozen dataclass, and give each new field the default None.
 
     Attributes:
-        record: the whole config as plain values, overrides included and the short form written out. Checkpoints keep it.
+        record: the whole config as plain values, with overrides, and with its short form written out. Checkpoints keep
+            it.
     """
 
     record: Mapping[str, Any] = field(metadata={"key": False})

@@ -33,8 +33,8 @@ Values = dict[str, Any]
 def expand(values: Mapping[str, Any]) -> Values:
     """Write a config's short form out, so that each section names its component.
 
-    `student` and `teacher` stand for sections. A section of the config's own that has a `_component_` takes their place;
-    one that has none adds to them. Other sections without a `_component_` get the usual one.
+    `student` and `teacher` imply sections. A section that the config has itself takes the place of an implied one if it
+    has a `_component_`, and adds to it if it has none. Any other section without a `_component_` gets the usual one.
 
     Args:
         values: the config's content as plain values.
@@ -44,7 +44,10 @@ def expand(values: Mapping[str, Any]) -> Values:
     """
     found = {key: _without_empty_component(value) for key, value in values.items()}
     student, teacher, lora = (found.pop(name, None) for name in NAMES)
-    implied: dict[str, Values] = {"rollout": {}, "metric_logger": {"log_dir": f"{values.get('output_dir')}/tensorboard"}}
+    implied: dict[str, Values] = {
+        "rollout": {},
+        "metric_logger": {"log_dir": f"{values.get('output_dir')}/tensorboard"},
+    }
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
         if name is not None:
             implied |= _model_sections(key, prefix, name, found)
@@ -69,7 +72,9 @@ def _model_sections(key: str, prefix: str, name: object, given: Mapping[str, Any
     if not isinstance(name, str):
         raise ConfigError(f"{key} is {name!r}; give a model folder or a hub name")
     if all(_is_whole(given.get(prefix + part)) for part in ("model", "checkpointer")):
-        raise ConfigError(f"{key} has no effect: {prefix}model and {prefix}checkpointer are given. Leave it out, or them")
+        raise ConfigError(
+            f"{key} has no effect: {prefix}model and {prefix}checkpointer are given. Leave it out, or them"
+        )
     folder = str(find_folder(key, name))
     files = {"checkpoint_dir": folder} | ({} if hub_name(name) is None else {"hub_name": name})
     return {

@@ -1,33 +1,37 @@
-"""Prompts with reference answers, loaded by the `datasets` library."""
+"""Prompts with reference answers, and their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, load_dataset
 from torchtune.data import Message
 
+from oprd_tune.data.chats import Messages, Prompt, as_answer, as_conversation, as_prompt, is_empty, with_system
+from oprd_tune.data.sources import column, read_columns
 from oprd_tune.errors import ConfigError
+from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Tokenizer
 
-_LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_TEXTS = Features({"prompt": Value("string"), "answer": Value("string")})
 PLACEHOLDER = "{prompt}"
 CHAT = "chat"
+# A data set's prompts are in the first of these columns that it has.
+PROMPT_COLUMNS = ("prompt", "messages", "question", "problem")
+_CONVERSATIONS = "messages"
+_AT_ONCE = 1000
 
 
 class PromptDataset:
     """Tokenized prompts and their reference answers.
 
     Args:
-        rows: texts `prompt` and `answer`, as a `Dataset` or a list of dicts; an answer is None if it is not known.
+        rows: mappings with `prompt` and `answer`, such as a list of dicts or a `Dataset`. A prompt is a text or a list
+            of chat messages, see `as_prompt`; an answer is None, or missing, if it is not known.
         max_prompt_tokens: the most tokens that a prompt may have for the student; None sets no limit. Longer prompts
             and empty ones are dropped.
-        prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template.
-        system_prompt: a system message for the chat template.
+        prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template, as messages need it.
+        system_prompt: a system message for the chat template, if messages do not have one.
         teacher_tokenizer: the tokenizer of a teacher that reads the prompts in other tokens; None if it reads these.
         teacher_prompt_template: the teacher's `prompt_template`; `chat` uses its chat template. None uses the student's
             plain text if there is one, otherwise the teacher's own chat template.
@@ -39,12 +43,13 @@ class PromptDataset:
         longest_teacher_prompt: the most tokens in a prompt that the teacher reads; None without `teacher_tokenizer`.
 
     Raises:
-        ConfigError: if a template lacks its placeholder, a system prompt has no chat template, or no prompt is left.
+        ConfigError: if a value is of another type, a template lacks its placeholder, messages or a system prompt have
+            no chat template, there are two system messages, or no prompt is left.
     """
 
     def __init__(
         self,
-        rows: Dataset | Sequence[Mapping[str, str]],
+        rows: Iterable[Mapping[str, Any]],
         tokenizer: Tokenizer,
         *,
         max_prompt_tokens: int | None = None,
@@ -66,22 +71,23 @@ class PromptDataset:
         if teacher_tokenizer is not None:
             self._readers["teacher_tokens"] = (teacher_tokenizer, teacher_template)
         self._system_prompt = system_prompt
-        if not isinstance(rows, Dataset):
-            rows = Dataset.from_list([{"answer": None, **row} for row in rows])
-        found = len(rows)
-        # Not read from the library's disk cache: its keys do not tell one tokenizer from another.
-        tokenized = rows.map(self._tokenize, desc="Tokenizing prompts", load_from_cache_file=False)
-        kept = tokenized.filter(_fits, fn_kwargs={"longest": max_prompt_tokens or 2**31}, load_from_cache_file=False)
-        self.dropped = found - len(kept)
-        if not len(kept):
-            reason = f"all {found} prompts are empty or longer than max_prompt_tokens {max_prompt_tokens}"
-            reason = reason if found else "it has no rows"
+        rows = list(rows)
+        prompts = [as_prompt(row["prompt"], _row(i)) for i, row in enumerate(rows)]
+        answers = [as_answer(row.get("answer"), f"the answer of row {i}") for i, row in enumerate(rows)]
+        tokens = {name: self._tokenize(prompts, *reader) for name, reader in self._readers.items()}
+        longest = max_prompt_tokens or max(map(len, tokens["tokens"]), default=0)
+        fits = [0 < len(own) <= longest for own in tokens["tokens"]]
+        kept = [i for i, fit in enumerate(fits) if fit and all(read[i] for read in tokens.values())]
+        self.dropped = len(rows) - len(kept)
+        if not kept:
+            reason = f"all {len(rows)} prompts are empty or longer than max_prompt_tokens {max_prompt_tokens}"
+            reason = reason if rows else "it has no rows"
             raise ConfigError(f"the data set is empty after filtering: {reason}")
-        self._tokens: list[list[int]] = kept["tokens"][:]
-        self._answers: list[str | None] = kept["answer"][:]
-        self.largest_token = max(map(max, self._tokens))
+        self._answers = [answers[i] for i in kept]
+        self._tokens = [tokens["tokens"][i] for i in kept]
         has_reader = teacher_tokenizer is not None
-        self._teacher_tokens: list[list[int]] | None = kept["teacher_tokens"][:] if has_reader else None
+        self._teacher_tokens = [tokens["teacher_tokens"][i] for i in kept] if has_reader else None
+        self.largest_token = max(map(max, self._tokens))
         self.largest_teacher_token = max(map(max, self._teacher_tokens)) if self._teacher_tokens else None
         self.longest_teacher_prompt = max(map(len, self._teacher_tokens)) if self._teacher_tokens else None
 
@@ -116,17 +122,55 @@ class PromptDataset:
             raise ConfigError("this data set has no reference answers; give dataset.answer_column")
         return (*self._tokenizer.encode(answer, add_bos=False, add_eos=False), self._tokenizer.eos_id)
 
-    def _tokenize(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        prompt = row["prompt"]
-        return {name: self._read(prompt, *reader) if prompt else [] for name, reader in self._readers.items()}
+    def _tokenize(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, template: str | None) -> list[list[int]]:
+        """The tokens of each prompt; none for an empty one."""
+        asked = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None and not is_empty(prompt)]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        with LateBar(desc="Tokenizing prompts", total=len(asked), unit="prompt") as bar:
+            for start in range(0, len(asked), _AT_ONCE):
+                part = asked[start : start + _AT_ONCE]
+                if template is None:
+                    chats = [with_system(prompt, self._system_prompt, _row(i)) for i, prompt in part]
+                    read = _tokenize_chats(tokenizer, chats)
+                else:
+                    read = _encode(tokenizer, [_fill(template, prompt, _row(i)) for i, prompt in part])
+                for (i, _), found in zip(part, read, strict=True):
+                    tokens[i] = found
+                bar.update(len(part))
+        return tokens
 
-    def _read(self, prompt: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
-        if template is not None:
-            return tokenizer.encode(template.replace(PLACEHOLDER, prompt), add_bos=False, add_eos=False)
-        messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
-        if self._system_prompt is not None:
-            messages.insert(0, Message(role="system", content=self._system_prompt))
-        return tokenizer.tokenize_messages(messages, add_eos=False)[0]
+
+def _row(index: int) -> str:
+    return f"the prompt of row {index}"
+
+
+def _fill(template: str, prompt: str | Messages, where: str) -> str:
+    if not isinstance(prompt, str):
+        raise ConfigError(
+            f"{where} is a list of chat messages, and only a chat template says how to write their roles; leave out "
+            "dataset.prompt_template (or give `chat` as teacher_prompt_template), or give prompts of plain text"
+        )
+    return template.replace(PLACEHOLDER, prompt)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of several texts; at once if the tokenizer can do that, as ours can."""
+    at_once = getattr(tokenizer, "encode_batch", None)
+    return at_once(texts) if at_once else [tokenizer.encode(text, add_bos=False, add_eos=False) for text in texts]
+
+
+def _tokenize_chats(tokenizer: Tokenizer, chats: Sequence[Messages]) -> list[list[int]]:
+    """The tokens of several chats; at once if the tokenizer can do that, as ours can."""
+    if at_once := getattr(tokenizer, "tokenize_chats", None):
+        return at_once(chats)
+    if further := {key for chat in chats for message in chat for key in message} - {"role", "content"}:
+        raise ConfigError(
+            f"chat messages have the fields {sorted(further)}, which {type(tokenizer).__name__} does not read; leave "
+            "them out, or give oprd_tune.data.HuggingFaceTokenizer as tokenizer"
+        )
+    header = Message(role="assistant", content="")
+    turns = ([Message(role=m["role"], content=m["content"]) for m in chat] for chat in chats)
+    return [tokenizer.tokenize_messages([*chat, header], add_eos=False)[0] for chat in turns]
 
 
 def _check_template(name: str, template: str | None, otherwise: str = "") -> None:
@@ -134,15 +178,11 @@ def _check_template(name: str, template: str | None, otherwise: str = "") -> Non
         raise ConfigError(f"dataset.{name} is {template!r}; it must contain {PLACEHOLDER}{otherwise}")
 
 
-def _fits(row: Mapping[str, Any], longest: int) -> bool:
-    return 0 < len(row["tokens"]) <= longest and row.get("teacher_tokens") != []
-
-
 def prompt_dataset(
     tokenizer: Tokenizer,
     *,
     source: str,
-    prompt_column: str,
+    prompt_column: str | None = None,
     answer_column: str | None = None,
     split: str = "train",
     subset: str | None = None,
@@ -157,22 +197,34 @@ def prompt_dataset(
 
     Args:
         source: a hub name such as `openai/gsm8k`, or a path to a .json, .jsonl, .csv or .parquet file.
-        prompt_column: the column with the prompts' texts.
-        answer_column: the column with the reference answers, for evaluation and perplexity.
+        prompt_column: the column with the prompts: texts, or lists of chat messages. None takes the first of
+            `PROMPT_COLUMNS` that is there. In a column `messages`, the assistant's last message is no prompt but the
+            reference answer, unless `answer_column` names another.
+        answer_column: the column with the reference answers, for evaluation and perplexity; see `as_answer`. A dot
+            leads into a struct, as in `reward_model.ground_truth`; likewise for `prompt_column`.
         split: a split of the hub's data set or of the file; may be a slice such as `train[:2000]`.
         subset: the configuration of the hub's data set, such as `main`.
         first: keep only this many rows, from the start.
 
     Raises:
-        ConfigError: if the source cannot be read or lacks a named column, or if no prompt is left.
+        ConfigError: if the source cannot be read, lacks a column or holds other types in it, or if no prompt is left.
     """
-    data = _load(source, split, subset)
-    columns = {"prompt": prompt_column} | ({"answer": answer_column} if answer_column else {})
-    if missing := [column for column in columns.values() if column not in data.column_names]:
-        raise ConfigError(f"{source} has no column {missing}; it has {data.column_names}")
-    data = data.select(range(min(first, len(data)))) if first is not None else data
-    data = data.select_columns(list(dict.fromkeys(columns.values())))
-    rows = data.map(_rename, fn_kwargs={"columns": columns}, remove_columns=data.column_names, features=_TEXTS)
+    columns = read_columns(source, split, subset)
+    name = prompt_column or next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if name is None:
+        raise ConfigError(
+            f"{source} has none of the columns {', '.join(PROMPT_COLUMNS)}; name its prompts by dataset.prompt_column. "
+            f"It has {list(columns)}"
+        )
+    read = as_conversation if name.split(".")[-1] == _CONVERSATIONS else _prompt_alone
+    values = column(columns, name, source=source, first=first)
+    pairs = [read(value, f"row {i} of column {name!r} in {source}") for i, value in enumerate(values)]
+    answers: Sequence[Any] = [answer for _, answer in pairs]
+    if answer_column is not None:
+        answers = column(columns, answer_column, source=source, first=first)
+        where = f"column {answer_column!r} in {source}"
+        answers = [as_answer(answer, f"row {i} of {where}") for i, answer in enumerate(answers)]
+    rows = [{"prompt": prompt, "answer": answer} for (prompt, _), answer in zip(pairs, answers, strict=True)]
     return PromptDataset(
         rows,
         tokenizer,
@@ -184,28 +236,5 @@ def prompt_dataset(
     )
 
 
-def _load(source: str, split: str, subset: str | None) -> Dataset:
-    path = Path(source).expanduser()
-    try:
-        if path.suffix in _LOCAL_FORMATS:
-            if not path.is_file():
-                raise ConfigError(f"dataset.source: there is no file {path}")
-            return load_dataset(_LOCAL_FORMATS[path.suffix], data_files=str(path), split=split)
-        return load_dataset(source, subset, split=split)
-    except ConfigError:
-        raise
-    except Exception as error:  # the library raises many kinds, most of them about the hub
-        raise ConfigError(
-            f"dataset.source {source!r} (split {split!r}) cannot be loaded: {error}. Give a hub name, or a file "
-            f"ending in {', '.join(_LOCAL_FORMATS)}"
-        ) from error
-
-
-def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    texts = {new: None if row[old] is None else str(row[old]) for new, old in columns.items()}
-    return {"answer": None} | texts
-
-
-def in_memory(prompts: Sequence[str], answers: Sequence[str]) -> Dataset:
-    """A data set of texts that are already in memory."""
-    return Dataset.from_dict({"prompt": list(prompts), "answer": list(answers)})
+def _prompt_alone(value: Any, where: str) -> tuple[Prompt, str | None]:
+    return as_prompt(value, where), None

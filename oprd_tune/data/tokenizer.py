@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from oprd_tune.data.token_bytes import TokenBytes, token_bytes
+from oprd_tune.data.tokenizer_files import load_tokenizer
 from oprd_tune.errors import ConfigError
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What transformers gives to a chat template. The rest is its own variables.
+_GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}
+_GIVEN |= {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 
 
 class HuggingFaceTokenizer:
-    """Reads `tokenizer.json`, `tokenizer_config.json` and, if there is one, the chat template.
+    """The tokenizer and the chat template of a model folder, as transformers loads and renders them.
 
-    It works for every model folder, whatever its pre-tokenization. For Qwen2.5, torchtune's `Qwen2_5Tokenizer` works
-    as well. Only the chat template adds special tokens; `encode` does not.
+    It works for every model folder. `tokenizer.json` decides the ids, if there is one; `load_tokenizer` says more. Only
+    the chat template adds special tokens; `encode` does not.
 
     Args:
         max_seq_len: not used for truncation; the data set drops prompts that are too long.
@@ -32,34 +32,30 @@ class HuggingFaceTokenizer:
 
     Attributes:
         pad_id: the id that fills rows; the EOS id if the folder names no pad token.
-        stop_tokens: every id that ends a response: EOS, and those in `generation_config.json`.
+        stop_tokens: every id that ends a response: the EOS of each file that names one.
 
     Raises:
-        ConfigError: if a file is missing, no EOS token is named, or the chat template lacks a given variable.
+        ConfigError: if the folder has no tokenizer, names no EOS token, or its chat template lacks a given variable.
     """
 
     def __init__(
         self, path: str, max_seq_len: int | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        folder = Path(path)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (folder / name).is_file():
-                raise ConfigError(f"tokenizer.path: {folder} has no {name}; give a Hugging Face model folder")
+        files = load_tokenizer(Path(path))
+        if files.eos is None:
+            raise ConfigError(
+                f"no file in {path} names an eos_token that the tokenizer has, so no response could ever end; name it "
+                "in tokenizer_config.json, or its id in generation_config.json"
+            )
         self.max_seq_len = max_seq_len
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()  # the folder may ask for both, for its own training
-        self._tokenizer.no_padding()
-        self._config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
-        eos_id = self._special_id("eos_token")
-        if eos_id is None:
-            raise ConfigError(f"{folder}/tokenizer_config.json names no eos_token, so no response could ever end")
-        pad_id = self._special_id("pad_token")
-        self.eos_id: int = eos_id
-        self.bos_id: int | None = self._special_id("bos_token")
-        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self._tokenizer = files.tokenizer
+        self.eos_id: int = files.eos
+        self.bos_id: int | None = files.bos
+        self.pad_id: int = files.eos if files.pad is None else files.pad
         self.special_tokens = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items()}
-        self.stop_tokens = sorted({eos_id, *_generation_stops(folder)})
-        self.chat_template: str | None = self._read_chat_template(folder)
+        self.stop_tokens = list(files.stops)
+        self.chat_template = files.chat_template
+        self._special_texts = files.special_texts
         self._template_variables = {} if chat_template_kwargs is None else self._variables(chat_template_kwargs)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
@@ -99,33 +95,48 @@ class HuggingFaceTokenizer:
         """Text of token ids."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def tokenize_chats(self, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        """The ids of several chats, each followed by the assistant's header, so that a response can follow.
+
+        A message is a mapping with `role`, `content` and whatever else the chat template reads.
+
+        Raises:
+            ConfigError: if the folder has no chat template, or the template rejects a chat.
+        """
+        return self.encode_batch(self._render(chats, add_generation_prompt=True))
+
     def tokenize_messages(self, messages: list[Message], *, add_eos: bool = False) -> tuple[list[int], list[bool]]:
-        """Render the folder's chat template and tokenize it.
+        """Render the folder's chat template and tokenize it, like torchtune's tokenizers.
 
         If the last message is an empty one of the assistant's, only its header is rendered, so that a response can
-        follow. Like torchtune, this returns the ids and which of them are masked. All are: prompts are not trained on.
+        follow. This returns the ids and which of them are masked. All are: prompts are not trained on.
 
         Raises:
             ConfigError: if the folder has no chat template, or the template rejects the messages.
         """
+        turns = [{"role": m.role, "content": m.text_content} for m in messages]
+        asks = bool(turns) and turns[-1] == {"role": "assistant", "content": ""}
+        (text,) = self._render([turns[:-1] if asks else turns], add_generation_prompt=asks)
+        ids = self.encode(text, add_eos=add_eos)
+        return ids, [True] * len(ids)
+
+    def _render(self, chats: Sequence[Sequence[Mapping[str, Any]]], *, add_generation_prompt: bool) -> list[str]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         if self.chat_template is None:
             raise ConfigError(
                 "this tokenizer has no chat template; give dataset.prompt_template, a plain one such as '{prompt}\\n'"
             )
-        turns = [{"role": m.role, "content": m.text_content} for m in messages]
-        asks = bool(turns) and turns[-1] == {"role": "assistant", "content": ""}
-        text = self._render(turns[:-1] if asks else turns, add_generation_prompt=asks)
-        ids = self.encode(text, add_eos=add_eos)
-        return ids, [True] * len(ids)
-
-    def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        special = {key: _special_text(self._config, key) or "" for key in _SPECIAL_TOKENS}
-        variables = {**special, **self._template_variables, "messages": turns}
         try:
-            template = _environment().from_string(self.chat_template or "")
-            return template.render(variables, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
+            texts, _ = render_jinja_template(
+                conversations=chats,
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **{**self._special_texts, **self._template_variables},
+            )
+        except Exception as error:  # a template is a program of the folder's author
             raise ConfigError(f"the chat template rejects this conversation: {error}") from error
+        return texts
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check that the chat template reads each given variable, and copy them."""
@@ -134,76 +145,20 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"{where} is {given!r}; give variables and values, such as {{enable_thinking: false}}")
         if self.chat_template is None:
             raise ConfigError(f"{where} is given, but the folder has no chat template; leave it out")
-        environment = _environment()
         try:
+            environment = _environment(self.chat_template)
             read = find_undeclared_variables(environment.parse(self.chat_template))
         except TemplateError as error:
             raise ConfigError(f"the chat template cannot be read: {error}") from error
-        own = read - {"messages", "add_generation_prompt", *_SPECIAL_TOKENS, *environment.globals}
+        own = read - _GIVEN - set(self._special_texts) - set(environment.globals)
         if unknown := sorted(set(given) - own):
             known = ", ".join(sorted(own)) or "none"
             raise ConfigError(f"{where}: the chat template has no variable {', '.join(unknown)}; it has {known}")
         return dict(given)
 
-    def _read_chat_template(self, folder: Path) -> str | None:
-        own_file = folder / "chat_template.jinja"
-        if own_file.is_file():
-            return own_file.read_text()
-        template = self._config.get("chat_template")
-        if isinstance(template, list):  # several templates with names
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        return template
 
-    def _special_id(self, key: str) -> int | None:
-        text = _special_text(self._config, key)
-        return None if text is None else self._tokenizer.token_to_id(text)
+def _environment(template: str) -> Environment:
+    """What transformers renders a chat template in: its tags, filters and functions. It offers no public way there."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-
-def tokens_by_id(folder: Path) -> tuple[dict[int, str], set[int]] | None:
-    """The tokens of a model folder's `tokenizer.json`, and its special ids; None without such a file."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    tokenizer = Tokenizer.from_file(str(path))
-    tokens = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    return tokens, set(tokenizer.get_added_tokens_decoder())
-
-
-def conventions(folder: Path) -> dict[str, str | None] | None:
-    """A model folder's EOS token, padding token and chat template; None without a `tokenizer_config.json`."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text())
-    template = folder / "chat_template.jinja"
-    chat = template.read_text() if template.is_file() else config.get("chat_template")
-    return {
-        "EOS": _special_text(config, "eos_token"),
-        "padding": _special_text(config, "pad_token"),
-        "chat template": None if chat is None else str(chat),
-    }
-
-
-def _special_text(config: Mapping[str, Any], key: str) -> str | None:
-    token = config.get(key)
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _generation_stops(folder: Path) -> list[int]:
-    path = folder / "generation_config.json"
-    stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    return stops if isinstance(stops, list) else [] if stops is None else [stops]
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that chat templates are rendered in, with the same settings as in transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise_template_error
-    return environment
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise TemplateError(message)
+    return _compile_jinja_template(template).environment

@@ -8,7 +8,8 @@ from pathlib import Path
 from oprd_tune.data.tokenizer_files import tokens_by_id
 from oprd_tune.errors import ConfigError
 
-_SHOWN = 3
+_SHOWN = 3  # ids listed in a message
+_Tokens = tuple[dict[int, str], set[int]]  # a folder's tokens by id, and its special ids
 
 
 def share_tokens(student: Path, teacher: Path) -> bool:
@@ -16,9 +17,7 @@ def share_tokens(student: Path, teacher: Path) -> bool:
     of_student, of_teacher = tokens_by_id(student), tokens_by_id(teacher)
     if of_student is None or of_teacher is None:
         return True
-    (own, own_special), (others, others_special) = of_student, of_teacher
-    special = own_special & others_special
-    return all(own[i] == others[i] or i in special for i in own.keys() & others.keys())
+    return not _different(of_student, of_teacher)[0]
 
 
 def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
@@ -35,20 +34,28 @@ def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:
         missing = student_folder if of_student is None else teacher_folder
         print(f"{missing} has no tokenizer.json: whether student and teacher share their tokens is not checked.")
         return
-    (student, student_special), (teacher, teacher_special) = of_student, of_teacher
+    (student, _), (teacher, _) = of_student, of_teacher
     shared = student.keys() & teacher.keys()
-    different = sorted(i for i in shared if student[i] != teacher[i])
+    ordinary, renamed = _different(of_student, of_teacher)
 
     def examples(ids: Sequence[int]) -> str:
         return "; ".join(f"{i} is {student[i]!r} and {teacher.get(i)!r}" for i in ids[:_SHOWN])
 
-    if ordinary := [i for i in different if i not in student_special & teacher_special]:
+    if ordinary:
         raise ConfigError(
             f"student and teacher do not share their tokens: {len(ordinary)} of {len(shared)} ids differ, for example "
             f"{examples(ordinary)}. The teacher reads the student's ids, so both need one vocabulary; padded sizes may "
             "differ"
         )
-    if renamed := [i for i in different if i in student_special & teacher_special]:
+    if renamed:
         print(f"{len(renamed)} special tokens differ between student and teacher: {examples(renamed)}.")
     if own := sorted(student.keys() - teacher.keys()):
         print(f"{len(own)} tokens are the student's alone: {examples(own)}.")
+
+
+def _different(of_student: _Tokens, of_teacher: _Tokens) -> tuple[list[int], list[int]]:
+    """The ids that stand for different ordinary tokens, and those that stand for different special tokens."""
+    (student, student_special), (teacher, teacher_special) = of_student, of_teacher
+    different = sorted(i for i in student.keys() & teacher.keys() if student[i] != teacher[i])
+    special = student_special & teacher_special
+    return [i for i in different if i not in special], [i for i in different if i in special]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings, Parts
-from oprd_tune.data.tokenizer import HuggingFaceTokenizer, tokens_by_id
+from oprd_tune.data.tokenizer import HuggingFaceTokenizer
+from oprd_tune.data.vocabularies import check_same_tokens
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, check_adapters
 from oprd_tune.modeling.bridge import BridgePlan
@@ -19,8 +19,6 @@ from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkp
 from oprd_tune.protocols import PromptSource, Tokenizer
 from oprd_tune.torchtune_compat import folder_of
 from oprd_tune.types import LayerPair
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config import OPRDSettings, Parts
-from oprd_tune.data.tokenizer import conventions
+from oprd_tune.data.tokenizer_files import conventions
 from oprd_tune.errors import NothingLeftToDo
 from oprd_tune.losses.composite import Composite, as_composite
 from oprd_tune.losses.hidden_mse import HiddenStateLoss

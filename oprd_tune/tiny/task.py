@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from oprd_tune.data.prompts import PromptDataset, in_memory
+from oprd_tune.data.prompts import PromptDataset
 from oprd_tune.protocols import Tokenizer
 
 MAX_DIGITS = 3
@@ -53,7 +53,7 @@ def addition(
 ) -> PromptDataset:
     """Problems from `sample_problems` as a data set. `PromptDataset` describes the last two arguments."""
     problems = sample_problems(count, split=split, seed=seed)
-    rows = in_memory([f"{a}+{b}=" for a, b in problems], [str(a + b) for a, b in problems])
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in problems]
     return PromptDataset(
         rows,
         tokenizer,

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from oprd_tune.data import PromptDataset
-from oprd_tune.data.prompts import in_memory
 from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation import ReferencePerplexity, TaskAccuracy
 from oprd_tune.tiny import tokenizer
@@ -12,7 +11,11 @@ from tests.conftest import make_model
 
 
 def data(prompts=("1+1=", "20+30=", "5+4="), answers=("2", "50", "9")):
-    return PromptDataset(in_memory(prompts, answers), tokenizer(), prompt_template="{prompt}")
+    return PromptDataset(
+        [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
+        tokenizer(),
+        prompt_template="{prompt}",
+    )
 
 
 def test_perplexity_is_that_of_the_formula():
@@ -50,8 +53,6 @@ def test_accuracy_is_the_graders_mean(monkeypatch):
 def test_evaluators_explain_what_they_lack():
     with pytest.raises(ConfigError, match="grader 'oprd_tune.grading.fuzzy' cannot be found"):
         TaskAccuracy(data(), tokenizer(), grader="oprd_tune.grading.fuzzy", max_new_tokens=3)
-    without = PromptDataset(
-        in_memory(["1"], ["1"]).map(lambda row: {"answer": None}), tokenizer(), prompt_template="{prompt}"
-    )
+    without = PromptDataset([{"prompt": "1", "answer": None}], tokenizer(), prompt_template="{prompt}")
     with pytest.raises(ConfigError, match="needs reference answers"):
         ReferencePerplexity(without, tokenizer())

@@ -93,10 +93,10 @@ def test_conventions_that_differ_are_told(tmp_path):
 
     class Pair:
         student_files = Files("student")
-        teacher_files = Files("teacher", eos_token={"content": "<|im_end|>"}, chat_template="{{ messages }}")
+        teacher_files = Files("teacher", eos_token="<pad>", chat_template="{{ messages }}")
 
     assert module._differing_conventions(Pair) == [
-        ("EOS", "<eos> (student), <|im_end|> (teacher); responses end as `tokenizer` says"),
+        ("EOS", "<eos> (student), <pad> (teacher); responses end as `tokenizer` says"),
         ("chat template", "differs between student and teacher; prompts use the one of `tokenizer`"),
     ]
     Pair.teacher_files = Pair.student_files
