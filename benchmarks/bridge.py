@@ -16,7 +16,7 @@ from pathlib import Path
 
 from objectives import SEEDS, Case, compare
 
-WIDE = ("teacher_model._component_=oprd_tune.tiny.wide_tiny_qwen2", "teacher_checkpointer.name=wide_teacher")
+WIDE = ("teacher=tiny/wide_teacher",)
 HELD = Path(__file__).parent / "held_near_start.py"
 MISALIGNED = ("reader._component_=misaligned.LateReader",)
 PAPER = ("bridge.basis=pca", "bridge.rank=8", "bridge.intercept=false", "loss.normalisation=l2")

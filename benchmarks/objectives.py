@@ -73,7 +73,7 @@ def run(case: Case, rate: float, seed: int, steps: int) -> dict[str, Any]:
         before = _train(case.first, case.first.rates[0], seed, steps // 2, first, [])
         if before == DIVERGED:
             return DIVERGED
-        student = [f"checkpointer.checkpoint_dir={first / 'final'}"]
+        student = [f"student={first / 'final'}"]
         return _one_after_the_other(before, _train(case, rate, seed, steps - steps // 2, second, student))
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from oprd_tune.errors import ConfigError
 
 DOWNLOADS = Path("/tmp")  # where `tune download` puts a model that gets no folder of its own
+_PACKAGE = Path(__file__).parents[1]
 _SHOWN = 4  # names listed in a message
 _INDEX = "model.safetensors.index.json"
 _TO_SAFETENSORS = (
@@ -22,7 +23,8 @@ _TO_SAFETENSORS = (
 def find_folder(key: str, name: str) -> Path:
     """The folder of a model that is named by a folder, or by a hub name that has been fetched.
 
-    A hub name is looked up where `tune download` puts it, then in the hub's own cache. Nothing is fetched here.
+    A hub name is looked up where `tune download` puts it, then in the hub's own cache. Nothing is fetched here. Names
+    such as `tiny/student` stand for the embedded models.
 
     Args:
         key: the config key, for messages.
@@ -33,6 +35,8 @@ def find_folder(key: str, name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if is_embedded(name):
+        return _PACKAGE / name
     if not _is_hub_name(name):
         raise ConfigError(f"{key}: there is no folder {name}; give a model folder, or a hub name such as Qwen/Qwen3-4B")
     download = DOWNLOADS / path.name
@@ -51,7 +55,13 @@ def find_folder(key: str, name: str) -> Path:
 
 def hub_name(name: str) -> str | None:
     """A model's name on the hub; None if `name` is a folder or no hub name."""
-    return name if _is_hub_name(name) and not Path(name).expanduser().is_dir() else None
+    is_folder = Path(name).expanduser().is_dir() or is_embedded(name)
+    return name if _is_hub_name(name) and not is_folder else None
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a name such as `tiny/student` stands for a model that this package contains."""
+    return name.startswith("tiny/") and (_PACKAGE / name / "config.json").is_file()
 
 
 def _is_hub_name(name: str) -> bool:

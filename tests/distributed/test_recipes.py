@@ -26,7 +26,7 @@ CONFIGS = {
     "opd_topk": "tiny/opd_topk",
     "composite": "tiny/oprd_plus_opd",
 }
-LORA = {"model._component_": "oprd_tune.tiny.lora_tiny_qwen2", "model.lora_rank": 4}
+LORA = {"lora.rank": 4}
 # Name: (which twin's rollouts, overrides of the sharded run).
 VARIANTS = {
     "oprd": ("oprd", {}),

@@ -28,14 +28,12 @@ STEADY = {
     "metric_logger._component_": "tests.distributed.components.JSONLogger",
 }
 MIXED = {
-    "model._component_": "oprd_tune.tiny.lora_tiny_qwen2",
-    "model.use_dora": "true",
+    "lora.use_dora": "true",
     "dtype": "bf16",
     "master_dtype": "fp32",
 }
 DROPOUT = {
-    "model._component_": "oprd_tune.tiny.lora_tiny_qwen2",
-    "model.lora_dropout": 0.2,
+    "lora.dropout": 0.2,
     "activation_checkpointing": "true",
 }
 

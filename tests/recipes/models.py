@@ -39,21 +39,22 @@ def deeper_checkpointer(name, output_dir):
     shutil.copytree(source, folder, dirs_exist_ok=True)
     weights = {k: v.contiguous() for k, v in qwen2_tune_to_hf(deeper_tiny_qwen2().state_dict()).items()}
     save_file(weights, folder / "model.safetensors")
+    _change_config(folder, num_hidden_layers=5)
     return _open(folder, output_dir)
 
 
-def missing_checkpointer(name, output_dir):
+def missing_checkpointer(output_dir):
     return _open(Path(os.environ["TEST_FOLDER"]) / "nowhere", output_dir)
 
 
-def damaged_checkpointer(name, output_dir):
+def damaged_checkpointer(output_dir):
     folder = _copy("damaged")
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(100_000)
     return _open(folder, output_dir)
 
 
-def foreign_checkpointer(name, output_dir):
+def foreign_checkpointer(output_dir):
     folder = _copy("foreign")
     small = qwen2(max_seq_len=MAX_SEQ_LEN, **{**_SHAPE, "num_layers": 3})
     save_file(
@@ -62,7 +63,7 @@ def foreign_checkpointer(name, output_dir):
     return _open(folder, output_dir)
 
 
-def qwen3_checkpointer(name, output_dir):
+def qwen3_checkpointer(output_dir):
     folder = _copy("qwen3")
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}, folder / "model.safetensors")
@@ -97,12 +98,13 @@ def padded_checkpointer(name, vocab_size, output_dir):
         rows = embedding.new_full((vocab_size - len(embedding), embedding.shape[1]), 5.0)
         weights = {k: v.clone() for k, v in weights.items()}
         save_file(weights | {"model.embed_tokens.weight": torch.cat([embedding, rows])}, checkpoint_file)
+        _change_config(folder, vocab_size=vocab_size)
     return _open(folder, output_dir)
 
 
-def wider_checkpointer(name, output_dir):
+def wider_checkpointer(output_dir):
     """Random weights for `wider_tiny_qwen2`."""
-    folder, new = _variant(name, output_dir, "wider")
+    folder, new = _variant("teacher", output_dir, "wider")
     if new:
         torch.manual_seed(0)
         weights = qwen2_tune_to_hf(wider_tiny_qwen2().state_dict(), num_heads=4, num_kv_heads=2, dim=256)
@@ -120,9 +122,9 @@ def untied_tiny_qwen2():
     return qwen2(max_seq_len=MAX_SEQ_LEN, **{**_SHAPE, "tie_word_embeddings": False})
 
 
-def untied_checkpointer(name, output_dir):
+def untied_checkpointer(output_dir):
     """A shipped checkpoint with its head as a matrix of its own."""
-    folder, new = _variant(name, output_dir, "untied")
+    folder, new = _variant("student", output_dir, "untied")
     if new:
         weights = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -131,7 +133,7 @@ def untied_checkpointer(name, output_dir):
     return _open(folder, output_dir)
 
 
-def other_tokens_checkpointer(name, output_dir):
+def other_tokens_checkpointer(output_dir):
     """A shipped checkpoint whose tokenizer has two tokens in each other's place."""
     folder = _copy("other_tokens")
     path = folder / "tokenizer.json"

@@ -269,11 +269,7 @@ def test_few_states_are_told(out, capsys):
 BAD_INPUTS = {
     "no bridge": ({"bridge": "null"}, "need a bridge (the section `bridge` and the loss BridgedMSE"),
     "no bridge for equal widths": (
-        {
-            "bridge": "null",
-            "teacher_model._component_": "oprd_tune.tiny.tiny_qwen2",
-            "teacher_checkpointer.name": "teacher",
-        },
+        {"bridge": "null", "teacher": "tiny/teacher"},
         "BridgedMSE needs a bridge; give the section `bridge`",
     ),
     "no loss that uses it": (
@@ -297,7 +293,7 @@ BAD_INPUTS = {
         "it lacks the layer pairs [[1, 2]]; it has [[1, 1], [2, 3], [3, 4], [4, 6]]",
     ),
     "file of other weights": (
-        {"bridge.file": "{files}/own", "checkpointer.name": "teacher"},
+        {"bridge.file": "{files}/own", "student": "tiny/teacher"},
         "its student, student, has other weights than teacher. Leave bridge.file out to fit one; bridge.same_weights",
     ),
     "both": ({"bridge.file": "{files}/own", "bridge.fit_only": "true"}, "give one of them"),
@@ -335,7 +331,7 @@ def test_a_file_serves_no_other_states_but_other_weights_if_allowed(fitted, out,
     assert "positions 'all' in the file, 'last' in this run" in refused(
         tmp_path / "last", capsys, positions="last", **own
     )
-    other = {"checkpointer.name": "teacher", "bridge.same_weights": "false"}
+    other = {"student": "tiny/teacher", "bridge.same_weights": "false"}
     run(tmp_path / "other", **own, **other)
     assert_same_bridge(tmp_path / "other", fitted)
     assert losses(tmp_path / "other")[0] > 1.2 * losses(fitted)[0]

@@ -56,7 +56,7 @@ def test_neither_microbatches_nor_checkpointing_change_the_course(config, tmp_pa
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(config, out):
-    recipe = run_recipe(NAME, config, out, max_steps=1, **{"checkpointer.name": "teacher"})
+    recipe = run_recipe(NAME, config, out, max_steps=1, **{"student": "tiny/teacher"})
     assert abs(recipe.run.journal.logged["loss/total"]) < 1e-6
     assert recipe.run.journal.logged["optimizer/grad_norm"] < 1e-5
 
@@ -157,6 +157,7 @@ def test_padded_vocabularies_are_compared_on_shared_tokens(config, padded, tmp_p
         f"{padded}.vocab_size": 24,
         f"{files}._component_": f"{MODELS}.padded_checkpointer",
         f"{files}.vocab_size": 24,
+        f"{files}.name": "student" if padded == "model" else "teacher",
     }
     recipe = run_recipe(NAME, config, tmp_path / "padded", max_steps=2, **extra)
     assert recipe.heads.vocabulary == 16

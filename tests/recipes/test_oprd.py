@@ -135,7 +135,7 @@ def test_truncated_responses_are_masked_or_dropped_alike(tmp_path):
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(out):
-    recipe = run_recipe(NAME, CONFIG, out, max_steps=1, **{"checkpointer.name": "teacher"})
+    recipe = run_recipe(NAME, CONFIG, out, max_steps=1, **{"student": "tiny/teacher"})
     assert recipe.run.journal.logged["loss/total"] == 0
     assert recipe.run.journal.logged["optimizer/grad_norm"] == 0
 
