@@ -2,7 +2,7 @@
 
     python -m tests.rehearsal CONFIG FOLDER [KEY=VALUE …]
 
-writes both models' folders, runs the config's recipe for two steps with nothing but paths, depth and sizes overridden,
+writes both models' folders, runs the config's recipe for two steps with nothing but names, depth and sizes overridden,
 and prints what it took as JSON.
 """
 
@@ -10,18 +10,19 @@ import json
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from torchtune import config
-from torchtune.config._utils import _get_component_from_path
-from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.models import qwen2_5
+from torchtune.models.qwen2 import qwen2
 from torchtune.modules.tied_linear import TiedLinear
 
-from oprd_tune.modeling.adapters import adapter_names
-from oprd_tune.modeling.families.qwen3 import qwen3_tune_to_hf
+from oprd_tune import modeling
+from oprd_tune.modeling.families import FAMILIES
+from oprd_tune.modeling.families.llama import llama
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.tiny.model import write_tokenizer
 from tests.conftest import load_config, recipe_class
@@ -39,35 +40,49 @@ SIZES = {
 }
 
 
-def shallow(builder, **kwargs):
-    """A builder's model, cut to two blocks."""
-    model = _get_component_from_path(builder)(**kwargs)
-    model.layers = model.layers[:BLOCKS]
-    return model
+R1_DISTILL_1_5B = {"vocab_size": 151_936, "num_layers": 28, "num_heads": 12, "num_kv_heads": 2, "embed_dim": 1536}
+R1_DISTILL_1_5B |= {"intermediate_dim": 8960, "max_seq_len": 131_072, "norm_eps": 1e-6, "rope_base": 1e4}
+SMOLLM2 = {"vocab_size": 49_152, "num_heads": 9, "num_kv_heads": 3, "embed_dim": 576, "intermediate_dim": 1536}
+SMOLLM2 |= {"max_seq_len": 8192, "norm_eps": 1e-5, "rope_base": 1e5, "tie_word_embeddings": True}
+# The shapes of the shipped configs' models, by the names that the configs give.
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B": qwen2_5.qwen2_5_0_5b,
+    "Qwen/Qwen2.5-0.5B-Instruct": qwen2_5.qwen2_5_0_5b,
+    "Qwen/Qwen2.5-1.5B": qwen2_5.qwen2_5_1_5b_base,
+    "Qwen/Qwen2.5-1.5B-Instruct": qwen2_5.qwen2_5_1_5b_instruct,
+    "Qwen/Qwen2.5-7B": qwen2_5.qwen2_5_7b_base,
+    "Qwen/Qwen2.5-7B-Instruct": qwen2_5.qwen2_5_7b_instruct,
+    "Qwen/Qwen2.5-14B-Instruct": qwen2_5.qwen2_5_14b_instruct,
+    "Qwen/Qwen3-1.7B-Base": modeling.qwen3_1_7b,
+    "Qwen/Qwen3-4B": modeling.qwen3_4b,
+    "outputs/qwen2_5_7b_to_1_5b/final": qwen2_5.qwen2_5_1_5b_base,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": partial(qwen2, **R1_DISTILL_1_5B),
+    "hbx/JustRL-DeepSeek-1.5B": partial(qwen2, **R1_DISTILL_1_5B),
+    "/tmp/SmolLM2-135M-Instruct": partial(llama, num_layers=30, **SMOLLM2),
+    "/tmp/SmolLM2-135M-Instruct-24-blocks": partial(llama, num_layers=24, **SMOLLM2),
+}
 
 
-def shallow_overrides(cfg, name):
-    """What makes a config's builder shallow."""
-    node = cfg[name]
-    if "num_layers" in node:
-        return {f"{name}.num_layers": BLOCKS}
-    return {f"{name}._component_": "tests.rehearsal.shallow", f"{name}.builder": node._component_}
+def write_model(folder, build, *, blocks=None, seed=None, files=2):
+    """A Hugging Face folder of a builder's model: its config.json and a tokenizer, and with a seed random bf16 weights.
 
-
-def write_model(folder, build, *, seed, files=2):
-    """A Hugging Face folder of random bf16 weights, in several files."""
+    `blocks` cuts the model.
+    """
     folder.mkdir(parents=True)
     model = build_on_meta(build)
-    adapters = adapter_names(model)
+    model.layers = model.layers[:blocks]
+    config = stated(model)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    if seed is None:
+        return
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
-        if name not in adapters:
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            weights[name] = value + 1 if name.endswith("scale") else value
-    is_qwen3 = hasattr(model.layers[0].attn.q_proj, "norm")
-    to_hf = qwen3_tune_to_hf if is_qwen3 else qwen2_tune_to_hf
-    converted = {key: value.contiguous() for key, value in to_hf(weights).items()}
+        value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        weights[name] = value + 1 if name.endswith("scale") else value
+    to_hf = FAMILIES[config["model_type"]].to_hf
+    converted = {key: value.contiguous() for key, value in to_hf(weights, config).items()}
     names = sorted(converted)
     weight_map = {}
     for i in range(files):
@@ -76,52 +91,53 @@ def write_model(folder, build, *, seed, files=2):
         save_file({name: converted[name] for name in own}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(own, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def stated(model):
+    """The config.json of a model."""
     attention, embedding = model.layers[0].attn, model.tok_embeddings
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["Qwen3ForCausalLM" if is_qwen3 else "Qwen2ForCausalLM"],
-                "model_type": "qwen3" if is_qwen3 else "qwen2",
-                "head_dim": attention.head_dim,
-                "vocab_size": embedding.num_embeddings,
-                "hidden_size": embedding.embedding_dim,
-                "intermediate_size": model.layers[0].mlp.w1.weight.shape[0],
-                "num_hidden_layers": len(model.layers),
-                "num_attention_heads": attention.num_heads,
-                "num_key_value_heads": attention.num_kv_heads,
-                "tie_word_embeddings": isinstance(model.output, TiedLinear),
-            }
-        )
-    )
-    write_tokenizer(folder)
+    queries = attention.q_proj
+    kind = "qwen3" if hasattr(queries, "norm") else "llama" if queries.bias is None else "qwen2"
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "head_dim": attention.head_dim,
+        "vocab_size": embedding.num_embeddings,
+        "hidden_size": embedding.embedding_dim,
+        "intermediate_size": model.layers[0].mlp.w1.weight.shape[0],
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": model.norm.eps,
+        "rope_theta": attention.pos_embeddings.base,
+        "tie_word_embeddings": isinstance(model.output, TiedLinear),
+    }
 
 
 def prepare(name, folder, overrides):
     """The config of a rehearsal; its models are written if they are not there yet."""
     cfg = load_config(name)
     words = {**SIZES, "device": "cpu", "output_dir": folder / "out", "num_threads": 2}
-    for model, files in (("model", "checkpointer"), ("teacher_model", "teacher_checkpointer")):
-        words |= {**shallow_overrides(cfg, model), f"{files}.checkpoint_dir": folder / model}
+    for seed, model in enumerate(("student", "teacher")):
+        words[model] = folder / model
+        if not (folder / model).exists():
+            write_model(folder / model, SHAPES[cfg[model]], blocks=BLOCKS, seed=seed)
     prompts = folder / "prompts.jsonl"
     words |= {
-        "tokenizer.path": folder / "teacher_model",
         "dataset.source": prompts,
         "dataset.subset": "null",
         "dataset.prompt_template": "'{prompt}'",
         "dataset.prompt_column": "question",
     }
-    if "chat_template_kwargs" in cfg.tokenizer:
+    if "tokenizer" in cfg:
         words["tokenizer.chat_template_kwargs"] = "null"
     if "bridge" in cfg:
         words |= {"bridge.prompts": 4, "bridge.held_out_prompts": 2}
-    cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in words.items()] + overrides))
-    for seed, model in enumerate(("model", "teacher_model")):
-        if not (folder / model).exists():
-            write_model(folder / model, lambda node=cfg[model]: config.instantiate(node), seed=seed)
     rows = [{"question": f"{i}+{i}=" * 3, "answer": str(2 * i)} for i in range(100, 140)]
     if not prompts.exists():
         prompts.write_text("\n".join(map(json.dumps, rows)))
-    return cfg
+    return OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in words.items()] + overrides))
 
 
 def anonymous_bytes():

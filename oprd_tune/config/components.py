@@ -82,6 +82,14 @@ def construct(component: Component | None, *args: Any, **added: Any) -> Any:
     return None if component is None else component(*args, **added)
 
 
+def takes(path: str, argument: str) -> bool:
+    """Whether the class or function at a dotted path has an argument of this name; false if it cannot be found."""
+    try:
+        return argument in inspect.signature(component_at(path)).parameters
+    except (ValueError, TypeError):
+        return False
+
+
 def find_function(name: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
     """A function, given as itself or by its dotted path; raises ConfigError, with the config key, if there is none."""
     if isinstance(function, str):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oprd_tune.config.components import takes
 from oprd_tune.data.tokenizer_files import conventions
 from oprd_tune.data.vocabularies import share_tokens
 from oprd_tune.errors import ConfigError
@@ -23,7 +24,7 @@ _USUAL = {
     "lr_scheduler": "oprd_tune.training.cosine_with_warmup",
     "task_accuracy": "oprd_tune.evaluation.TaskAccuracy",
     "reference_perplexity": "oprd_tune.evaluation.ReferencePerplexity",
-    "metric_logger": "oprd_tune.metrics.TensorBoardLogger",
+    "metric_logger": "oprd_tune.metrics.TensorBoardLogger",  # also where there is no such section
     "tokenizer": _TOKENIZER,
     "teacher_tokenizer": _TOKENIZER,
 }
@@ -34,7 +35,8 @@ def expand(values: Mapping[str, Any]) -> Values:
     """Write a config's short form out, so that each section names its component.
 
     `student` and `teacher` imply sections. A section that the config has itself takes the place of an implied one if it
-    has a `_component_`, and adds to it if it has none. Any other section without a `_component_` gets the usual one.
+    has a `_component_`, and adds to it if it has none. Any other section without a `_component_` gets the usual one. A
+    logger that takes a `log_dir` gets one in the run's folder.
 
     Args:
         values: the config's content as plain values.
@@ -44,10 +46,11 @@ def expand(values: Mapping[str, Any]) -> Values:
     """
     found = {key: _without_empty_component(value) for key, value in values.items()}
     student, teacher, lora = (found.pop(name, None) for name in NAMES)
-    implied: dict[str, Values] = {
-        "rollout": {},
-        "metric_logger": {"log_dir": f"{values.get('output_dir')}/tensorboard"},
-    }
+    logger = {"_component_": _USUAL["metric_logger"], **(found.get("metric_logger") or {})}
+    if takes(str(logger["_component_"]), "log_dir"):
+        logger = {"log_dir": f"{found.get('output_dir')}/tensorboard", **logger}
+    found["metric_logger"] = logger
+    implied: dict[str, Values] = {"rollout": {}}
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
         if name is not None:
             implied |= _model_sections(key, prefix, name, found)
@@ -60,7 +63,7 @@ def expand(values: Mapping[str, Any]) -> Values:
     for name in ("tokenizer", "teacher_tokenizer"):
         if isinstance(found.get(name), str):
             found[name] = {"path": str(find_folder(name, found[name]))}
-    for name in {*implied, *_USUAL}:
+    for name in dict.fromkeys((*implied, *_USUAL)):
         section = found.get(name, {} if name in implied else None)
         if isinstance(section, Mapping) and not _is_whole(section):
             found[name] = {"_component_": _USUAL.get(name), **implied.get(name, {}), **section}
