@@ -64,28 +64,30 @@ def load_tokenizer(folder: Path) -> TokenizerFiles:
 @lru_cache(maxsize=4)  # student, teacher, and one more pair
 def _load(folder: Path, state: tuple[tuple[str, int, int], ...]) -> TokenizerFiles:
     loaded = _from_transformers(folder)
-    tokenizer: Tokenizer = loaded.backend_tokenizer
+    tokenizer = _without_invented_tokens(folder, loaded.backend_tokenizer)
     tokenizer.no_truncation()  # the folder may ask for both, for its own training
     tokenizer.no_padding()
-    invented = _check_added_tokens(folder, tokenizer)
 
-    def id_of(token: Any) -> int | None:
-        text = token["content"] if isinstance(token, dict) else token
-        return None if text is None or text in invented else tokenizer.token_to_id(text)
+    # transformers reads the second file only if the first is an old one, and gives some classes tokens that none names.
+    sources = [_read(folder / _CONFIG), _read(folder / "special_tokens_map.json")]
 
-    mapped = id_of(_read(folder / "special_tokens_map.json").get("eos_token"))
+    def named(name: str) -> list[int]:
+        tokens = [source.get(name) for source in sources]
+        texts = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        found = (tokenizer.token_to_id(text) for text in texts if text is not None)
+        return [i for i in found if i is not None]
+
     generation = _read(folder / "generation_config.json").get("eos_token_id")
-    generation = generation if isinstance(generation, list) else [generation]
-    # The model's own class has an EOS by default; then it counts only if it is a token.
-    stops = [stop for stop in (id_of(loaded.eos_token), mapped, *generation) if stop is not None]
+    generation = [] if generation is None else generation
+    stops = [*named("eos_token"), *(generation if isinstance(generation, list) else [generation])]
     template = loaded.chat_template
     return TokenizerFiles(
         tokenizer=tokenizer,
         chat_template=template.get("default") if isinstance(template, dict) else template,
         special_texts=dict(loaded.special_tokens_map),
         eos=stops[0] if stops else None,
-        bos=id_of(loaded.bos_token),
-        pad=id_of(loaded.pad_token),
+        bos=next(iter(named("bos_token")), None),
+        pad=next(iter(named("pad_token")), None),
         stops=tuple(sorted(set(stops))),
     )
 
@@ -101,11 +103,14 @@ def _from_transformers(folder: Path) -> Any:
         if loader is AutoTokenizer:
             raise ConfigError(
                 f"tokenizer.path: {folder} has no {TOKENIZER}, and transformers makes no tokenizer of its other files "
-                f"({error}); give a Hugging Face model folder"
+                f"({' '.join(str(error).split())}); give a Hugging Face model folder that has one. Code in a folder "
+                "never runs here"
             ) from error
         raise ConfigError(f"tokenizer.path: the tokenizer in {folder} cannot be read: {error}") from error
     # Where a file is missing, the library may fill a tokenizer with special tokens alone, or run it in Python.
-    tokens = set(loaded.backend_tokenizer.get_vocab(with_added_tokens=False)) if loaded.is_fast else set()
+    tokens = set()
+    if getattr(loaded, "is_fast", False):
+        tokens = set(loaded.backend_tokenizer.get_vocab(with_added_tokens=False))
     if tokens <= set(loaded.all_special_tokens):
         raise ConfigError(
             f"tokenizer.path: {folder} has no {TOKENIZER}, and no vocabulary that transformers makes one of; give a "
@@ -127,14 +132,15 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> set[str]:
-    """Tokens that no file gives an id: transformers has invented one for each, beyond those that the model knows.
+def _without_invented_tokens(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """Take out the tokens that no file gives an id. transformers invents one for each that a file names, such as a
+    `pad_token`, and the model does not know it.
 
     Raises ConfigError if two files give a token different ids.
     """
     path = folder / TOKENIZER
     if not path.is_file():
-        return set()
+        return tokenizer
     own = {token["content"] for token in _read(path)["added_tokens"]}
     declared = _read(folder / _CONFIG).get("added_tokens_decoder") or {}
     said = {token["content"]: int(i) for i, token in declared.items()} | _read(folder / "added_tokens.json")
@@ -144,8 +150,13 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> set[str]:
                 f"the files in {folder} contradict each other: token {text!r} is {found} by {TOKENIZER}, but {i} by "
                 "tokenizer_config.json or added_tokens.json. The model knows one of the two; correct the other file"
             )
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - own - said.keys()
-    return {text for text in added if tokenizer.model.token_to_id(text) is None}
+    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    known = [t for t in added if t.content in own | said.keys() or tokenizer.model.token_to_id(t.content) is not None]
+    if known == added:
+        return tokenizer
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(known)
+    return tokenizer
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,9 +22,10 @@ CHAT = [
 
 
 def of_transformers(folder):
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    has_file = (folder / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if has_file else AutoTokenizer).from_pretrained(str(folder))
 
 
 # ---- ids ----
@@ -84,6 +85,10 @@ def test_a_vocabulary_without_tokenizer_json_loads(tmp_path):
     ours = HuggingFaceTokenizer(str(folder))
     assert ours.encode(" The cat") == tokenizer.encode(" The cat").ids
     assert tokens_by_id(folder) is conventions(folder) is None
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    assert of_transformers(folder).eos_token == "<|endoftext|>"  # by default, and in no file
+    with pytest.raises(ConfigError, match="names an eos_token"):
+        HuggingFaceTokenizer(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,8 @@ EOS, PAD, START, END = (byte_level().token_to_id(text) for text in SPECIAL)
     ("config", "files", "stops"),
     [
         ({"eos_token": "<eos>"}, {}, [EOS]),
+        ({"eos_token": "<eos>"}, {"generation_config": {"eos_token_id": None}}, [EOS]),
+        ({"eos_token": "<eos>"}, {"generation_config": {"eos_token_id": 0}}, [EOS, 0]),
         ({"eos_token": {"__type": "AddedToken", "content": "<eos>"}}, {}, [EOS]),
         ({}, {"special_tokens_map": {"eos_token": "<|end|>"}}, [END]),
         (None, {"special_tokens_map": {"eos_token": {"content": "<|end|>"}}}, [END]),
@@ -155,8 +162,16 @@ def test_a_folder_without_eos_is_an_error(tmp_path, config):
 
 
 def test_a_padding_token_that_the_model_does_not_know_is_not_invented(tmp_path):
-    ours = HuggingFaceTokenizer(str(write_folder(tmp_path, {"eos_token": "<eos>", "pad_token": "[PAD]"})))
+    size = byte_level().get_vocab_size()
+    declared = {str(size): {"content": "<|new|>", "special": True}}
+    config = {"eos_token": "<eos>", "pad_token": "[PAD]", "added_tokens_decoder": declared}
+    assert of_transformers(write_folder(tmp_path, config)).encode("[PAD]") == [size + 1]
+    ours = HuggingFaceTokenizer(str(tmp_path))
     assert ours.pad_id == EOS
+    assert ours.encode("[PAD]<|new|>") == [*byte_level().encode("[PAD]").ids, size]
+    assert len(ours.token_bytes.pieces) == size + 1
+    assert ours.special_tokens == {**{text: byte_level().token_to_id(text) for text in SPECIAL}, "<|new|>": size}
+    assert ours.decode([size, START]) == ""
 
 
 def test_the_other_named_tokens(tmp_path):
@@ -260,14 +275,17 @@ def test_a_folder_is_loaded_once_until_it_changes(tmp_path, monkeypatch):
     assert len(loads) == 2
 
 
-def test_loading_is_quiet_and_asks_no_network(tmp_path, monkeypatch, capfd):
+def test_loading_is_quiet_and_asks_no_network(tmp_path, monkeypatch):
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     def load(*args, **kwargs):
         logging.get_logger("transformers.advice").warning("you should")
+        logging.get_logger("transformers.advice").error("broken")
         return of_file(*args, **kwargs)
 
+    said = []
+    monkeypatch.setattr("logging.Logger.callHandlers", lambda self, record: said.append(record.getMessage()))
     asked, of_file = [], PreTrainedTokenizerFast.from_pretrained
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", load)
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
@@ -276,4 +294,4 @@ def test_loading_is_quiet_and_asks_no_network(tmp_path, monkeypatch, capfd):
     folder = write_folder(tmp_path, {"eos_token": "<eos>", "tokenizer_class": "NoSuchTokenizer", "auto_map": {}})
     load_tokenizer(folder)
     assert logging.get_verbosity() == before
-    assert (asked, *capfd.readouterr()) == ([], "", "")
+    assert (asked, said) == ([], ["broken"])
