@@ -28,7 +28,7 @@ ONLY_IN = {
     "vllm": "rollout/vllm/",
     "torchao": "teacher/quantize.py",
     "math_verify": "grading/graders.py",
-    "transformers": "nowhere",
+    "transformers": ("data/", "teacher/", "modeling/families/"),
 }
 COMPAT = ROOT / "oprd_tune" / "torchtune_compat.py"
 # Attributes of torchtune's objects that it does not promise; ours have other names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from oprd_tune.config.components import Component
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
 from oprd_tune.modeling.families import FAMILIES, Family
+from oprd_tune.protocols import TeacherFiles
 from oprd_tune.torchtune_compat import config_of, model_type_of, start_rotations, weight_files_of
 
 Builder = Callable[[], TransformerDecoder]
@@ -53,6 +54,18 @@ def hugging_face_checkpointer(
     known = {*(kind.name for kind in ModelType), *FAMILIES}
     if model_type not in known:
         raise ConfigError(f"model_type is {model_type}; allowed are {', '.join(sorted(known))}")
+    folder, files = model_folder(checkpoint_dir, hub_name)
+    if model_type in FAMILIES and (checkpointer := FAMILIES[model_type].checkpointer) is not None:
+        return checkpointer(str(folder), files, output_dir)
+    return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
+
+
+def model_folder(checkpoint_dir: str, hub_name: str | None = None) -> tuple[Path, list[str]]:
+    """A Hugging Face model folder, and the names of its weight files; see `hugging_face_checkpointer`.
+
+    Raises:
+        ConfigError: if the folder, its `config.json` or a weight file is missing.
+    """
     folder = Path(checkpoint_dir).expanduser()
     fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
     fetch += "" if hub_name else ", unless an earlier run is to leave it there"
@@ -64,9 +77,7 @@ def hugging_face_checkpointer(
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ConfigError(f"{folder} lacks {', '.join(missing[:_SHOWN])}; {fetch}")
-    if model_type in FAMILIES and (checkpointer := FAMILIES[model_type].checkpointer) is not None:
-        return checkpointer(str(folder), files, output_dir)
-    return FullModelHFCheckpointer(str(folder), files, model_type, output_dir)
+    return folder, files
 
 
 def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheckpointer:
@@ -88,7 +99,7 @@ def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheck
         ) from error
 
 
-def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: TransformerDecoder) -> None:
+def check_weights(name: str, checkpointer: FullModelHFCheckpointer | TeacherFiles, model: TransformerDecoder) -> None:
     """Compare the headers of a checkpoint's files with the parameters of a model on the meta device.
 
     `name` is the checkpointer's config key, for messages.
@@ -97,25 +108,35 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
         ConfigError: if a file is damaged; if parameters are missing, unknown or of another shape; or if `config.json`
             states another architecture than the checkpointer, or other rotary positions than the model.
     """
+    if isinstance(checkpointer, TeacherFiles):
+        checkpointer.check_weights(name, model)
+        return
     config, given = config_of(checkpointer), model_type_of(checkpointer)
     says = config.get("model_type")
     right = next((kind for kind, family in FAMILIES.items() if family.config_name == says), given)
     if given != right:
         raise ConfigError(f"{name}.model_type is {given}, but config.json says {says}: {right}")
-    found: dict[str, Any] = {}
-    for path in weight_files_of(checkpointer):
-        if path.suffix != ".safetensors":
-            return  # a pickle has no header; mistakes are found when it is loaded
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
+    files = weight_files_of(checkpointer)
+    if any(path.suffix != ".safetensors" for path in files):
+        return  # a pickle has no header; mistakes are found when it is loaded
+    found = read_headers(name, files)
     if given in FAMILIES:
         converted = _converted(name, found, config, FAMILIES[given])
         adapters = adapter_names(model)
         _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
         _check_rotations(name, config, model)
+
+
+def read_headers(name: str, files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files on the meta device, in float32; raises ConfigError if a file is damaged."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{name}: {path} is damaged or incomplete ({error}); fetch it again") from error
+    return found
 
 
 def _converted(name: str, found: dict[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
