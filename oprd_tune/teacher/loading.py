@@ -92,8 +92,9 @@ class TeacherPlan:
         tied = isinstance(model.output, TiedLinear)
         if keeps_head and not tied:
             head = sum(p.numel() for p in model.output.parameters()) * dtype.itemsize
-        others = sum(buffer.nbytes for buffer in model.buffers())
-        others += sum(p.numel() for part in _other_parts(model) for p in part.parameters()) * dtype.itemsize
+        others = sum(p.numel() for part in _other_parts(model) for p in part.parameters()) * dtype.itemsize
+        kept = (model.tok_embeddings, *model.layers[:top], *_other_parts(model))
+        others += sum(buffer.nbytes for buffer in {b for part in kept for b in part.buffers()})
         if self.sharded:
             whole = (embedding if tied else head) + others
             return (sum(blocks) + (0 if tied else embedding)) // self.ranks.world_size + whole + 2 * max(blocks)

@@ -17,7 +17,8 @@ from torch import nn
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.weights import model_folder, read_headers
 from oprd_tune.teacher.block_placement import BlockPlacement, Placing
-from oprd_tune.teacher.transformers_model import TransformersDecoder, probe_head
+from oprd_tune.teacher.transformers_head import probe_head
+from oprd_tune.teacher.transformers_model import TransformersDecoder
 from oprd_tune.torchtune_compat import set_output
 
 _SHOWN = 3
@@ -40,7 +41,8 @@ def transformers_teacher(path: str) -> TransformersDecoder:
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise ConfigError(f"teacher_model.path: {folder} has no config.json; give a Hugging Face model folder")
-    model = TransformersDecoder(_on_meta(folder))
+    with _refused(folder):
+        model = TransformersDecoder(_on_meta(folder))
     model.folder = folder
     if _is_quantised(_config_of(folder)):
         _, files = model_folder(path)
@@ -111,11 +113,12 @@ class TransformersFiles:
         config = _config_of(self.folder)
         depth = config.get_text_config().num_hidden_layers
         causal = self._read(_cut(config, top), dtype, placing.device if _is_quantised(config) else None)
-        model = TransformersDecoder(causal).requires_grad_(False).eval()
+        with _refused(self.folder):
+            model = TransformersDecoder(causal).requires_grad_(False).eval()
+            if top is None:
+                probe_head(model, causal)
         model.folder = self.folder
-        if top is None:
-            probe_head(model, causal)
-        else:
+        if top is not None:
             set_output(model, nn.Identity())
             model.norm = model.norm if top >= depth else nn.Identity()
         blocks, model.layers = list(model.layers), nn.ModuleList()

@@ -7,18 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.errors import ConfigError
-from oprd_tune.torchtune_compat import set_output
+from oprd_tune.teacher.transformers_head import GivenStates, head_of
 
 BlockCall = Callable[[int, nn.Module, Tensor], Tensor]
 # How families name their final norm. The embedding and the blocks are found by what they are.
-_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
-# Fields of config.json that change the head's product after it is formed.
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logit_softcapping")
+_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm")
 
 
 class TransformersDecoder(nn.Module):
@@ -58,14 +54,14 @@ class TransformersDecoder(nn.Module):
         self.config = frame.config
         _check_family(type(model).__name__, self.config)
         self._places = _find_parts(type(model).__name__, frame)
-        self._cache: Any = None
+        self._columns: _Columns | None = None
         for own, theirs in self._places.items():
             setattr(self, own, getattr(frame, theirs))
         self.max_seq_len: int = self.config.max_position_embeddings
         self._strip(frame)
-        setattr(model, model.base_model_prefix, _GivenStates())
+        setattr(model, model.base_model_prefix, GivenStates())
         self.frame = frame
-        self.output = _head_of(model, head, self.tok_embeddings, self.config)
+        self.output = head_of(model, head, self.tok_embeddings, self.config)
 
     def forward(self, tokens_BS: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
         """What `output` makes of the states after the norm, in fp32; with a head, the logits [B, S, V].
@@ -75,10 +71,23 @@ class TransformersDecoder(nn.Module):
             mask: [B, S] over all columns so far; only for `decoding`, whose rows are left-padded.
             input_pos: the tokens' positions [B, S]; None counts from 0.
         """
-        given = {"attention_mask": mask, "position_ids": input_pos, "past_key_values": self._cache}
+        columns, given = self._columns, {}
+        if columns is not None:
+            given = {"attention_mask": mask, "position_ids": input_pos, "past_key_values": columns.cache}
         with self._assembled():
-            states = self.frame(input_ids=tokens_BS, use_cache=self._cache is not None, **given)
-        return self.output(states[0]).float()
+            found = self.frame(input_ids=tokens_BS, use_cache=columns is not None, **given)
+        if columns is not None:
+            columns.cache = self._cache_of(found)
+        return self.output(found[0]).float()
+
+    def _cache_of(self, found: Any) -> Any:
+        cache = getattr(found, "past_key_values", None)
+        if not hasattr(cache, "reorder_cache"):
+            raise ConfigError(
+                f"{type(self.frame).__name__} has no key-value cache that can drop rows, so the teacher cannot be "
+                "sampled from; give evaluate_teacher: false"
+            )
+        return cache
 
     @property
     def block_list(self) -> str:
@@ -94,29 +103,35 @@ class TransformersDecoder(nn.Module):
         Returns:
             The first block's input, and a function that runs a block, given its number from 1 and its input.
         """
-        recorders, kept = [_Recorder(block) for block in blocks], (self.layers, self.norm)
-        self.layers, self.norm = nn.ModuleList(recorders), nn.Identity()
-        try:
-            with self._assembled():
-                first_BSD = self.frame(input_ids=tokens_BS, use_cache=False)[0]
-        finally:
-            self.layers, self.norm = kept
+        recorders = [_Recorder(block) for block in blocks]
+        first_BSD = self._record(recorders, tokens_BS)
+        if first_BSD.ndim != 3:  # the family takes the first of several values from each block
+            for recorder in recorders:
+                recorder.gives_tuple = True
+            first_BSD = self._record(recorders, tokens_BS)
 
         def call(number: int, block: nn.Module, state_BSD: Tensor) -> Tensor:
             return states_of(block(state_BSD, *recorders[number - 1].further, **recorders[number - 1].named))
 
         return first_BSD, call
 
+    def _record(self, recorders: list[_Recorder], tokens_BS: Tensor) -> Tensor:
+        kept = self.layers, self.norm
+        self.layers, self.norm = nn.ModuleList(recorders), nn.Identity()
+        try:
+            with self._assembled():
+                return self.frame(input_ids=tokens_BS, use_cache=False)[0]
+        finally:
+            self.layers, self.norm = kept
+
     @contextmanager
     def decoding(self, visible_BP: Tensor, max_new_tokens: int) -> Iterator[_Columns]:
-        """Within the scope, forward passes continue left-padded rows over transformers' own cache."""
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self.config)
+        """Within the scope, forward passes continue left-padded rows over the cache that transformers makes."""
+        self._columns = _Columns(visible_BP, max_new_tokens)
         try:
-            yield _Columns(self._cache, visible_BP, max_new_tokens)
+            yield self._columns
         finally:
-            self._cache = None
+            self._columns = None
 
     @contextmanager
     def _assembled(self) -> Iterator[None]:
@@ -139,99 +154,6 @@ class TransformersDecoder(nn.Module):
 def states_of(output: Any) -> Tensor:
     """The states that a block returns. Some families return them as the first of several values."""
     return output[0] if isinstance(output, tuple) else output
-
-
-class ScaledHead(nn.Module):
-    """A head whose logits are more than a product: scaled, capped or with a bias.
-
-    transformers' own forward pass computes them from given states.
-
-    Attributes:
-        more_than_a_matrix: what is done to the product, for messages.
-    """
-
-    def __init__(self, model: Any, more_than_a_matrix: str) -> None:
-        super().__init__()
-        self._model, self.more_than_a_matrix = model, more_than_a_matrix
-
-    def forward(self, state_BSD: Tensor) -> Tensor:
-        """States after the norm, [B, S, D], to logits [B, S, V]."""
-        return _logits(self._model, state_BSD)
-
-
-class TiedScaledHead(TiedLinear):
-    """A `ScaledHead` whose matrix is the embedding's. Like every tied head, it is no module."""
-
-    def __init__(self, embedding: nn.Module, model: Any, more_than_a_matrix: str) -> None:
-        super().__init__(embedding)
-        self._model, self.more_than_a_matrix = model, more_than_a_matrix
-
-    def __call__(self, state_BSD: Tensor) -> Tensor:
-        """States after the norm, [B, S, D], to logits [B, S, V]."""
-        return _logits(self._model, state_BSD)
-
-
-@torch.no_grad()
-def probe_head(model: TransformersDecoder, causal: Any) -> None:
-    """Make a loaded plain head a scaled one if transformers does more to its logits than the config's fields told.
-
-    Args:
-        causal: the model that `model` was made of.
-    """
-    if hasattr(model.output, "more_than_a_matrix"):
-        return
-    weight = model.tok_embeddings.weight
-    state_BSD = weight[: min(8, len(weight))].unsqueeze(0)  # any states do
-    ours, theirs = model.output(state_BSD).float(), _logits(causal, state_BSD).float()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())):
-        set_output(model, _scaled(causal, model.output, "a product that transformers changes afterwards"))
-
-
-class _GivenStates(nn.Module):
-    """Stands for the base model in front of a head."""
-
-    state_BSD: Tensor
-
-    def forward(self, *_: Any, **__: Any) -> _Output:
-        return _Output(self.state_BSD)
-
-
-class _Output:
-    """A base model's output: its states, and nothing else."""
-
-    def __init__(self, state_BSD: Tensor) -> None:
-        self.last_hidden_state = state_BSD
-
-    def __getitem__(self, place: int) -> Tensor:
-        return (self.last_hidden_state,)[place]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-def _logits(model: Any, state_BSD: Tensor) -> Tensor:
-    given = getattr(model, model.base_model_prefix)
-    given.state_BSD = state_BSD
-    try:
-        return model.forward(inputs_embeds=state_BSD, use_cache=False).logits
-    finally:
-        del given.state_BSD  # the states would live on
-
-
-def _head_of(model: Any, head: Any, embedding: Any, config: Any) -> Any:
-    if head is None or not hasattr(head, "weight"):
-        raise ConfigError(f"{type(model).__name__} has no LM head; give the folder of a causal language model")
-    plain = TiedLinear(embedding) if head.weight is embedding.weight else head
-    for field in _LOGIT_FIELDS:
-        if getattr(config, field, None) not in (None, 1):
-            return _scaled(model, plain, f"a product changed by {field}={getattr(config, field)} of config.json")
-    return plain if getattr(head, "bias", None) is None else _scaled(model, plain, "a product with a bias added")
-
-
-def _scaled(model: Any, plain: Any, what: str) -> Any:
-    if isinstance(plain, TiedLinear):
-        return TiedScaledHead(plain.tied_module, model, what)
-    return ScaledHead(model, what)
 
 
 def _check_family(family: str, config: Any) -> None:
@@ -273,15 +195,16 @@ class _Recorder(nn.Module):
     """Stands for a block, notes what it is called with, and returns its input."""
 
     further: tuple[Any, ...] = ()
+    gives_tuple = False
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # past nn.Module: the block lies elsewhere
         self.named: dict[str, Any] = {}
 
-    def forward(self, state_BSD: Tensor, *further: Any, **named: Any) -> Tensor:
+    def forward(self, state_BSD: Tensor, *further: Any, **named: Any) -> Tensor | tuple[Tensor]:
         self.further, self.named = further, named
-        return state_BSD
+        return (state_BSD,) if self.gives_tuple else state_BSD
 
     def __getattr__(self, name: str) -> Any:  # families read attributes of their blocks, such as the kind of attention
         return getattr(self.__dict__["_block"], name)
@@ -290,8 +213,10 @@ class _Recorder(nn.Module):
 class _Columns:
     """The filled columns of transformers' cache, with the members that the sampler uses of our own cache."""
 
-    def __init__(self, cache: Any, visible_BP: Tensor, max_new_tokens: int) -> None:
-        self._cache, self._filled = cache, 0
+    cache: Any = None  # before the first pass
+
+    def __init__(self, visible_BP: Tensor, max_new_tokens: int) -> None:
+        self._filled = 0
         self._visible_BS = nn.functional.pad(visible_BP, (0, max_new_tokens), value=True)
 
     def mask(self, new_columns: int) -> Tensor:
@@ -305,4 +230,4 @@ class _Columns:
     def keep_rows(self, index_B: Tensor) -> None:
         """Drop all other rows."""
         self._visible_BS = self._visible_BS[index_B]
-        self._cache.batch_select_indices(index_B)
+        self.cache.reorder_cache(index_B)

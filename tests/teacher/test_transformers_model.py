@@ -209,7 +209,7 @@ def test_a_head_is_a_matrix_or_refused_by_name(family, saved):
 
 def test_a_head_that_scales_without_saying_so_is_found_when_it_is_loaded(saved, monkeypatch):
     folder, _ = saved("granite")
-    monkeypatch.setattr("oprd_tune.teacher.transformers_model._LOGIT_FIELDS", ())
+    monkeypatch.setattr("oprd_tune.teacher.transformers_head._LOGIT_FIELDS", ())
     LMHead(transformers_teacher(str(folder)))
     with pytest.raises(ConfigError, match="that transformers changes afterwards"):
         LMHead(load(folder)[0])
@@ -265,7 +265,7 @@ def test_code_of_a_folders_own_is_never_run(saved, tmp_path):
         ({"model_type": "nobody_knows"}, "transformers cannot load it as a causal language model"),
         ({"model_type": "t5"}, "transformers cannot load it as a causal language model"),
         (
-            {"use_bidirectional_attention": True, "head_dim": 8, "model_type": "gemma3_text"},
+            {"use_bidirectional_attention": True, "sliding_window": 4, "model_type": "gemma3_text"},
             "use_bidirectional_attention is set",
         ),
         ({"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1 in config.json"),
