@@ -19,7 +19,7 @@ from oprd_tune.config.components import Component
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
 from oprd_tune.modeling.families import FAMILIES, Family
-from oprd_tune.protocols import TeacherFiles
+from oprd_tune.protocols import DecodesItself, TeacherFiles
 from oprd_tune.torchtune_compat import config_of, model_type_of, start_rotations, weight_files_of
 
 Builder = Callable[[], TransformerDecoder]
@@ -105,12 +105,18 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer | TeacherFile
     `name` is the checkpointer's config key, for messages.
 
     Raises:
-        ConfigError: if a file is damaged; if parameters are missing, unknown or of another shape; or if `config.json`
-            states another architecture than the checkpointer, or other rotary positions than the model.
+        ConfigError: if a file is damaged; if the model is not torchtune's; if parameters are missing, unknown or of
+            another shape; or if `config.json` states another architecture than the checkpointer, or other rotary
+            positions than the model.
     """
     if isinstance(checkpointer, TeacherFiles):
         checkpointer.check_weights(name, model)
         return
+    if isinstance(model, DecodesItself):
+        raise ConfigError(
+            f"{name} opens torchtune's checkpoints, but its model is transformers'; give {name}: "
+            "{_component_: oprd_tune.teacher.transformers_files, checkpoint_dir: FOLDER}"
+        )
     config, given = config_of(checkpointer), model_type_of(checkpointer)
     says = config.get("model_type")
     right = next((kind for kind, family in FAMILIES.items() if family.config_name == says), given)

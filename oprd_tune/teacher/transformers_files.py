@@ -89,6 +89,7 @@ class TransformersFiles:
                 f"{name}: config.json says that there are {depth} blocks, but the files of {self.folder} have no "
                 f"weight of block {', '.join(map(str, lacking[:_SHOWN]))}; fetch the folder again"
             )
+        _tell_of_positions(self.folder, model.config)
         if model.published_block_bytes is not None:
             return  # quantised weights have other shapes
         for key, wanted in _on_meta(self.folder).state_dict().items():
@@ -111,27 +112,33 @@ class TransformersFiles:
             ConfigError: if transformers cannot load the folder, or if it finds no value for a weight.
         """
         config = _config_of(self.folder)
-        depth = config.get_text_config().num_hidden_layers
-        causal = self._read(_cut(config, top), dtype, placing.device if _is_quantised(config) else None)
+        depth, published = config.get_text_config().num_hidden_layers, _is_quantised(config)
+        causal, unused = self._read(_cut(config, top), dtype, placing.device if published else None)
         with _refused(self.folder):
             model = TransformersDecoder(causal).requires_grad_(False).eval()
             if top is None:
                 probe_head(model, causal)
         model.folder = self.folder
+        if further := sorted(key for key in unused if (_block_of(key, model) or 0) < len(model.layers)):
+            print(f"{self.folder}: {len(further)} weights are not the decoder's and not used: {further[0]}, …")
         if top is not None:
             set_output(model, nn.Identity())
             model.norm = model.norm if top >= depth else nn.Identity()
         blocks, model.layers = list(model.layers), nn.ModuleList()
-        _move(model, placing.device)
+        move = partial(_move, device=placing.device, published=published)
+        move(model)
         place = BlockPlacement(model, len(blocks), partial(model.block_calls, blocks), placing)
         for number in range(1, len(blocks) + 1):
-            model.layers.append(place(number, _move(blocks[number - 1], placing.device)))
+            model.layers.append(place(number, move(blocks[number - 1])))
         if placing.sharding is not None:
             placing.sharding.rest(model, whole_head=True)
         return model, place.errors
 
-    def _read(self, config: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
-        """transformers' model with its weights: in CPU memory, or on the device if its checkpoint is quantised."""
+    def _read(self, config: Any, dtype: torch.dtype, device: torch.device | None) -> tuple[Any, list[str]]:
+        """transformers' model with its weights, and the names of unused weights.
+
+        It lies in CPU memory, or on the given device: a quantised checkpoint goes there at once.
+        """
         where = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
         with _quiet(), _refused(self.folder):
             from transformers import AutoModelForCausalLM
@@ -151,7 +158,7 @@ class TransformersFiles:
                 f"{self.folder} lacks {len(missing)} weights that its config.json asks for, such as "
                 f"{', '.join(missing[:_SHOWN])}; they would be random. Fetch the folder again"
             )
-        return model
+        return model, report["unexpected_keys"]
 
 
 def _config_of(folder: Path) -> Any:
@@ -187,6 +194,17 @@ def _is_quantised(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
+def _tell_of_positions(folder: Path, config: Any) -> None:
+    """Say so if a row's positions may depend on the other rows of its batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        print(
+            f"{folder}: its positions are scaled by {rope['rope_type']}, so where the longest row of a batch has more "
+            f"than {trained} tokens, the states of shorter rows change too."
+        )
+
+
 def _block_of(key: str, model: TransformersDecoder) -> int | None:
     """The index of the block that a weight's name in a file belongs to; None for weights outside of blocks."""
     match = re.search(rf"(?:^|\.){model.block_list}\.(\d+)\.", key)
@@ -207,8 +225,13 @@ def _stored_bytes(files: list[Path], model: TransformersDecoder) -> list[int]:
     return sizes
 
 
-def _move(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a module's parameters and buffers to the device. On a CPU they are copied: files may lie under them."""
+def _move(module: nn.Module, *, device: torch.device, published: bool) -> nn.Module:
+    """Move a module's parameters and buffers to the device. On a CPU they are copied: files may lie under them.
+
+    Those of a quantised checkpoint are where transformers put them.
+    """
+    if published:
+        return module
     module.to(device)
     if device.type == "cpu":
         for parameter in module.parameters():

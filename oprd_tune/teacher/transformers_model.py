@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,8 @@ class TransformersDecoder(nn.Module):
         self._columns: _Columns | None = None
         for own, theirs in self._places.items():
             setattr(self, own, getattr(frame, theirs))
-        self.max_seq_len: int = self.config.max_position_embeddings
+        # A family without such a limit has no positions, or counts them relatively.
+        self.max_seq_len: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         self._strip(frame)
         setattr(model, model.base_model_prefix, GivenStates())
         self.frame = frame
@@ -104,7 +106,10 @@ class TransformersDecoder(nn.Module):
             The first block's input, and a function that runs a block, given its number from 1 and its input.
         """
         recorders = [_Recorder(block) for block in blocks]
-        first_BSD = self._record(recorders, tokens_BS)
+        try:
+            first_BSD = self._record(recorders, tokens_BS)
+        except RuntimeError:
+            first_BSD = tokens_BS
         if first_BSD.ndim != 3:  # the family takes the first of several values from each block
             for recorder in recorders:
                 recorder.gives_tuple = True

@@ -55,7 +55,7 @@ def test_a_student_learns_from_it_and_a_resumed_run_is_the_same(name, tmp_path, 
     run(recipe_name, config_name, folder, parts, **extra, resume="true")
     assert_same_student(whole, parts)
     summary = json.loads((whole / "summary.json").read_text())
-    assert 0 <= summary["teacher_accuracy"] <= 1
+    assert 0 <= summary["teacher"] <= 1
     assert done.run.journal.logged["loss/total"] > 0
     told = capsys.readouterr().out
     assert "3 blocks of width 32, vocabulary 16" in told

@@ -293,6 +293,9 @@ def test_files_that_do_not_fit_are_refused_before_they_are_loaded(saved, tmp_pat
         load(less)
     with pytest.raises(ConfigError, match="^there reads .* but teacher_model is another model"):
         check_weights("there", transformers_files(str(less), ""), transformers_teacher(str(folder)))
+    torchtunes = hugging_face_checkpointer(str(folder), str(tmp_path / "out"), model_type="QWEN3")
+    with pytest.raises(ConfigError, match="^there opens torchtune's .* give there: ._component_: .*transformers_files"):
+        check_weights("there", torchtunes, transformers_teacher(str(folder)))
     with open(less / "model.safetensors", "r+b") as file:
         file.truncate(5_000)
     with pytest.raises(ConfigError, match="^there: .* is damaged or incomplete"):
@@ -321,3 +324,21 @@ def test_a_quantised_checkpoint_is_counted_as_stored_and_combined_with_nothing(s
     ):
         with pytest.raises(ConfigError, match=message):
             other.memory_bytes(meta, **size)
+
+
+def test_weights_that_are_not_the_decoders_are_named(saved, tmp_path, capsys):
+    folder, _ = saved("qwen3")
+    weights = load_file(folder / "model.safetensors")
+    more = changed(folder, tmp_path, weights | {"model.layers.1.self_attn.sinks": torch.ones(4)})
+    load(more, top=2)
+    assert "1 weights are not the decoder's and not used: model.layers.1.self_attn.sinks" in capsys.readouterr().out
+    load(folder, top=2)  # whose block 2 is not read on purpose
+    assert capsys.readouterr().out == ""
+
+
+def test_positions_that_depend_on_the_batch_are_told(saved, capsys):
+    for family, told in (("phi4_mini", True), ("llama", False)):
+        folder, _ = saved(family)
+        check_weights("there", transformers_files(str(folder), ""), transformers_teacher(str(folder)))
+        out = capsys.readouterr().out
+        assert ("scaled by longrope, so where the longest row of a batch has more than 32 tokens" in out) == told
