@@ -153,6 +153,12 @@ class TransformersFiles:
                 use_safetensors=True,
                 **where,
             )
+        if _is_quantised(config) and not _is_quantised(model.config):
+            raise ConfigError(
+                f"{self.folder}: transformers can run this quantised checkpoint only as plain weights here, which are "
+                'several times as large; write "dequantize": true into quantization_config of its config.json to '
+                "have that, or give another teacher"
+            )
         if missing := sorted(report["missing_keys"]):
             raise ConfigError(
                 f"{self.folder} lacks {len(missing)} weights that its config.json asks for, such as "
@@ -191,7 +197,11 @@ def _cut(config: Any, top: int | None) -> Any:
 
 
 def _is_quantised(config: Any) -> bool:
-    return getattr(config, "quantization_config", None) is not None
+    """Whether the model stays as its checkpoint is quantised. `dequantize` in config.json restores plain weights."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return False
+    return not (found.get("dequantize") if isinstance(found, dict) else getattr(found, "dequantize", False))
 
 
 def _tell_of_positions(folder: Path, config: Any) -> None:

@@ -342,3 +342,40 @@ def test_positions_that_depend_on_the_batch_are_told(saved, capsys):
         check_weights("there", transformers_files(str(folder), ""), transformers_teacher(str(folder)))
         out = capsys.readouterr().out
         assert ("scaled by longrope, so where the longest row of a batch has more than 32 tokens" in out) == told
+
+
+def mxfp4(folder, tmp_path, **config):
+    """A folder of gpt-oss whose experts are packed four bits a number, as the published ones are."""
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.endswith("_proj")}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(DEPTH):
+        for name, (rows, columns) in {"gate_up_proj": (128, 32), "down_proj": (32, 64)}.items():
+            packed = torch.randint(0, 256, (4, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+            weights[f"model.layers.{layer}.mlp.experts.{name}_blocks"] = packed
+            weights[f"model.layers.{layer}.mlp.experts.{name}_scales"] = torch.full(packed.shape[:3], 124).byte()
+    keep = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    stored = {"quant_method": "mxfp4", "modules_to_not_convert": keep, **config}
+    return changed(folder, tmp_path, weights, quantization_config=stored)
+
+
+def test_a_quantised_checkpoint_may_be_restored_to_plain_weights(tmp_path, capsys):
+    theirs = save_model(tmp_path / "plain", "gpt_oss", intermediate_size=64)
+    folder = mxfp4(tmp_path / "plain", tmp_path, dequantize=True)
+    teacher, errors = load(folder, quantization=INT8, prompts=[[3, 4, 5]])
+    assert list(errors) == LAYERS
+    teacher, _ = load(folder, top=2)
+    with torch.no_grad():
+        restored = type(theirs).from_pretrained(folder, dtype=torch.float32).eval()
+        assert_close(states(teacher, [1, 2]), wanted_states(restored)[:2])
+        assert not torch.allclose(wanted_states(restored)[0], wanted_states(theirs)[0])
+    meta = transformers_teacher(str(folder))
+    check_weights("there", transformers_files(str(folder), ""), meta)
+    assert meta.published_block_bytes is None
+
+
+def test_transformers_restores_plain_weights_only_if_asked(tmp_path):
+    save_model(tmp_path / "plain", "gpt_oss", intermediate_size=64)
+    folder = mxfp4(tmp_path / "plain", tmp_path)
+    assert transformers_teacher(str(folder)).published_block_bytes is not None
+    with pytest.raises(ConfigError, match="only as plain weights here|requires Accelerate"):
+        load(folder)
