@@ -207,8 +207,9 @@ def test_a_head_is_a_matrix_or_refused_by_name(family, saved):
         assert torch.equal(LMHead(load(folder)[0]).weight_VD, theirs.get_output_embeddings().weight)
 
 
-def test_a_head_that_scales_without_saying_so_is_found_when_it_is_loaded(saved, monkeypatch):
-    folder, _ = saved("granite")
+@pytest.mark.parametrize("family", SCALED)
+def test_a_head_that_scales_without_saying_so_is_found_when_it_is_loaded(family, saved, monkeypatch):
+    folder, _ = saved(family)
     monkeypatch.setattr("oprd_tune.teacher.transformers_head._LOGIT_FIELDS", ())
     LMHead(transformers_teacher(str(folder)))
     with pytest.raises(ConfigError, match="that transformers changes afterwards"):
@@ -379,3 +380,32 @@ def test_transformers_restores_plain_weights_only_if_asked(tmp_path):
     assert transformers_teacher(str(folder)).published_block_bytes is not None
     with pytest.raises(ConfigError, match="only as plain weights here|requires Accelerate"):
         load(folder)
+
+
+def test_of_a_model_that_sees_its_text_decoder_is_taken(saved, tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = saved("gemma3")[1].config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    ids = {"image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids)
+    theirs = AutoModelForCausalLM.from_config(config).float().eval()
+    theirs.save_pretrained(tmp_path)
+    want, (whole, _), (cut, _) = wanted_states(theirs), load(tmp_path), load(tmp_path, top=2)
+    assert_close(states(whole), want)
+    torch.testing.assert_close(whole(TOKENS), theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    assert_close(states(cut, [1, 2]), want[:2])
+    meta = transformers_teacher(str(tmp_path))
+    check_weights("there", transformers_files(str(tmp_path), ""), meta)
+    text_alone = transformers_teacher(str(saved("gemma3")[0]))
+    assert sum(p.numel() for p in whole.parameters()) == sum(p.numel() for p in text_alone.parameters())
+    assert plan().memory_bytes(meta, top=2, keeps_head=False, dtype=torch.float32) == plan().memory_bytes(
+        text_alone, top=2, keeps_head=False, dtype=torch.float32
+    )
+
+
+def test_a_block_without_a_linear_layer_is_not_quantised_in_name_alone(saved):
+    meta = transformers_teacher(str(saved("gpt2")[0]))
+    with pytest.raises(ConfigError, match="a block of the teacher, GPT2Block, has no linear layer; leave it out"):
+        plan(quantization=INT8).memory_bytes(meta, top=2, keeps_head=False, dtype=torch.float32)

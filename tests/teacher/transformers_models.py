@@ -50,6 +50,8 @@ FAMILIES = {
     "gpt_oss": ("GptOssConfig", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "olmo3": ("Olmo3Config", {"sliding_window": 4}),
     "granite": ("GraniteConfig", {"logits_scaling": 8.0, "residual_multiplier": 0.5}),
+    "bloom": ("BloomConfig", {}),  # no rotations; its blocks return several values
+    "gpt2": ("GPT2Config", {}),  # learned positions beside the embedding
     "glm4": ("Glm4Config", {**_HEADS, "partial_rotary_factor": 0.5}),
 }
 
