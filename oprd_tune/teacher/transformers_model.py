@@ -144,7 +144,7 @@ class TransformersDecoder(nn.Module):
         depth = self.config.num_hidden_layers
         for own, theirs in self._places.items():
             setattr(self.frame, theirs, getattr(self, own))
-        self.config.num_hidden_layers = len(self.layers)  # by which transformers slices the list
+        self.config.num_hidden_layers = len(self.layers)  # by which transformers counts blocks
         try:
             yield
         finally:

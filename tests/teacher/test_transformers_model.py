@@ -16,6 +16,7 @@ from oprd_tune.modeling.weights import build_on_meta, check_weights, hugging_fac
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.teacher import FrozenTeacher, TeacherPlan, load_teacher, transformers_files, transformers_teacher
+from oprd_tune.teacher.transformers_files import _cut
 from oprd_tune.torchtune_compat import folder_of, weight_files_of
 from oprd_tune.types import LayerPair, Prompts, SamplingRequest
 from tests.teacher.test_quantize import held_bytes
@@ -29,7 +30,7 @@ TOKENS = nn.utils.rnn.pad_sequence(TEXTS, batch_first=True)
 REAL = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 SCALED = {"gemma2": "final_logit_softcapping=30.0", "granite": "logits_scaling=8.0"}
 each_family = pytest.mark.parametrize("family", FAMILIES)
-some_families = pytest.mark.parametrize("family", ["qwen3_moe", "gemma3", "phi4_mini", "gpt_oss"])
+some_families = pytest.mark.parametrize("family", ["qwen3_moe", "gemma3", "phi4_mini", "gpt_oss", "bloom"])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,7 @@ def test_a_teacher_is_read_up_to_the_layer_that_is_needed(family, saved):
     assert isinstance(teacher.norm, nn.Identity)
     assert isinstance(teacher.output, nn.Identity)
     assert_close(states(teacher, [1, 2]), want[:2])
+    assert_close(states(load(folder, top=DEPTH)[0]), want)
     whole, _ = load(folder)
     frozen = FrozenTeacher(whole, [LayerPair(1, 1), LayerPair(2, 2)])
     index_T = torch.tensor([0, 4, 13])
@@ -241,6 +243,15 @@ def test_it_samples_as_its_whole_forward_pass_says(family, saved):
         want = logits[row, before].log_softmax(-1).amax(-1)
         torch.testing.assert_close(rollout.sampler_logprobs_BS[row, answer], want, rtol=1e-4, atol=1e-4)
     assert_close(states(teacher), wanted_states(theirs))
+
+
+@each_family
+def test_a_cut_config_is_one_that_transformers_accepts(family, saved):
+    theirs = saved(family)[1].config
+    config = _cut(theirs, 2)
+    config.validate()
+    assert (config.num_hidden_layers, theirs.num_hidden_layers) == (2, DEPTH)
+    assert len(getattr(config, "layer_types", None) or [1, 2]) == 2
 
 
 def changed(folder, tmp_path, weights=None, **config):
