@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.teacher.block_placement import BlockCall
 from oprd_tune.teacher.transformers_head import GivenStates, head_of
 
-BlockCall = Callable[[int, nn.Module, Tensor], Tensor]
 # How families name their final norm. The embedding and the blocks are found by what they are.
 _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm")
+_NO_CACHE = (
+    "the teacher's architecture has no key-value cache that can drop rows, so it cannot be sampled from to measure its "
+    "accuracy; give evaluate_teacher: false"
+)
 
 
 class TransformersDecoder(nn.Module):
@@ -85,10 +89,7 @@ class TransformersDecoder(nn.Module):
     def _cache_of(self, found: Any) -> Any:
         cache = getattr(found, "past_key_values", None)
         if not hasattr(cache, "reorder_cache"):
-            raise ConfigError(
-                f"{type(self.frame).__name__} has no key-value cache that can drop rows, so the teacher cannot be "
-                "sampled from; give evaluate_teacher: false"
-            )
+            raise ConfigError(_NO_CACHE)
         return cache
 
     @property
@@ -235,4 +236,7 @@ class _Columns:
     def keep_rows(self, index_B: Tensor) -> None:
         """Drop all other rows."""
         self._visible_BS = self._visible_BS[index_B]
-        self.cache.reorder_cache(index_B)
+        try:
+            self.cache.reorder_cache(index_B)
+        except (RuntimeError, AttributeError, IndexError) as error:
+            raise ConfigError(_NO_CACHE) from error

@@ -28,6 +28,15 @@ LENGTHS = [11, 5, 8]
 TEXTS = [torch.randint(2, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
 TOKENS = nn.utils.rnn.pad_sequence(TEXTS, batch_first=True)
 REAL = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+REQUEST = SamplingRequest(
+    stop_tokens=frozenset(range(1, 20)),
+    pad_id=0,
+    max_prompt_tokens=11,
+    max_new_tokens=9,
+    samples_per_prompt=1,
+    seed=0,
+)
+PROMPTS = Prompts(tuple(tuple(t.tolist()) for t in TEXTS), (0, 1, 2), (None, None, None))
 SCALED = {"gemma2": "final_logit_softcapping=30.0", "granite": "logits_scaling=8.0"}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 some_families = pytest.mark.parametrize("family", ["qwen3_moe", "gemma3", "phi4_mini", "gpt_oss", "bloom"])
@@ -223,16 +232,7 @@ def test_it_samples_as_its_whole_forward_pass_says(family, saved):
     """Greedy answers to prompts of unlike lengths, which end at different times."""
     folder, theirs = saved(family)
     teacher, _ = load(folder)
-    request = SamplingRequest(
-        stop_tokens=frozenset(range(1, 20)),
-        pad_id=0,
-        max_prompt_tokens=11,
-        max_new_tokens=9,
-        samples_per_prompt=1,
-        seed=0,
-    )
-    prompts = Prompts(tuple(tuple(t.tolist()) for t in TEXTS), (0, 1, 2), (None, None, None))
-    rollout = Sampler(teacher, request, temperature=0).sample(prompts)
+    rollout = Sampler(teacher, REQUEST, temperature=0).sample(PROMPTS)
     assert len(set(rollout.lengths_B.tolist())) > 1
     with torch.no_grad():
         logits = theirs(rollout.tokens_BS).logits
@@ -252,6 +252,17 @@ def test_a_cut_config_is_one_that_transformers_accepts(family, saved):
     config.validate()
     assert (config.num_hidden_layers, theirs.num_hidden_layers) == (2, DEPTH)
     assert len(getattr(config, "layer_types", None) or [1, 2]) == 2
+
+
+def test_a_cache_that_cannot_drop_rows_is_refused(saved):
+    teacher, _ = load(saved("qwen2")[0])
+
+    class Wrong(nn.Module):
+        config, forward = teacher.config, lambda self, **_: (torch.zeros(3, 1, 32),)
+
+    teacher.frame = Wrong()
+    with pytest.raises(ConfigError, match="no key-value cache that can drop rows.*; give evaluate_teacher: false"):
+        Sampler(teacher, REQUEST).sample(PROMPTS)
 
 
 def changed(folder, tmp_path, weights=None, **config):
