@@ -6,6 +6,7 @@ Each guide in CONTRIBUTING.md ("Add a loss", "Add an engine", …) starts from o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -94,6 +95,17 @@ class RolloutEngine(Protocol):
         """Free what the engine holds. The engine cannot be used afterwards."""
 
 
+@runtime_checkable
+class DecodesItself(Protocol):
+    """A model with a key-value cache of its own, beside torchtune's decoders."""
+
+    def decoding(self, visible_BP: Tensor, max_new_tokens: int) -> AbstractContextManager[Any]:
+        """A scope in which `model(tokens, mask=cache.mask(n), input_pos=…)` continues left-padded rows by n columns.
+
+        It gives the cache, with the members `mask`, `advance` and `keep_rows` of the native engine's `DecodingCache`.
+        """
+
+
 # ---- what the student is compared with ----
 
 
@@ -107,6 +119,34 @@ class Teacher(Protocol):
             tokens_BS: right-padded token ids, as the teacher reads them.
             index_T: positions in the flattened [B * S] grid, for the layers of a hidden-state loss.
             final_index_T: positions of the final states, for a token loss; None without a token loss.
+        """
+
+
+@runtime_checkable
+class TeacherFiles(Protocol):
+    """A teacher's folder that loads itself, in the place of torchtune's checkpointer.
+
+    Attributes:
+        folder: the model's folder.
+        weight_files: the files that hold its weights.
+    """
+
+    folder: Path
+    weight_files: list[Path]
+
+    def check_weights(self, name: str, model: Any) -> None:
+        """Compare the files with a model on the meta device, before weights are read; raise ConfigError.
+
+        `name` is the config key, for messages.
+        """
+
+    def load_teacher(self, *, dtype: torch.dtype, top: int | None, placing: Any) -> tuple[Any, dict[int, float]]:
+        """Load the teacher, frozen, and by layer the error of its quantisation.
+
+        Args:
+            dtype: the dtype of everything that is not quantised.
+            top: the highest layer to load; None loads everything.
+            placing: an `oprd_tune.teacher.block_placement.Placing`.
         """
 
 

@@ -34,6 +34,8 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import FullModelHFCheckpointer
 
+from oprd_tune.protocols import TeacherFiles
+
 __all__ = ["Llama3ScaledRoPE", "Qwen2RotaryPositionalEmbeddings", "qwen2_hf_to_tune", "qwen2_tune_to_hf"]
 
 QWEN2_NAMES: Mapping[str, str] = {theirs: ours for theirs, ours in _qwen2._FROM_HF.items() if ours}
@@ -73,13 +75,17 @@ def run_tune() -> None:
     main()
 
 
-def folder_of(files: FullModelHFCheckpointer) -> Path:
+def folder_of(files: FullModelHFCheckpointer | TeacherFiles) -> Path:
     """The folder that a checkpointer reads from."""
+    if isinstance(files, TeacherFiles):
+        return files.folder
     return Path(files._checkpoint_dir)
 
 
-def weight_files_of(files: FullModelHFCheckpointer) -> list[Path]:
+def weight_files_of(files: FullModelHFCheckpointer | TeacherFiles) -> list[Path]:
     """A checkpointer's weight files."""
+    if isinstance(files, TeacherFiles):
+        return files.weight_files
     return [Path(path) for path in files._checkpoint_paths]
 
 

@@ -118,7 +118,7 @@ class OPDRecipe:
         self.student = Student(parts, s, pair.student_files, self.ranks, top=pair.depth, trains_head=True)
         start_engine(self.engine, self.student, pair, self.data, s, top_k_ids=self.loss.sampler_top_k)
         teacher = run.load_teacher(pair, self.data, top=None)
-        self.heads = Heads(LMHead(self.student.model), LMHead(teacher), pair.vocabulary)
+        self.heads = Heads(LMHead(self.student.model), LMHead(teacher, "teacher_model"), pair.vocabulary)
         self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
         self.teacher = FrozenTeacher(teacher, self.pairs, final=True, bridge=self.bridge)
         run.begin(self.student, self.data, self.engine, loss=self.loss)

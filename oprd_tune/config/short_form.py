@@ -11,9 +11,13 @@ from oprd_tune.data.tokenizer_files import conventions
 from oprd_tune.data.vocabularies import share_tokens
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.folders import find_folder, hub_name
+from oprd_tune.modeling.from_folder import can_build
 
 NAMES = ("student", "teacher", "lora")
 _TOKENIZER = "oprd_tune.data.HuggingFaceTokenizer"
+# A builder and a checkpointer. transformers loads the teachers that torchtune's modules cannot be.
+_TORCHTUNE = ("oprd_tune.modeling.decoder", "oprd_tune.modeling.hugging_face_checkpointer")
+_TRANSFORMERS = ("oprd_tune.teacher.transformers_teacher", "oprd_tune.teacher.transformers_files")
 # What a section without a `_component_` gets.
 _USUAL = {
     "dataset": "oprd_tune.data.prompt_dataset",
@@ -76,13 +80,14 @@ def _model_sections(key: str, prefix: str, name: object, given: Mapping[str, Any
         raise ConfigError(f"{key} is {name!r}; give a model folder or a hub name")
     if all(_is_whole(given.get(prefix + part)) for part in ("model", "checkpointer")):
         raise ConfigError(
-            f"{key} has no effect: {prefix}model and {prefix}checkpointer are given. Leave it out, or them"
+            f"{key} has no effect beside {prefix}model and {prefix}checkpointer; leave it out, or say {key}=null"
         )
-    folder = str(find_folder(key, name))
-    files = {"checkpoint_dir": folder} | ({} if hub_name(name) is None else {"hub_name": name})
+    folder = find_folder(key, name)
+    loader = _TRANSFORMERS if key == "teacher" and not can_build(folder) else _TORCHTUNE
+    files = {"checkpoint_dir": str(folder)} | ({} if hub_name(name) is None else {"hub_name": name})
     return {
-        f"{prefix}model": {"_component_": "oprd_tune.modeling.decoder", "path": folder},
-        f"{prefix}checkpointer": {"_component_": "oprd_tune.modeling.hugging_face_checkpointer", **files},
+        f"{prefix}model": {"_component_": loader[0], "path": str(folder)},
+        f"{prefix}checkpointer": {"_component_": loader[1], **files},
     }
 
 

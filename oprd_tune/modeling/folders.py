@@ -64,6 +64,22 @@ def is_embedded(name: str) -> bool:
     return name.startswith("tiny/") and (_PACKAGE / name / "config.json").is_file()
 
 
+def model_folder(checkpoint_dir: str, name: str | None = None) -> tuple[Path, list[str]]:
+    """A Hugging Face model folder, and the names of its weight files.
+
+    Args:
+        name: the model's name on the hub, for the message that something is missing.
+
+    Raises:
+        ConfigError: if its `config.json` or a weight file is missing.
+    """
+    folder = Path(checkpoint_dir).expanduser()
+    fetch = f"`tune download {name or '<hub name>'} --output-dir {folder}` fetches it"
+    fetch += "" if name else ", unless an earlier run is to leave it there"
+    read_config(folder, fetch)
+    return folder, weight_files(folder, fetch)
+
+
 def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", "~", ".")) and not name.endswith("/")
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
 from oprd_tune.config.components import nearest
 from oprd_tune.errors import ConfigError
-from oprd_tune.modeling.families import family_of, transformers_config
+from oprd_tune.modeling.families import STATED, family_of, transformers_config
+from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
 from oprd_tune.modeling.folders import read_config
 
 
@@ -69,3 +71,16 @@ def decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any] |
         if key not in known:
             raise ConfigError(f"unknown config key 'lora.{key}'{nearest(key, known)}")
     return family.build_lora(**_Adapters(**lora).arguments(), **arguments)
+
+
+def can_build(folder: Path) -> bool:
+    """Whether `decoder` can be the model of a folder: its family is known, and every number of `config.json` fits."""
+    config = read_config(folder)
+    try:
+        family = family_of(config)
+    except ConfigError:
+        return False
+    stated = transformers_config(folder)
+    with torch.device("meta"):
+        model = family.build(**family.arguments(stated))
+    return config.keys() >= STATED and not differences(stated_numbers(stated), built_numbers(model))

@@ -40,6 +40,11 @@ class LMHead:
 
     def __init__(self, model: TransformerDecoder, name: str = "model") -> None:
         self.layer, output = len(model.layers), model.output
+        if (what := getattr(output, "more_than_a_matrix", None)) is not None:
+            raise ConfigError(
+                f"{name}: the logits of its LM head are {what}; token losses need the plain product with one matrix. "
+                "Give another teacher, or a loss on hidden states, by oprd_distributed"
+            )
         self._module = output.tied_module if isinstance(output, TiedLinear) else output
         if not isinstance(self._module, (nn.Linear, nn.Embedding)) or getattr(self._module, "bias", None) is not None:
             raise ConfigError(

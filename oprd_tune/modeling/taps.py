@@ -51,10 +51,10 @@ def layer_taps(model: TransformerDecoder, layers: Sequence[int], on_state: OnSta
         yield
 
 
-def _hook(layer: int, on_state: OnState) -> Callable[[nn.Module, object, Tensor], None]:
+def _hook(layer: int, on_state: OnState) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
     @torch.compiler.disable
-    def hook(module: nn.Module, inputs: object, state_BSD: Tensor) -> None:
-        on_state(layer, state_BSD)
+    def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        on_state(layer, output[0] if isinstance(output, tuple) else output)  # as a few families of transformers do
 
     return hook
 

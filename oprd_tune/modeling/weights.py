@@ -17,14 +17,14 @@ from torchtune.training.checkpointing import ModelType
 from oprd_tune.config.components import Component
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
-from oprd_tune.modeling.families import family_of, transformers_config
+from oprd_tune.modeling.families import STATED, family_of, transformers_config
 from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
-from oprd_tune.modeling.folders import read_config, stored_shapes, weight_files
+from oprd_tune.modeling.folders import model_folder, read_config, stored_shapes
+from oprd_tune.protocols import DecodesItself, TeacherFiles
 from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of, start_rotations, weight_files_of
 
 Builder = Callable[[], TransformerDecoder]
 _SHOWN = 4  # names listed in a message
-_NEEDED = ("tie_word_embeddings", "num_key_value_heads")  # torchtune's checkpointers look these up without a default
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -53,16 +53,13 @@ def hugging_face_checkpointer(
         ConfigError: if the folder is none of a model that can be trained, or if one of its files is missing. The
             message then has the command that fetches them.
     """
-    folder = Path(checkpoint_dir).expanduser()
-    fetch = f"`tune download {hub_name or '<hub name>'} --output-dir {folder}` fetches it"
-    fetch += "" if hub_name else ", unless an earlier run is to leave it there"
-    family = family_of(read_config(folder, fetch))
+    folder, files = model_folder(checkpoint_dir, hub_name)
+    family = family_of(read_config(folder))
     if model_type not in (None, *family.model_types):
         known = [kind.name for kind in ModelType] + ["QWEN3"]
         if model_type not in known:
             raise ConfigError(f"model_type is {model_type}; leave it out, or give one of {', '.join(sorted(known))}")
         raise ConfigError(f"model_type is {model_type}, but config.json says {family.config_name}; leave it out")
-    files = weight_files(folder, fetch)
     if family.checkpointer is not None:
         return family.checkpointer(str(folder), files, output_dir)
     return FullModelHFCheckpointer(str(folder), files, model_type or family.model_types[0], output_dir)
@@ -87,16 +84,25 @@ def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheck
         ) from error
 
 
-def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: TransformerDecoder) -> None:
+def check_weights(name: str, checkpointer: FullModelHFCheckpointer | TeacherFiles, model: TransformerDecoder) -> None:
     """Compare a checkpoint with a model on the meta device: what `config.json` states, and the headers of the files.
 
     `name` is the checkpointer's config key, for messages.
 
     Raises:
-        ConfigError: if no test shows that this architecture computes what transformers does; if a number that changes
+        ConfigError: if the model is not torchtune's; if no test shows that this architecture computes what transformers
+            does; if a number that changes
             the outputs differs between `config.json` and the model; if a file is damaged; if parameters are missing,
             unknown or of another shape; or if a stored head differs from the embedding that it is tied to.
     """
+    if isinstance(checkpointer, TeacherFiles):
+        checkpointer.check_weights(name, model)
+        return
+    if isinstance(model, DecodesItself):
+        raise ConfigError(
+            f"{name} opens torchtune's checkpoints, but its model is transformers'; give {name}: "
+            "{_component_: oprd_tune.teacher.transformers_files, checkpoint_dir: FOLDER}"
+        )
     config, given = config_of(checkpointer), model_type_of(checkpointer)
     try:
         family = family_of(config)
@@ -105,7 +111,7 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
     if given not in family.model_types:
         right = family.model_types[0]
         raise ConfigError(f"{name}.model_type is {given}, but config.json says {family.config_name}: {right}")
-    if missing := [key for key in _NEEDED if key not in config]:
+    if missing := sorted(STATED - config.keys()):
         raise ConfigError(f"{name}: config.json does not say {missing[0]}; add it, as its model's card states it")
     stated = stated_numbers(transformers_config(folder_of(checkpointer)))
     if different := differences(stated, built_numbers(model)):
@@ -113,14 +119,10 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
             f"{name}: config.json and the model's builder differ: {'; '.join(different)}. Give the builder the numbers "
             "of config.json; oprd_tune.modeling.decoder reads them"
         )
-    found: dict[str, Any] = {}
-    for path in weight_files_of(checkpointer):
-        if path.suffix != ".safetensors":
-            return  # a pickle has no header; mistakes are found when it is loaded
-        try:
-            found |= {key: torch.empty(shape, device="meta") for key, shape in stored_shapes(path).items()}
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
+    files = weight_files_of(checkpointer)
+    if any(path.suffix != ".safetensors" for path in files):
+        return  # a pickle has no header; mistakes are found when it is loaded
+    found = read_headers(name, files)
     try:
         converted = family.to_tune(found, config)
     except Exception as error:  # torchtune raises the base class for an unknown name
@@ -128,7 +130,18 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer, model: Trans
     adapters = adapter_names(model)
     _compare(name, converted, {key: value for key, value in model.state_dict().items() if key not in adapters})
     if config["tie_word_embeddings"] and _HEAD in found:
-        _check_tied_head(name, weight_files_of(checkpointer))
+        _check_tied_head(name, files)
+
+
+def read_headers(name: str, files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files on the meta device, in float32; raises ConfigError if a file is damaged."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            found |= {key: torch.empty(shape, device="meta") for key, shape in stored_shapes(path).items()}
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return found
 
 
 def _check_tied_head(name: str, files: Sequence[Path]) -> None:

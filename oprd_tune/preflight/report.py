@@ -24,7 +24,7 @@ from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.memory import Memory, Plan, optimizer_bytes, predict_memory
 from oprd_tune.preflight.pair import ModelPair
-from oprd_tune.protocols import RolloutEngine
+from oprd_tune.protocols import DecodesItself, RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.torchtune_compat import folder_of
@@ -55,7 +55,7 @@ def preflight(
     if s.preflight:
         rows = [
             ("student", _describe(student)),
-            ("teacher", _describe(teacher.requires_grad_(False))),
+            ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
             *_describe_bridge(bridge, pair, ranks),
@@ -142,6 +142,10 @@ def _describe(model: TransformerDecoder) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shape = f"{len(model.layers)} blocks of width {width_of(model)}, vocabulary {model.tok_embeddings.num_embeddings:,}"
     return f"{_number(total)} parameters, {shape}" + (f"; {_number(trained)} of them train" if trained else "")
+
+
+def _by_transformers(model: TransformerDecoder) -> str:
+    return "; loaded by transformers" if isinstance(model, DecodesItself) else ""
 
 
 def _number(count: int) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import FullModelHFCheckpointer
@@ -15,8 +14,10 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
+from oprd_tune.protocols import TeacherFiles
 from oprd_tune.ranks import Ranks
-from oprd_tune.teacher.quantize import check_scheme, quantize_linears, quantized_bytes
+from oprd_tune.teacher.block_placement import BlockCall, BlockPlacement, Placing
+from oprd_tune.teacher.quantize import check_scheme, quantized_bytes
 
 PLACEMENTS = ("replicated", "sharded", "offloaded")
 
@@ -86,16 +87,40 @@ class TeacherPlan:
             keeps_head: whether a loss reads the head.
             dtype: the dtype of everything that is not quantised.
         """
-        blocks = [quantized_bytes(block, self.quantization, dtype) for block in model.layers[:top]]
+        blocks = self._block_bytes(model, dtype)[:top]
         embedding, head = model.tok_embeddings.weight.numel() * dtype.itemsize, 0
         tied = isinstance(model.output, TiedLinear)
         if keeps_head and not tied:
             head = sum(p.numel() for p in model.output.parameters()) * dtype.itemsize
-        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        others = sum(p.numel() for part in _other_parts(model) for p in part.parameters()) * dtype.itemsize
+        kept = (model.tok_embeddings, *model.layers[:top], *_other_parts(model))
+        others += sum(buffer.nbytes for buffer in {b for part in kept for b in part.buffers()})
         if self.sharded:
-            whole = (embedding if tied else head) + buffers
+            whole = (embedding if tied else head) + others
             return (sum(blocks) + (0 if tied else embedding)) // self.ranks.world_size + whole + 2 * max(blocks)
-        return (max(blocks) if self.placement == "offloaded" else sum(blocks)) + embedding + head + buffers
+        return (max(blocks) if self.placement == "offloaded" else sum(blocks)) + embedding + head + others
+
+    def _block_bytes(self, model: TransformerDecoder, dtype: torch.dtype) -> list[int]:
+        published: list[int] | None = getattr(model, "published_block_bytes", None)
+        if published is None:
+            return [quantized_bytes(block, self.quantization, dtype) for block in model.layers]
+        if self.quantization is not None:
+            raise ConfigError(
+                f"teacher_quantization is {self.quantization}, but the teacher's checkpoint is quantised already; "
+                "leave it out"
+            )
+        if self.sharded or self.placement == "offloaded":
+            raise ConfigError(
+                f"teacher_placement is {self.placement}, but a teacher whose checkpoint is quantised cannot be taken "
+                "apart; give replicated"
+            )
+        return published
+
+
+def _other_parts(model: nn.Module) -> list[nn.Module]:
+    """What a decoder has besides embedding, blocks, norm and head, such as learned positions."""
+    counted = ("tok_embeddings", "layers", "norm", "output")  # the norm is too small to count
+    return [part for name, part in model.named_children() if name not in counted]
 
 
 def load_teacher(
@@ -112,7 +137,8 @@ def load_teacher(
 ) -> tuple[TransformerDecoder, dict[int, float]]:
     """Load a teacher block by block. Each block is quantised, sharded or offloaded before the next one is read.
 
-    The LM head stays whole on every rank, since token losses read it in the student's forward pass.
+    The LM head stays whole on every rank, since token losses read it in the student's forward pass. A checkpointer that
+    is `TeacherFiles` loads by itself; `build` is then not called.
 
     Args:
         top: the highest layer to load; None loads everything.
@@ -125,70 +151,18 @@ def load_teacher(
         The teacher with its head, and by layer the relative error ‖g_quantised − g‖ / ‖g‖ of its hidden states over
         the prompts' tokens. The errors are empty without quantisation.
     """
+    placing = Placing(device, sharding, offloaded, quantization, prompts)
+    if isinstance(checkpointer, TeacherFiles):
+        return checkpointer.load_teacher(dtype=dtype, top=top, placing=placing)
     model = build_on_meta(build).requires_grad_(False).eval()
     if top is not None and top < len(model.layers):
         model.layers, model.norm = model.layers[:top], nn.Identity()
-    depth = len(model.layers)
-    meter: _ErrorMeter | None = None
 
-    def _prepare(number: int, block: nn.Module) -> nn.Module:
-        nonlocal meter
-        if quantization is not None:
-            meter = meter or _ErrorMeter(model, prompts, device)
-            meter.run_reference(block)
-            quantize_linears(block, quantization, sharded=sharding is not None)
-            meter.run_quantised(number, block, norm=model.norm if number == depth else None)
-        if sharding is not None:
-            sharding.block(block)
-        if offloaded:
-            _keep_on_cpu(block, device)
-        return block
+    def calls(tokens_BS: Tensor) -> tuple[Tensor, BlockCall]:
+        return model.tok_embeddings(tokens_BS), lambda _, block, state_BSD: block(state_BSD)
 
-    load_weights(model, checkpointer, dtype=dtype, device=device, on_block=_prepare)
+    place = BlockPlacement(model, len(model.layers), calls, placing)
+    load_weights(model, checkpointer, dtype=dtype, device=device, on_block=place)
     if sharding is not None:
         sharding.rest(model, whole_head=True)
-    return model, meter.errors if meter is not None else {}
-
-
-class _ErrorMeter:
-    """Runs a few prompts through each block before and after quantisation, and compares the states."""
-
-    @torch.no_grad()
-    def __init__(self, model: TransformerDecoder, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
-        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-        tokens_BS = pad_sequence(rows, batch_first=True)
-        lengths_B1 = torch.tensor([[len(row)] for row in rows], device=device)
-        self._real_BS = torch.arange(tokens_BS.shape[1], device=device) < lengths_B1
-        self._reference_BSD = self._quantised_BSD = model.tok_embeddings(tokens_BS)
-        self.errors: dict[int, float] = {}
-
-    @torch.no_grad()
-    def run_reference(self, block: nn.Module) -> None:
-        self._reference_BSD = block(self._reference_BSD)
-
-    @torch.no_grad()
-    def run_quantised(self, number: int, block: nn.Module, *, norm: nn.Module | None) -> None:
-        self._quantised_BSD = block(self._quantised_BSD)
-        states = [state_BSD[self._real_BS] for state_BSD in (self._reference_BSD, self._quantised_BSD)]
-        reference_TD, quantised_TD = (norm(s).float() if norm is not None else s.float() for s in states)
-        self.errors[number] = (torch.dist(quantised_TD, reference_TD) / reference_TD.norm()).item()
-
-
-def _keep_on_cpu(block: nn.Module, device: torch.device) -> None:
-    """Keep a frozen block's parameters in CPU memory, and move them to the device for each forward pass."""
-    homes: list[tuple[nn.Parameter, Tensor]] = []
-    for parameter in block.parameters():
-        home = parameter.data.cpu()
-        homes.append((parameter, home.pin_memory() if device.type == "cuda" else home))
-
-    def leave(*_: object) -> None:
-        for parameter, home in homes:
-            parameter.data = home
-
-    def visit(*_: object) -> None:
-        for parameter, home in homes:
-            parameter.data = home.to(device, non_blocking=True)
-
-    leave()
-    block.register_forward_pre_hook(visit)
-    block.register_forward_hook(leave, always_call=True)
+    return model, place.errors

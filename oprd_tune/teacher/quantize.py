@@ -111,6 +111,8 @@ def check_scheme(scheme: str, device: torch.device, *, sharded: bool) -> None:
 def quantize_linears(block: nn.Module, scheme: str, *, sharded: bool) -> None:
     """Freeze a loaded block and quantise its linear layers, in place and on their device.
 
+    Experts that lie in one tensor together, as transformers has them, are no linear layers and stay as they are.
+
     Args:
         scheme: a key of `SCHEMES` that `check_scheme` has passed.
         sharded: whether to replace them by `Int8Linear`s, for FSDP2.
@@ -160,7 +162,12 @@ def quantized_bytes(block: nn.Module, scheme: str | None, dtype: torch.dtype) ->
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ConfigError(
+            f"teacher_quantization: a block of the teacher, {type(block).__name__}, has no linear layer; leave it out"
+        )
+    return linears
 
 
 def _check_fit(scheme: str, shape: torch.Size, dtype: torch.dtype) -> None:

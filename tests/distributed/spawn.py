@@ -23,5 +23,5 @@ def _start(rank, world_size, store, function, args):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    # Without this, gloo's threads are destroyed while the interpreter ends. About once in a thousand times, that aborts.
+    # An ordinary exit destroys gloo's threads while they may still run. That aborts about once in a thousand times.
     os._exit(0)

@@ -179,7 +179,7 @@ def test_wants_as_many_of_the_sampler_s_tokens_as_its_hungriest_part():
         (lambda: Composite({}), "loss.parts is empty"),
         (
             lambda: Composite({"a": FullReverseKL()}, {"a": -1.0}),
-            "loss.weights.a is -1.0; it must be a number that is not neg",
+            "loss.weights.a is -1.0; it must be a finite number, 0 or above",
         ),
         (lambda: Composite({"a": FullReverseKL()}, {"b": 1.0}), "loss.weights names b; the parts are a"),
         (lambda: Composite({"a": 3}), "loss.parts.a is no loss but 3"),

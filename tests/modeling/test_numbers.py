@@ -118,7 +118,7 @@ def test_a_block_that_differs_is_seen(llama_folder):
         model.layers[1].mlp_norm.eps = 1e-3
         return model
 
-    with pytest.raises(ConfigError, match=r"rms_norm_eps is 1e-05 there and \[1e-05, \[1e-05, 0.001\]\] here"):
+    with pytest.raises(ConfigError, match=r"rms_norm_eps is 1e-05 there and \[1e-05, 0.001\] here"):
         check(llama_folder, build)
 
 

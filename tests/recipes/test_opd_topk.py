@@ -158,6 +158,8 @@ def test_padded_vocabularies_are_compared_on_shared_tokens(config, padded, tmp_p
         f"{files}._component_": f"{MODELS}.padded_checkpointer",
         f"{files}.vocab_size": 24,
         f"{files}.name": "student" if padded == "model" else "teacher",
+        "student" if padded == "model" else "teacher": "null",
+        "tokenizer": "tiny/student",
     }
     recipe = run_recipe(NAME, config, tmp_path / "padded", max_steps=2, **extra)
     assert recipe.heads.vocabulary == 16
@@ -173,6 +175,7 @@ def test_teachers_of_other_width_may_grade_tokens(out):
     extra = {
         "teacher_model._component_": f"{MODELS}.wider_tiny_qwen2",
         "teacher_checkpointer._component_": f"{MODELS}.wider_checkpointer",
+        "teacher": "null",
     }
     recipe = run_recipe(NAME, "tiny/opd_full", out, max_steps=1, **extra)
     assert recipe.run.journal.logged["token/kl"] > 0.5
@@ -180,7 +183,8 @@ def test_teachers_of_other_width_may_grade_tokens(out):
 
 def test_an_untied_head_learns_too(tmp_path):
     extra = {"model._component_": f"{MODELS}.untied_tiny_qwen2"}
-    extra |= {"checkpointer._component_": f"{MODELS}.untied_checkpointer"}
+    extra |= {"checkpointer._component_": f"{MODELS}.untied_checkpointer", "student": "null"}
+    extra |= {"tokenizer": "tiny/student"}
     run_recipe(NAME, "tiny/opd_topk", tmp_path / "out", **extra)
     before, after = weights(tmp_path / "student_untied"), weights(tmp_path / "out" / "final")
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
@@ -208,7 +212,7 @@ BAD_INPUTS = {
     "negative weight": (
         "tiny/oprd_plus_opd",
         {"loss.weights.oprd": -1},
-        "loss.weights.oprd is -1; it must be a number",
+        "loss.weights.oprd is -1; it must be a finite number",
     ),
     "weight of nothing": ("tiny/oprd_plus_opd", {"loss.weights.kl": 1}, "names kl; the parts are opd, oprd"),
     "part's argument": ("tiny/oprd_plus_opd", {"loss.parts.opd.kk": 3}, "takes no argument loss.parts.opd.kk"),

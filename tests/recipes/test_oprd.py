@@ -145,6 +145,7 @@ def test_layer_pairs_heal_a_student_of_other_depth(out):
         "teacher_model._component_": "tests.recipes.models.deeper_tiny_qwen2",
         "teacher_checkpointer._component_": "tests.recipes.models.deeper_checkpointer",
         "teacher_checkpointer.name": str(out.parent),
+        "teacher": "null",
         "layer_pairs": "[[1,1],[2,2],[4,5]]",
     }
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, **overrides)
@@ -242,7 +243,7 @@ def test_the_engine_is_closed_if_the_first_evaluation_fails(out, monkeypatch):
 
     closed = []
     monkeypatch.setattr(Run, "_evaluate", fail)
-    monkeypatch.setattr(NativeEngine, "close", closed.append)
+    monkeypatch.setattr(NativeEngine, "close", lambda self: closed.append(self))
     with pytest.raises(RuntimeError, match="the evaluation failed"):
         run_recipe(NAME, CONFIG, out, max_steps=1)
     assert len(closed) == 1

@@ -16,6 +16,9 @@ from oprd_tune.modeling.families.family import Family
 # By `model_type` in config.json. A test shows for each that a model computes what transformers does.
 FAMILIES: Mapping[str, Family] = {f.config_name: f for f in (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY, llama.MISTRAL)}
 
+# torchtune's checkpointers look these up in config.json without a default.
+STATED = {"tie_word_embeddings", "num_key_value_heads"}
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a model folder.
@@ -53,4 +56,4 @@ def transformers_config(folder: Path) -> Any:
         raise ConfigError(f"transformers cannot read {folder}/config.json: {error}") from error
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "transformers_config"]
+__all__ = ["FAMILIES", "STATED", "Family", "family_of", "transformers_config"]

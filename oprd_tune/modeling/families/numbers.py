@@ -54,7 +54,7 @@ def stated_numbers(config: Any) -> Numbers:
 def built_numbers(model: TransformerDecoder) -> Numbers:
     """The same numbers, read off a torchtune decoder. If its blocks differ in one, that one is a list."""
     blocks = [_block_numbers(block) for block in model.layers]
-    eps = {model.norm.eps, *(block.pop("rms_norm_eps", None) for block in blocks)}
+    eps = [model.norm.eps, *(eps for block in blocks for eps in block.pop("rms_norm_eps"))]
     return {
         "num_hidden_layers": len(blocks),
         "hidden_size": model.tok_embeddings.embedding_dim,
@@ -75,9 +75,8 @@ def _block_numbers(block: Any) -> Numbers:
     attn, mlp = block.attn, block.mlp
     rope, activation = attn.pos_embeddings, type(mlp.activation)
     queries = getattr(attn.q_proj, "linear", attn.q_proj)
-    norms = {block.sa_norm.eps, block.mlp_norm.eps}
     return {
-        "rms_norm_eps": _only(norms),
+        "rms_norm_eps": [block.sa_norm.eps, block.mlp_norm.eps],
         "intermediate_size": mlp.w1.weight.shape[0],
         "num_attention_heads": attn.num_heads,
         "num_key_value_heads": attn.num_kv_heads,

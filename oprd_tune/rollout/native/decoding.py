@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.modeling.output import Head, LastPositionHead, swapped_output
+from oprd_tune.protocols import DecodesItself
 
 _FEW_ROWS = 64
 _MARGIN = 32  # spare columns when a cache grows
@@ -156,11 +157,11 @@ def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dic
 
 
 @contextmanager
-def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int) -> Iterator[DecodingCache]:
+def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int) -> Iterator[Any]:
     """Within the scope, `model(tokens, mask=cache.mask(n), input_pos=…)` continues its rows by n columns.
 
     It returns the logits [B, 1, V] of the last column. Call `cache.advance(n)` after each pass. When the scope ends,
-    even by an exception, the model is as it was before.
+    even by an exception, the model is as it was before. A model that `DecodesItself` brings its own cache.
 
     Args:
         visible_BP: True on the tokens of left-padded prompts, False on padding.
@@ -169,6 +170,10 @@ def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_
     Raises:
         RuntimeError: if the model is already decoding or tapped.
     """
+    if isinstance(model, DecodesItself):
+        with swapped_output(model, LastPositionHead), model.decoding(visible_BP, max_new_tokens) as own_cache:
+            yield own_cache
+        return
     cache = DecodingCache(visible_BP, visible_BP.shape[1] + max_new_tokens)
     patches = _patches(model, model.output, cache)
     with swapped_output(model, LastPositionHead), torch.compiler.set_stance("force_eager"):
