@@ -58,7 +58,7 @@ SHAPES = {
     "outputs/qwen2_5_7b_to_1_5b/final": qwen2_5.qwen2_5_1_5b_base,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": partial(qwen2, **R1_DISTILL_1_5B),
     "hbx/JustRL-DeepSeek-1.5B": partial(qwen2, **R1_DISTILL_1_5B),
-    "/tmp/SmolLM2-135M-Instruct": partial(llama, num_layers=30, **SMOLLM2),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": partial(llama, num_layers=30, **SMOLLM2),
     "/tmp/SmolLM2-135M-Instruct-24-blocks": partial(llama, num_layers=24, **SMOLLM2),
 }
 
@@ -113,6 +113,17 @@ def stated(model):
         "rope_theta": attention.pos_embeddings.base,
         "tie_word_embeddings": isinstance(model.output, TiedLinear),
     }
+
+
+def with_folders(cfg, folder):
+    """The config with folders without weights, but with config.json and tokenizer, in place of its models' names."""
+    for model in ("student", "teacher"):
+        if cfg[model] == "outputs/tiny_bridge/final":
+            cfg[model] = "tiny/student"
+        if not cfg[model].startswith("tiny/"):
+            write_model(folder / model, SHAPES[cfg[model]])
+            cfg[model] = str(folder / model)
+    return cfg
 
 
 def prepare(name, folder, overrides):

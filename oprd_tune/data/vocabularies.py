@@ -13,11 +13,15 @@ _Tokens = tuple[dict[int, str], set[int]]  # a folder's tokens by id, and its sp
 
 
 def share_tokens(student: Path, teacher: Path) -> bool:
-    """Whether no id stands for two different ordinary tokens. True if a folder has no `tokenizer.json` to compare."""
+    """Whether two model folders have the same ordinary tokens under the same ids. Added tokens may differ.
+
+    If a folder has no `tokenizer.json`, this cannot be compared; the answer is then True.
+    """
     of_student, of_teacher = tokens_by_id(student), tokens_by_id(teacher)
     if of_student is None or of_teacher is None:
         return True
-    return not _different(of_student, of_teacher)[0]
+    own, others = (tokens.keys() - added for tokens, added in (of_student, of_teacher))
+    return own == others and not _different(of_student, of_teacher)[0]
 
 
 def check_same_tokens(student_folder: Path, teacher_folder: Path) -> None:

@@ -13,6 +13,7 @@ from oprd_tune.registry import config_files, full_name, recipe_files, recipe_nam
 from oprd_tune.rollout import NativeEngine
 from oprd_tune.tiny import tokenizer
 from tests.conftest import load_config
+from tests.rehearsal import with_folders
 
 SETTINGS = {"oprd_distributed": OPRDSettings, "opd_topk_distributed": OPDSettings}
 
@@ -128,14 +129,14 @@ def test_what_becomes_of_truncated_responses_stays_as_the_run_began():
 
 
 @pytest.mark.parametrize("name", config_files())
-def test_every_shipped_config_belongs_to_a_recipe_and_is_well_formed(name):
+def test_every_shipped_config_belongs_to_a_recipe_and_is_well_formed(name, tmp_path):
     from torchtune import config
 
     path = config_files()[name]
     assert recipe_named_in(path) in recipe_files()
     cfg = OmegaConf.load(path)
     config.validate(cfg)
-    parse(cfg, full_name(cfg.recipe))
+    parse(with_folders(cfg, tmp_path), full_name(cfg.recipe))
 
 
 def test_what_the_recipe_sets_may_not_stand_in_the_config():

@@ -42,7 +42,7 @@ VARIANTS = {
     "gathered blocks kept": ("oprd", {"fsdp_reshard_after_forward": "false"}),
     "compiled": ("oprd", {"compile": "true", "activation_checkpointing": "true"}),
     "lora": ("lora", LORA),
-    "dora": ("dora", {**LORA, "model.use_dora": "true"}),
+    "dora": ("dora", {**LORA, "lora.use_dora": "true"}),
     "truncated": ("truncated", {"layers": "[1,3]"}),
     "embedding frozen": ("frozen", {"freeze_embedding": "true"}),
 }
@@ -50,7 +50,7 @@ VARIANTS = {
 TWINS = {
     **{name: (config, {}) for name, config in CONFIGS.items()},
     "lora": ("tiny/oprd", LORA),
-    "dora": ("tiny/oprd", {**LORA, "model.use_dora": "true"}),
+    "dora": ("tiny/oprd", {**LORA, "lora.use_dora": "true"}),
     "truncated": ("tiny/oprd", {"layers": "[1,3]"}),
     "frozen": ("tiny/opd_topk", {"freeze_embedding": "true"}),
 }

@@ -212,7 +212,7 @@ def test_functions_that_return_something_else_are_explained(function, message):
         ({}, "loss: oprd_tune.losses.PerTokenLoss cannot be constructed: .*'per_token'"),
         (
             {"per_token": forward_kl, "student_temperature": 0},
-            "student_temperature is 0; it must be a finite number above 0",
+            "loss.student_temperature is 0; it must be a finite number above 0",
         ),
         ({"per_token": forward_kl, "chunk_tokens": 0}, "loss.chunk_tokens is 0; it must be a whole number"),
     ],

@@ -14,7 +14,7 @@ from oprd_tune.config import OPDSettings, OPRDSettings, resolve
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.registry import config_files
 from tests.conftest import load_config
-from tests.rehearsal import SHAPES, prepare, write_model
+from tests.rehearsal import prepare, with_folders
 
 # Others take as long again and pass too, by hand: python -m tests.rehearsal CONFIG FOLDER
 REHEARSALS = ("qwen2_5_0_5b_to_0_5b", "qwen2_5_7b_to_1_5b", "qwen3_4b_to_1_7b_base")
@@ -23,13 +23,7 @@ REHEARSALS = ("qwen2_5_0_5b_to_0_5b", "qwen2_5_7b_to_1_5b", "qwen3_4b_to_1_7b_ba
 @pytest.mark.parametrize("name", config_files())
 def test_every_component_can_be_constructed(name, tmp_path):
     """Models on the meta device; what reads files is constructed by rehearsals and by the tiny runs."""
-    cfg = load_config(name, output_dir=tmp_path)
-    for model in ("student", "teacher"):
-        if cfg[model] == "outputs/tiny_bridge/final":  # which another run writes
-            cfg[model] = "tiny/student"
-        if not cfg[model].startswith("tiny/"):
-            write_model(tmp_path / model, SHAPES[cfg[model]])
-            cfg[model] = str(tmp_path / model)
+    cfg = with_folders(load_config(name, output_dir=tmp_path), tmp_path)
     settings = OPRDSettings if cfg.recipe == "oprd_distributed" else OPDSettings
     settings, parts = resolve(cfg, settings, recipe=cfg.recipe)
     student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)

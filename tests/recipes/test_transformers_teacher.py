@@ -33,6 +33,7 @@ def config(name, folder, out, **overrides):
     cfg.teacher_model = {"_component_": "oprd_tune.teacher.transformers_teacher", "path": str(folder)}
     files = {"_component_": "oprd_tune.teacher.transformers_files", "checkpoint_dir": str(folder)}
     cfg.teacher_checkpointer = files
+    cfg.teacher, cfg.tokenizer = None, "tiny/student"
     return cfg
 
 

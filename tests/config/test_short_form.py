@@ -1,0 +1,122 @@
+"""What a model's name stands for, and what the config's own sections change about it."""
+
+import json
+import shutil
+
+import pytest
+
+from oprd_tune.config.short_form import expand
+from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.folders import find_folder
+from oprd_tune.registry import config_files
+from tests.conftest import load_config
+from tests.teacher.transformers_models import save_model
+
+FOLDERS = {name: str(find_folder("x", f"tiny/{name}")) for name in ("student", "teacher", "teens_teacher")}
+TINY = {"output_dir": "out", "student": "tiny/student", "teacher": "tiny/teacher"}
+OWN = {"_component_": "my.own"}
+
+
+def test_two_names_give_models_weights_tokenizer_engine_and_logger():
+    assert expand(TINY) == {
+        "output_dir": "out",
+        "model": {"_component_": "oprd_tune.modeling.decoder", "path": FOLDERS["student"]},
+        "checkpointer": {
+            "_component_": "oprd_tune.modeling.hugging_face_checkpointer",
+            "checkpoint_dir": FOLDERS["student"],
+        },
+        "teacher_model": {"_component_": "oprd_tune.modeling.decoder", "path": FOLDERS["teacher"]},
+        "teacher_checkpointer": {
+            "_component_": "oprd_tune.modeling.hugging_face_checkpointer",
+            "checkpoint_dir": FOLDERS["teacher"],
+        },
+        "tokenizer": {"_component_": "oprd_tune.data.HuggingFaceTokenizer", "path": FOLDERS["teacher"]},
+        "rollout": {"_component_": "oprd_tune.rollout.NativeEngine"},
+        "metric_logger": {"_component_": "oprd_tune.metrics.TensorBoardLogger", "log_dir": "out/tensorboard"},
+    }
+
+
+def test_models_with_other_tokens_get_a_tokenizer_each():
+    found = expand(TINY | {"teacher": "tiny/teens_teacher"})
+    assert found["tokenizer"]["path"] == FOLDERS["student"]
+    assert found["teacher_tokenizer"]["path"] == FOLDERS["teens_teacher"]
+    assert "teacher_tokenizer" not in expand(TINY | {"teacher": "tiny/teens_teacher", "tokenizer": OWN})
+
+
+def test_the_only_chat_template_counts(tmp_path):
+    folders = {name: shutil.copytree(FOLDERS[name], tmp_path / name) for name in ("student", "teacher")}
+    names = {name: str(folder) for name, folder in folders.items()}
+    assert expand(TINY | names)["tokenizer"]["path"] == names["teacher"]
+    (folders["student"] / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert expand(TINY | names)["tokenizer"]["path"] == names["student"]
+    (folders["teacher"] / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert expand(TINY | names)["tokenizer"]["path"] == names["teacher"]
+
+
+def test_sections_of_the_configs_own_take_the_place_of_implied_ones_or_add_to_them():
+    found = expand(TINY | {"model": {"max_seq_len": 64}, "checkpointer": OWN, "rollout": {"batch_size": 2}})
+    assert found["model"] == {
+        "_component_": "oprd_tune.modeling.decoder",
+        "path": FOLDERS["student"],
+        "max_seq_len": 64,
+    }
+    assert found["checkpointer"] == OWN
+    assert found["rollout"] == {"_component_": "oprd_tune.rollout.NativeEngine", "batch_size": 2}
+    assert expand(TINY | {"tokenizer": "tiny/student"})["tokenizer"]["path"] == FOLDERS["student"]
+    found = expand(TINY | {"dataset": {"source": "x"}, "optimizer": {"lr": 1}, "bridge": None, "eval_dataset": OWN})
+    assert found["dataset"]["_component_"] == "oprd_tune.data.prompt_dataset"
+    assert found["optimizer"]["_component_"] == "torch.optim.AdamW"
+    assert found["bridge"] is None
+    assert found["eval_dataset"] == OWN
+
+
+def test_a_logger_gets_a_folder_if_it_takes_one():
+    disk, out = "torchtune.training.metric_logging.DiskLogger", "torchtune.training.metric_logging.StdoutLogger"
+    assert expand(TINY | {"metric_logger": {"_component_": disk}})["metric_logger"]["log_dir"] == "out/tensorboard"
+    own = {"_component_": disk, "log_dir": "there"}
+    assert expand(TINY | {"metric_logger": own})["metric_logger"] == own
+    assert expand(TINY | {"metric_logger": {"_component_": out}})["metric_logger"] == {"_component_": out}
+
+
+def test_lora_adds_adapters_to_the_student():
+    assert expand(TINY | {"lora": {"rank": 4}})["model"]["lora"] == {"rank": 4}
+    with pytest.raises(ConfigError, match="lora adds adapters to `student`"):
+        expand(TINY | {"model": OWN, "lora": {"rank": 4}})
+
+
+def test_a_teacher_that_torchtune_cannot_be_is_loaded_by_transformers(tmp_path):
+    """By its architecture, by a number that no builder takes, or because it is quantised."""
+    for name in ("gemma3", "mistral"):  # this mistral has a sliding window
+        save_model(tmp_path / name, name)
+        found = expand({"teacher": str(tmp_path / name)})
+        assert found["teacher_model"] == {
+            "_component_": "oprd_tune.teacher.transformers_teacher",
+            "path": str(tmp_path / name),
+        }
+        assert found["teacher_checkpointer"]["_component_"] == "oprd_tune.teacher.transformers_files"
+    save_model(tmp_path / "llama", "llama")
+    llama = {"teacher": str(tmp_path / "llama")}
+    assert expand(llama)["teacher_model"]["_component_"] == "oprd_tune.modeling.decoder"
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    assert expand(llama)["teacher_model"]["_component_"] == "oprd_tune.teacher.transformers_teacher"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": 3}, "student is 3; give a model folder or a hub name"),
+        ({"teacher": "./nowhere"}, "teacher: there is no folder ./nowhere"),
+        ({"model": OWN, "checkpointer": OWN}, "student has no effect beside model and checkpointer; leave it out"),
+        ({"teacher_tokenizer": "some/body"}, "teacher_tokenizer: some/body is neither"),
+    ],
+)
+def test_mistakes_are_explained(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(TINY | changes)
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_shipped_configs_are_short(name):
+    cfg = load_config(name)
+    assert not {"model", "checkpointer", "teacher_model", "teacher_checkpointer"} & cfg.keys()
