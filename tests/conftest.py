@@ -1,7 +1,10 @@
 """Shared fixtures: small random models, and recipes run in-process."""
 
+import os
 import runpy
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes too: tests run side by side, and models are tiny
 
 import pytest
 import torch

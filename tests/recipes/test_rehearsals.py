@@ -17,7 +17,7 @@ from tests.conftest import load_config
 from tests.rehearsal import prepare, with_folders
 
 # Others take as long again and pass too, by hand: python -m tests.rehearsal CONFIG FOLDER
-REHEARSALS = ("qwen2_5_0_5b_to_0_5b", "qwen2_5_7b_to_1_5b", "qwen3_4b_to_1_7b_base")
+REHEARSALS = ("qwen2_5_0_5b_to_0_5b", "qwen2_5_7b_to_1_5b")
 
 
 @pytest.mark.parametrize("name", config_files())

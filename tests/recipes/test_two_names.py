@@ -29,6 +29,7 @@ bridge:
   rank: 8
   prompts: 32
   held_out_prompts: 8
+min_matched_share: 0.2  # what a random student writes is cut differently
 optimizer:
   lr: 1.0e-3
 max_steps: 3
