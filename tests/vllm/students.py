@@ -7,7 +7,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings
-from oprd_tune.modeling import hugging_face_checkpointer
+from oprd_tune.modeling import decoder, hugging_face_checkpointer
 from oprd_tune.modeling.families.qwen3 import qwen3
 from oprd_tune.modeling.sharding import Sharding
 from oprd_tune.modeling.weights import load_decoder
@@ -18,6 +18,7 @@ from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from oprd_tune.tiny.model import _SHAPE, MAX_SEQ_LEN, hugging_face_config
 from oprd_tune.training.student import load_student
 from oprd_tune.types import Prompts, SamplingRequest
+from tests.modeling.test_families import write_reference
 
 SAMPLING = {"stop_tokens": [1], "pad_id": 0, "max_prompt_tokens": 16, "max_new_tokens": 8}
 PROMPTS = Prompts(((3, 4, 12, 5, 6, 13), (5, 12, 6, 13), (9, 9, 9, 12, 2, 13), (7, 13)), (0, 1, 2, 3), (None,) * 4)
@@ -47,8 +48,19 @@ def make_qwen3(folder):
     return model, hugging_face_checkpointer(str(folder), str(folder.parent / "out"), model_type="QWEN3")
 
 
+def make_llama(folder, kind):
+    """From transformers' own folder: Llama 3.2 has scaled rotations, Mistral a head of its own."""
+    shape = {"vocab_size": 16, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    shape |= {"max_position_embeddings": MAX_SEQ_LEN, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    write_reference(folder, {"llama": "Llama 3.2", "mistral": "Mistral"}[kind], **shape)
+    files = hugging_face_checkpointer(str(folder), str(folder.parent / "out"))
+    model = load_decoder(lambda: decoder(str(folder)), files, dtype=torch.float32, device=torch.device("cpu"))
+    model.tok_embeddings.weight.data.mul_(0.1)
+    return model, files
+
+
 def make_student(kind, folder, ranks=None):
-    """A student, `tied`, `untied`, `lora`, `dora` or `qwen3`, as engines get it; spread over all ranks if several."""
+    """A student as engines get it, of one of the kinds below; spread over all ranks if there are several."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = ranks or Ranks()
     files, dtype, cpu = checkpointer("student", str(folder)), torch.float32, torch.device("cpu")
@@ -61,6 +73,8 @@ def make_student(kind, folder, ranks=None):
         model = untied_qwen2()
     elif kind == "qwen3":
         model, files = make_qwen3(folder)
+    elif kind in ("llama", "mistral"):
+        model, files = make_llama(folder, kind)
     elif kind == "tied" and ranks.world_size == 1:
         model = load_decoder(tiny_qwen2, files, dtype=dtype, device=cpu)
     else:

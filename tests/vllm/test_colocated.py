@@ -15,9 +15,10 @@ from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, sta
 
 pytest.importorskip("vllm")
 CACHE = {"kv_cache_gib": 0.125}
-KINDS = ("tied", "untied", "lora", "dora", "qwen3")
+KINDS = ("tied", "untied", "lora", "dora", "qwen3", "llama", "mistral")
 SINGLE = [(kind, group) for kind in KINDS[:2] for group in (*GROUPS, *(["output.weight"] if kind == "untied" else []))]
 SINGLE += [("qwen3", group) for group in ("q_proj.linear", "q_proj.norm", "k_proj.norm")]
+SINGLE += [("llama", group) for group in ("q_proj", "k_proj")]  # whose rows are stored in another order
 
 
 def compare(engine, model, prompts, version):
