@@ -49,7 +49,7 @@ def find_folder(key: str, name: str) -> Path:
         return Path(cached).parent
     raise ConfigError(
         f"{key}: {name} is neither a folder here, nor in {download}, nor in the hub's cache. "
-        f"`tune download {name} --output-dir {download} --ignore-patterns 'original/*'` fetches it"
+        f"`tune download {name}` fetches it"
     )
 
 

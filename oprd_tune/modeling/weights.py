@@ -20,6 +20,7 @@ from oprd_tune.modeling.adapters import adapter_names, start_adapters
 from oprd_tune.modeling.families import STATED, family_of, transformers_config
 from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
 from oprd_tune.modeling.folders import model_folder, read_config, stored_shapes
+from oprd_tune.modeling.from_folder import can_build
 from oprd_tune.protocols import DecodesItself, TeacherFiles
 from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of, start_rotations, weight_files_of
 
@@ -91,9 +92,9 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer | TeacherFile
 
     Raises:
         ConfigError: if the model is not torchtune's; if no test shows that this architecture computes what transformers
-            does; if a number that changes
-            the outputs differs between `config.json` and the model; if a file is damaged; if parameters are missing,
-            unknown or of another shape; or if a stored head differs from the embedding that it is tied to.
+            does; if a number that changes the outputs differs between `config.json` and the model; if a file is
+            damaged; if parameters are missing, unknown or of another shape; or if a stored head differs from the
+            embedding that it is tied to.
     """
     if isinstance(checkpointer, TeacherFiles):
         checkpointer.check_weights(name, model)
@@ -113,12 +114,13 @@ def check_weights(name: str, checkpointer: FullModelHFCheckpointer | TeacherFile
         raise ConfigError(f"{name}.model_type is {given}, but config.json says {family.config_name}: {right}")
     if missing := sorted(STATED - config.keys()):
         raise ConfigError(f"{name}: config.json does not say {missing[0]}; add it, as its model's card states it")
-    stated = stated_numbers(transformers_config(folder_of(checkpointer)))
+    folder = folder_of(checkpointer)
+    stated = stated_numbers(transformers_config(folder))
     if different := differences(stated, built_numbers(model)):
-        raise ConfigError(
-            f"{name}: config.json and the model's builder differ: {'; '.join(different)}. Give the builder the numbers "
-            "of config.json; oprd_tune.modeling.decoder reads them"
-        )
+        what_to_do = "oprd_tune.modeling.decoder builds it with these numbers, or give them to the builder"
+        if not can_build(folder):
+            what_to_do = "No builder here can do that. As a teacher, transformers loads it: docs/models.md"
+        raise ConfigError(f"{name}: config.json asks for another model: {'; '.join(different)}. {what_to_do}")
     files = weight_files_of(checkpointer)
     if any(path.suffix != ".safetensors" for path in files):
         return  # a pickle has no header; mistakes are found when it is loaded

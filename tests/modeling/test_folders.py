@@ -47,7 +47,7 @@ def test_a_hub_name_is_found_in_the_hubs_cache(folder, monkeypatch, tmp_path):
 
 
 def test_what_is_not_there_is_said_with_the_command_that_fetches_it():
-    with pytest.raises(ConfigError, match="teacher: some/nobody is neither .*`tune download some/nobody "):
+    with pytest.raises(ConfigError, match="teacher: some/nobody is neither .*`tune download some/nobody`"):
         find_folder("teacher", "some/nobody")
     with pytest.raises(ConfigError, match="student: there is no folder ./nowhere"):
         find_folder("student", "./nowhere")

@@ -287,14 +287,17 @@ MISTAKES = {
         lambda f: change(f, model_type="qwen2"),
         "model_type is QWEN3, but config.json says qwen2",
     ),
-    "a head": (lambda f: change(f, tie_word_embeddings=False), "tie_word_embeddings is False there and True here"),
+    "a head": (
+        lambda f: change(f, tie_word_embeddings=False),
+        "tie_word_embeddings is False in config.json and True in the model",
+    ),
     "rotations": (
         lambda f: change(f, rope_parameters={"rope_theta": 5e6}),
-        r"rope_theta is 5000000.0 there and 10000.0 here",
+        r"rope_theta is 5000000.0 in config.json and 10000.0 in the model",
     ),
     "scaled rotations": (
         lambda f: change(f, rope_parameters={"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}),
-        "rope_scaling is .*'yarn'.* there and None here",
+        "rope_scaling is .*'yarn'.* in config.json and None in the model",
     ),
 }
 

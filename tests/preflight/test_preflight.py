@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torchtune.models.llama3_1 import llama3_1
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings
+from oprd_tune.modeling.families.llama import llama
 from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.preflight import report as module
@@ -124,7 +126,20 @@ def test_optimizers_are_asked_for_what_they_keep(make, dtype, expected):
     assert optimizer_bytes(make, dtype, torch.device("cpu")) == expected
 
 
-@pytest.mark.parametrize("build", [tiny_qwen2, lora_tiny_qwen2])
+LLAMA = {"vocab_size": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128}
+LLAMA |= {"intermediate_dim": 384, "max_seq_len": 128}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def scaled_llama():
+    return llama(**LLAMA, rope_scaling=SCALING)
+
+
+def torchtunes_llama3_1():
+    return llama3_1(**LLAMA)
+
+
+@pytest.mark.parametrize("build", [tiny_qwen2, lora_tiny_qwen2, scaled_llama, torchtunes_llama3_1])
 def test_activations_are_those_that_the_backward_pass_really_keeps(build):
     model, saved = build(), {}
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -48,11 +48,17 @@ def make_qwen3(folder):
     return model, hugging_face_checkpointer(str(folder), str(folder.parent / "out"), model_type="QWEN3")
 
 
+def write_for_vllm(folder, name):
+    """One of the students of `test_families` in a shape that vLLM's kernels take."""
+    shape = {"vocab_size": 16, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": MAX_SEQ_LEN}
+    shape |= {} if name == "Qwen2" else {"head_dim": 64}
+    write_reference(folder, name, **shape, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+
+
 def make_llama(folder, kind):
     """From transformers' own folder: Llama 3.2 has scaled rotations, Mistral a head of its own."""
-    shape = {"vocab_size": 16, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
-    shape |= {"max_position_embeddings": MAX_SEQ_LEN, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    write_reference(folder, {"llama": "Llama 3.2", "mistral": "Mistral"}[kind], **shape)
+    write_for_vllm(folder, {"llama": "Llama 3.2", "mistral": "Mistral"}[kind])
     files = hugging_face_checkpointer(str(folder), str(folder.parent / "out"))
     model = load_decoder(lambda: decoder(str(folder)), files, dtype=torch.float32, device=torch.device("cpu"))
     model.tok_embeddings.weight.data.mul_(0.1)

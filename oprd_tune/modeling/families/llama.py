@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,14 +177,4 @@ FAMILY = Family(
     to_hf=_to_hf,
     to_peft=_to_peft,
 )
-MISTRAL = Family(
-    title="Mistral",
-    model_types=("MISTRAL",),
-    config_name="mistral",
-    build=llama,
-    build_lora=lora_llama,
-    arguments=_arguments,
-    to_tune=_to_tune,
-    to_hf=_to_hf,
-    to_peft=_to_peft,
-)
+MISTRAL = replace(FAMILY, title="Mistral", model_types=("MISTRAL",), config_name="mistral")

@@ -67,8 +67,12 @@ def built_numbers(model: TransformerDecoder) -> Numbers:
 
 
 def differences(stated: Numbers, built: Numbers) -> list[str]:
-    """What differs, one line each, such as `rms_norm_eps is 1e-05 there and 1e-06 here`."""
-    return [f"{name} is {value} there and {built[name]} here" for name, value in stated.items() if built[name] != value]
+    """What differs, one text each, such as `rms_norm_eps is 1e-05 in config.json and 1e-06 in the model`."""
+    return [
+        f"{name} is {value} in config.json and {built[name]} in the model"
+        for name, value in stated.items()
+        if built[name] != value
+    ]
 
 
 def _block_numbers(block: Any) -> Numbers:
