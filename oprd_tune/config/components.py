@@ -48,7 +48,7 @@ class Component:
         for key in given:
             if key not in taken and not takes_any:
                 raise ConfigError(
-                    f"{path} takes no argument {name}.{key}{nearest(key, taken)}. '~{name}.{key}' takes it away"
+                    f"{path} takes no argument {name}.{key} ('~{name}.{key}' takes it away){nearest(key, taken)}"
                 )
         return cls(name, path, target, {key: _find_within(f"{name}.{key}", value) for key, value in given.items()})
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.config.components import Component, nearest
 from oprd_tune.config.settings import FREE_ON_RESUME, free_fields
-from oprd_tune.config.short_form import NAMES, expand
+from oprd_tune.config.short_form import NAMES, expand, shortened
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import full_name
 from oprd_tune.torchtune_compat import recipe_of_running_config
@@ -102,7 +102,7 @@ def resolve(
             raise ConfigError(f"unknown config key {key!r}{nearest(key, known)}")
     required = [name for name, f in (scalar_fields | part_fields).items() if f.default is MISSING]
     if missing := [name for name in required if values.get(name) is None]:
-        raise ConfigError(f"the config lacks {', '.join(missing)}")
+        raise ConfigError(f"the config lacks {', '.join(shortened(missing))}")
     found = {name: Component.find(name, values[name]) for name in part_fields if values.get(name) is not None}
     hints = get_type_hints(settings)
     scalars = {name: _typed(name, values[name], hints[name]) for name in scalar_fields if name in values}

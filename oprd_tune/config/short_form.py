@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ def expand(values: Mapping[str, Any]) -> Values:
     return found
 
 
+def shortened(missing: Sequence[str]) -> list[str]:
+    """What to ask a user for who has not given these sections: a model's name stands for several."""
+    found = list(missing)
+    for name, prefix in (("student", ""), ("teacher", "teacher_")):
+        sections = [f"{prefix}model", f"{prefix}checkpointer"]
+        if set(sections) <= set(found):
+            implied = {*sections, "tokenizer"} if name == "student" else set(sections)
+            found = [name, *(section for section in found if section not in implied)]
+    return found
+
+
 def _model_sections(key: str, prefix: str, name: object, given: Mapping[str, Any]) -> dict[str, Values]:
     """The sections that a model's name stands for."""
     if not isinstance(name, str):
@@ -104,10 +115,8 @@ def _tokenizer_sections(implied: Mapping[str, Values]) -> dict[str, Values]:
         return {"tokenizer": {"path": student}}
     if not share_tokens(Path(student), Path(teacher)):
         return {"tokenizer": {"path": student}, "teacher_tokenizer": {"path": teacher}}
-    of_student, of_teacher = (conventions(Path(folder)) for folder in (student, teacher))
-    only_student = of_student is not None and of_student["chat template"] is not None
-    only_student &= of_teacher is None or of_teacher["chat template"] is None
-    return {"tokenizer": {"path": student if only_student or of_teacher is None else teacher}}
+    has_template = [(conventions(Path(folder)) or {}).get("chat template") is not None for folder in (student, teacher)]
+    return {"tokenizer": {"path": student if has_template == [True, False] else teacher}}
 
 
 def _without_empty_component(section: object) -> Any:

@@ -78,7 +78,7 @@ def column(columns: Columns, name: str, *, source: str, first: int | None) -> li
         return list(columns[name][:first])
     root, *fields = name.split(".")
     if root not in columns or not fields:
-        raise ConfigError(f"{source} has no column [{name!r}]; it has {list(columns)}")
+        raise ConfigError(f"{source} has no column {name!r}; it has {', '.join(columns)}")
     values = list(columns[root][:first])
     for place, field in enumerate(fields):
         where = ".".join([root, *fields[:place]])

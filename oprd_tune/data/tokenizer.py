@@ -48,7 +48,7 @@ class HuggingFaceTokenizer:
                 "in tokenizer_config.json, or its id in generation_config.json"
             )
         self.max_seq_len = max_seq_len
-        self._tokenizer = files.tokenizer
+        self._folder, self._tokenizer = path, files.tokenizer
         self.eos_id: int = files.eos
         self.bos_id: int | None = files.bos
         self.pad_id: int = files.eos if files.pad is None else files.pad
@@ -125,7 +125,8 @@ class HuggingFaceTokenizer:
 
         if self.chat_template is None:
             raise ConfigError(
-                "this tokenizer has no chat template; give dataset.prompt_template, a plain one such as '{prompt}\\n'"
+                f"{self._folder} has no chat template. For prompts of plain text, give dataset.prompt_template, such "
+                "as '{prompt}\\n'; else `tokenizer: FOLDER`, of a model with the same tokens and a chat template"
             )
         try:
             texts, _ = render_jinja_template(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from oprd_tune.data.tokenizer_files import tokens_by_id
+from oprd_tune.data.tokenizer_files import TOKENIZER, tokens_by_id
 from oprd_tune.errors import ConfigError
 
 _SHOWN = 3  # ids listed in a message
@@ -15,11 +15,16 @@ _Tokens = tuple[dict[int, str], set[int]]  # a folder's tokens by id, and its sp
 def share_tokens(student: Path, teacher: Path) -> bool:
     """Whether two model folders have the same ordinary tokens under the same ids. Added tokens may differ.
 
-    If a folder has no `tokenizer.json`, this cannot be compared; the answer is then True.
+    Raises:
+        ConfigError: if a folder has no tokenizer to compare.
     """
     of_student, of_teacher = tokens_by_id(student), tokens_by_id(teacher)
     if of_student is None or of_teacher is None:
-        return True
+        raise ConfigError(
+            f"{student if of_student is None else teacher} has no {TOKENIZER}, so nobody can tell whether student and "
+            "teacher read texts in the same tokens. If they do, give `tokenizer: FOLDER`, the folder of the tokenizer "
+            "of both; if not, complete the folder"
+        )
     own, others = (tokens.keys() - added for tokens, added in (of_student, of_teacher))
     return own == others and not _different(of_student, of_teacher)[0]
 

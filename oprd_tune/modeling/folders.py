@@ -93,10 +93,11 @@ def read_config(folder: Path, fetch: str = "") -> dict[str, Any]:
     path = folder / "config.json"
     adapter = folder / "adapter_config.json"
     if not path.is_file() and adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "a model that it does not name"
         raise ConfigError(
             f"{folder} holds a PEFT adapter of {base}, not a model. Merge it into its base first: "
-            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…). The folder above "
+            "`adapter` in an export of ours holds the merged model"
         )
     if not path.is_file():
         raise ConfigError(f"{folder} is no Hugging Face model folder: it has no config.json{fetch and f'; {fetch}'}")

@@ -55,7 +55,10 @@ def hugging_face_checkpointer(
             message then has the command that fetches them.
     """
     folder, files = model_folder(checkpoint_dir, hub_name)
-    family = family_of(read_config(folder))
+    try:
+        family = family_of(read_config(folder))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
     if model_type not in (None, *family.model_types):
         known = [kind.name for kind in ModelType] + ["QWEN3"]
         if model_type not in known:
@@ -161,9 +164,9 @@ def _check_tied_head(name: str, files: Sequence[Path]) -> None:
 
 def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     problems = {
-        "lacks": sorted(set(wanted) - set(found)),
-        "has unknown": sorted(set(found) - set(wanted)),
-        "has other shapes of": [
+        "lack": sorted(set(wanted) - set(found)),
+        "have unknown": sorted(set(found) - set(wanted)),
+        "have other shapes of": [
             f"{key} {tuple(found[key].shape)} for {tuple(value.shape)}"
             for key, value in wanted.items()
             if key in found and found[key].shape != value.shape
@@ -175,7 +178,12 @@ def _compare(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         if keys
     ]
     if parts:
-        raise ConfigError(f"{name}: the checkpoint does not fit the model's builder: it {'; it '.join(parts)}")
+        told = f"{name}: the weights do not fit the model of config.json: their files {'; '.join(parts)}"
+        if "output.weight" in problems["lack"]:
+            told += f". A model without a head of its own ({_HEAD}) says tie_word_embeddings true"
+        if any(key.startswith("layers.") for key in problems["have unknown"]):
+            told += ". num_hidden_layers may be too small"
+        raise ConfigError(told)
 
 
 def load_decoder(

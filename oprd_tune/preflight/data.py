@@ -58,8 +58,8 @@ class RunData:
         if matched < self.min_matched_share * tokens:
             raise RolloutError(
                 f"only {matched / tokens:.1%} of the response tokens end where one of the teacher's ends too: the "
-                "tokenizers cut the text differently, or responses are no text that the teacher's can read. "
-                f"min_matched_share is {self.min_matched_share}"
+                "tokenizers cut the text differently, or responses are no text that the teacher's can read. Lower "
+                f"min_matched_share, which is {self.min_matched_share}, to go on with so few"
             )
         return rollout
 

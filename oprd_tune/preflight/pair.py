@@ -93,8 +93,9 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
     own_tokens = parts.teacher_tokenizer is not None
     if token_loss and own_tokens:
         raise ConfigError(
-            "teacher_tokenizer: token losses compare the models token by token, so both read the same tokens; leave it "
-            "out, or compare hidden states alone, by oprd_distributed"
+            "student and teacher read texts in different tokens (teacher_tokenizer), but token losses compare them "
+            "token by token. Take a teacher with the student's tokens, or compare hidden states alone, by "
+            "oprd_distributed"
         )
     student_files = open_checkpointer(parts.checkpointer, settings.output_dir)
     teacher_files = open_checkpointer(parts.teacher_checkpointer, settings.output_dir)

@@ -58,7 +58,7 @@ def preflight(
             ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
-            *_describe_bridge(bridge, pair, ranks),
+            *_describe_bridge(bridge, pair, data),
             *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
             ("disk", _describe_disk(s, student, memory, ranks)),
         ]
@@ -201,17 +201,21 @@ def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> 
     return rows
 
 
-def _describe_bridge(bridge: BridgePlan | None, pair: ModelPair, ranks: Ranks) -> list[tuple[str, str]]:
+def _describe_bridge(bridge: BridgePlan | None, pair: ModelPair, data: RunData) -> list[tuple[str, str]]:
     if bridge is None:
         return []
     pairs = f"{len(pair.layers)} layer pairs, {pair.width} against {pair.teacher_width} wide"
     if bridge.file is not None:
         return [("bridge", f"{pairs}, from {bridge.file}")]
-    where, size = bridge.moments_device or ranks.device.type, _size(bridge.moment_bytes(*_bridge_sizes(pair)))
-    return [
+    where, size = bridge.moments_device or data.ranks.device.type, _size(bridge.moment_bytes(*_bridge_sizes(pair)))
+    rows = [
         ("bridge", f"{pairs}, rank {bridge.rank}, basis {bridge.basis}, fitted on {bridge.prompts:,} prompts"),
         ("", f"moments {size} in {bridge.moments_dtype} on {where}, while it is fitted"),
     ]
+    if bridge.prompts + bridge.held_out_prompts > len(data.prompts):
+        told = f"There are only {len(data.prompts):,} prompts: they repeat, and what is called held out was fitted too."
+        rows.append(("", f"{told} Lower bridge.prompts."))
+    return rows
 
 
 def _bridge_sizes(pair: ModelPair) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
 from oprd_tune.modeling.families import family_of
 from oprd_tune.modeling.weights import build_on_meta, load_weights
-from oprd_tune.torchtune_compat import config_of
+from oprd_tune.torchtune_compat import config_of, folder_of
 
 STAGED = ".staged-"
 _REPLACED = ".replaced-"
@@ -62,7 +63,8 @@ def export_model(
         state: dict[str, Any] = {}
         if adapter_names(model):
             state[ADAPTER_KEY] = adapter_state(weights)
-            state[ADAPTER_CONFIG] = adapter_config(model)
+            base = {"base_model_name_or_path": str(folder_of(checkpointer).resolve()), "task_type": "CAUSAL_LM"}
+            state[ADAPTER_CONFIG] = adapter_config(model) | base
         adapters = dict(state.get(ADAPTER_KEY, {}))
         merged = merge_adapters(weights, model)
         state[MODEL_KEY] = {key: value.detach().to("cpu", dtype).contiguous() for key, value in merged.items()}
@@ -77,7 +79,16 @@ def export_model(
             place.mkdir(exist_ok=True)
             file.rename(place / file.name)
         shutil.rmtree(folder / "export")
+        _state_dtype(folder / "config.json", dtype)
     return target
+
+
+def _state_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Let a config.json say which dtype the weights have now."""
+    config = json.loads(path.read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def export_checkpoint(checkpoint: str, target: str) -> Path:

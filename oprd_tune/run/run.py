@@ -118,6 +118,8 @@ class Run:
             self.step = load_checkpoint(
                 self.checkpoint, student.model, student.optimizer, self._stateful, seed=s.seed, ranks=self._ranks
             )
+        if self.checkpoint is not None and self.step >= s.max_steps:
+            print(f"resume: step {self.step} is done, and max_steps is {s.max_steps}: nothing is left to train")
         self.journal.open(self._logger, data.tokenizer, first_step=self.step + (self.checkpoint is not None))
         if self._logger is not None:
             self._logger.log_config(OmegaConf.create(dict(self.parts.record)))

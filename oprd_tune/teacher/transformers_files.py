@@ -92,6 +92,7 @@ class TransformersFiles:
             )
         _tell_of_positions(self.folder, model.config)
         if model.published_block_bytes is not None:
+            _check_can_run(self.folder)
             return  # quantised weights have other shapes
         for key, wanted in _on_meta(self.folder).state_dict().items():
             if key in found and found[key].shape != wanted.shape:
@@ -203,6 +204,15 @@ def _is_quantised(config: Any) -> bool:
     if found is None:
         return False
     return not (found.get("dequantize") if isinstance(found, dict) else getattr(found, "dequantize", False))
+
+
+def _check_can_run(folder: Path) -> None:
+    """Ask transformers whether this machine has what a quantised checkpoint needs, such as a package."""
+    with _quiet(), _refused(folder):
+        from transformers.quantizers import AutoHfQuantizer
+
+        quantizer = AutoHfQuantizer.from_config(_config_of(folder).quantization_config, pre_quantized=True)
+        quantizer.validate_environment(dtype=torch.bfloat16, device_map=None, weights_only=True)
 
 
 def _tell_of_positions(folder: Path, config: Any) -> None:

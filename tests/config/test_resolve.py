@@ -37,7 +37,10 @@ def test_returns_typed_values():
     ("overrides", "message"),
     [
         ({"max_step": 5}, "unknown config key 'max_step'; did you mean 'max_steps'"),
-        ({"loss.normalization": "l2"}, "takes no argument loss.normalization; did you mean 'normalisation'"),
+        (
+            {"loss.normalization": "l2"},
+            r"takes no argument loss.normalization \('~loss.normalization' takes it away\); did you mean 'normalisation'",
+        ),
         ({"optimizer._component_": "torch.optim.AdamV"}, "'torch.optim.AdamV' cannot be found"),
         ({"loss": 3}, "loss must be a component"),
         ({"layers": "1"}, r"layers is 1; it must be str or list\[int\]"),

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from oprd_tune.config.short_form import expand
+from oprd_tune.config.short_form import expand, shortened
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.folders import find_folder
 from oprd_tune.registry import config_files
@@ -114,6 +114,21 @@ def test_a_teacher_that_torchtune_cannot_be_is_loaded_by_transformers(tmp_path):
 def test_mistakes_are_explained(changes, message):
     with pytest.raises(ConfigError, match=message):
         expand(TINY | changes)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_tokens_that_cannot_be_compared_are_an_error_unless_a_tokenizer_is_named(side, tmp_path):
+    folder = shutil.copytree(FOLDERS[side], tmp_path / side)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=f"{folder} has no tokenizer.json, so nobody can tell"):
+        expand(TINY | {side: str(folder)})
+    assert expand(TINY | {side: str(folder), "tokenizer": "tiny/student"})["tokenizer"]["path"] == FOLDERS["student"]
+
+
+def test_what_is_missing_is_asked_for_by_the_models_names():
+    missing = ["model", "checkpointer", "teacher_model", "teacher_checkpointer", "tokenizer", "loss"]
+    assert shortened(missing) == ["teacher", "student", "loss"]
+    assert shortened(["tokenizer", "teacher_model"]) == ["tokenizer", "teacher_model"]
 
 
 @pytest.mark.parametrize("name", config_files())

@@ -72,8 +72,8 @@ def test_wraps_prompts_in_a_plain_template(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt_column": "query"}, r"no column \['query'\]; it has \['question', 'result', 'other'\]"),
-        ({"answer_column": "gold"}, r"no column \['gold'\]"),
+        ({"prompt_column": "query"}, r"no column 'query'; it has question, result, other"),
+        ({"answer_column": "gold"}, r"no column 'gold'"),
         ({"max_prompt_tokens": 1}, "all 29 prompts are empty or longer than max_prompt_tokens 1"),
         ({"prompt_template": "Q:"}, r"must contain \{prompt\}"),
         ({"system_prompt": "Be brief."}, "write it into prompt_template"),

@@ -138,8 +138,21 @@ def test_an_export_has_the_same_perplexity_in_transformers(name, tmp_path):
 
     export_model(model.state_dict(), model, make_checkpointer, tmp_path / "final", dtype=torch.float32)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32).eval()
+    assert exported.config.dtype == torch.float32
     torch.testing.assert_close(perplexity(exported), perplexity(reference), rtol=0, atol=0)
     torch.testing.assert_close(perplexity(model), perplexity(reference), rtol=1e-5, atol=0)
+
+
+def test_an_export_states_its_dtype(tmp_path):
+    write_reference(tmp_path / "model", "Llama 3")
+    model = load(tmp_path / "model")
+
+    def make_checkpointer(output_dir):
+        return hugging_face_checkpointer(str(tmp_path / "model"), output_dir)
+
+    export_model(model.state_dict(), model, make_checkpointer, tmp_path / "final", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype="auto").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -172,6 +185,7 @@ def with_peft(folder):
     """
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     config = json.loads((folder / "final" / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(folder / "model"), "CAUSAL_LM")
     adapters = load_file(folder / "final" / "adapter" / "adapter_model.safetensors")
     for key, b in adapters.items():
         if "lora_B" in key:

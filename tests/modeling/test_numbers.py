@@ -86,6 +86,10 @@ ASKED = {
         {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
         "rope_scaling is .*'linear'.* in config.json and None in the model",
     ),
+    "partial_rotary_factor of scaled rotations": (
+        {"rope_parameters": rope(5e5, **LLAMA3, partial_rotary_factor=0.5)},
+        "rope_scaling is .*'partial_rotary_factor': 0.5",
+    ),
     "final_logit_softcapping": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0 in config.json"),
     "attn_logit_softcapping": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0 in config.json"),
     "logits_scaling": ({"logits_scaling": 8.0}, "logits_scaling is 8.0 in config.json"),
@@ -173,4 +177,14 @@ def test_a_stored_head_that_is_not_the_embedding_is_an_error(tmp_path):
     check(folder)
     save_file({**same, "lm_head.weight": same["lm_head.weight"] * 2}, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="says tie_word_embeddings true, but lm_head.weight is stored and differs"):
+        check(folder)
+
+
+def test_files_that_lack_a_head_or_have_further_blocks_are_told_with_the_likely_reason(tmp_path):
+    write_reference(folder := tmp_path / "model", "SmolLM2")
+    change(folder, tie_word_embeddings=False)
+    with pytest.raises(ConfigError, match=r"lack output.weight. A model without a head of its own .* says tie_word"):
+        check(folder)
+    change(folder, tie_word_embeddings=True, num_hidden_layers=2)
+    with pytest.raises(ConfigError, match=r"have unknown layers.2.* num_hidden_layers may be too small"):
         check(folder)

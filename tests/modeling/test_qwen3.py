@@ -280,7 +280,7 @@ def edit(folder, changes):
 
 NORM, BIAS = "model.layers.1.self_attn.k_norm.weight", "model.layers.0.self_attn.q_proj.bias"
 MISTAKES = {
-    "missing": (lambda f: edit(f, {NORM: None}), "it lacks layers.1.attn.k_proj.norm.scale"),
+    "missing": (lambda f: edit(f, {NORM: None}), "their files lack layers.1.attn.k_proj.norm.scale"),
     "misshapen": (lambda f: edit(f, {NORM: torch.ones(8)}), r"other shapes of layers.1.attn.k_proj.norm.scale \(8,\)"),
     "biases": (lambda f: edit(f, {BIAS: torch.ones(64)}), "is not of the architecture Qwen3: .*q_proj.bias"),
     "another architecture": (

@@ -279,7 +279,10 @@ BAD_INPUTS = {
     "too many directions": ({"bridge.rank": 193}, "bridge.rank is 193, but the teacher is 192 wide: at most that"),
     "basis": ({"bridge.basis": "svd"}, "bridge.basis is 'svd'; allowed are pca, reduced_rank, predictive"),
     "normalisation": ({"loss.normalisation": "rms"}, "'rms'; allowed are l2, variance, none"),
-    "argument": ({"bridge.ranks": 8}, "takes no argument bridge.ranks; did you mean 'rank'?"),
+    "argument": (
+        {"bridge.ranks": 8},
+        "argument bridge.ranks ('~bridge.ranks' takes it away); did you mean 'rank'?",
+    ),
     "missing file": ({"bridge.file": "nowhere"}, "bridge.file: there is no file nowhere"),
     "damaged file": ({"bridge.file": "{files}/damaged"}, "damaged is damaged or incomplete"),
     "no bridge's file": ({"bridge.file": "{files}/other_models.txt"}, "other_models.txt is damaged or incomplete"),

@@ -186,7 +186,7 @@ BAD_INPUTS = {
     ),
     "another model's file": (
         {"checkpointer._component_": "tests.recipes.models.foreign_checkpointer"},
-        "does not fit the model's builder: it lacks layers.3",
+        "their files lack layers.3",
     ),
     "empty data": ({"max_prompt_tokens": 1}, "all 64 prompts are empty or longer than max_prompt_tokens 1"),
     "evaluation beyond the context": (

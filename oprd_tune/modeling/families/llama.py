@@ -22,6 +22,7 @@ from oprd_tune.modeling.families.family import Config, Family, Weights, shape_ar
 from oprd_tune.torchtune_compat import Llama3ScaledRoPE
 
 _HEAD = "output.weight"
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class ScaledRotations(Llama3ScaledRoPE):
@@ -123,9 +124,9 @@ lora_llama = with_adapters(llama)
 
 
 def _arguments(config: Any) -> dict[str, Any]:
-    rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
-    scaled = rope.pop("rope_type", "default") == "llama3"
-    return {**shape_arguments(config), "head_dim": config.head_dim, "rope_scaling": rope if scaled else None}
+    rope = config.rope_parameters
+    scaling = {key: rope[key] for key in _SCALING} if rope["rope_type"] == "llama3" else None
+    return {**shape_arguments(config), "head_dim": config.head_dim, "rope_scaling": scaling}
 
 
 # ---- weights from and to Hugging Face folders ----
