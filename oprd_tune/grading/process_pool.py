@@ -167,7 +167,10 @@ class ProcessPool:
             self._remove(worker)
         else:
             assert worker.job is not None
-            results[worker.job], worker.job = json.loads(line), None
+            said = json.loads(line)
+            results[worker.job], worker.job = said["result"], None
+            if said["last"]:
+                self._remove(worker)
 
     def _admit(self, worker: _Worker, line: bytes, is_late: bool) -> None:
         said = json.loads(line) if line else {}

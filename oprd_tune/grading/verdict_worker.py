@@ -49,9 +49,10 @@ def serve(make_job: Callable[[], Callable[[Any], Any]]) -> None:
         signal.setitimer(signal.ITIMER_REAL, settings["seconds"] + 1)
         result = job(json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(result), file=answers, flush=True)
-        if _is_large(settings["megabytes"]):
-            return  # caches have grown: the next job gets a new process
+        is_last = _is_large(settings["megabytes"])  # caches have grown: the next job gets a new process
+        print(json.dumps({"result": result, "last": is_last}), file=answers, flush=True)
+        if is_last:
+            return
 
 
 def _end_with_parent(parent: int) -> None:
@@ -72,13 +73,13 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _is_large(megabytes: int) -> bool:
-    """Whether this process has taken half of its memory at some time."""
+    """Whether this process holds half of its memory; false where the system does not say."""
     try:
-        import resource
-    except ImportError:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
         return False
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    return bool(megabytes) and kilobytes > megabytes * 1024 // 2
+    return megabytes > 0 and pages * os.sysconf("SC_PAGE_SIZE") > megabytes * 2**19
 
 
 def comparer() -> Callable[[Any], bool]:
