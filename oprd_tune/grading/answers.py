@@ -6,12 +6,14 @@ import re
 
 # No reference answer is as long. What is longer is no answer, and is not handed to math-verify.
 LONGEST_ANSWER = 2000
-# Without a marked answer, it stands in the last sentences. math-verify's patterns take quadratic time in a text's length.
+# Without a marked answer, it stands in the last sentences. math-verify's patterns take time quadratic in the length.
 LAST_PART = 2000
 _MOST_TRIES = 20  # marks to look at from the end, so that a text of nothing but marks is quick too
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
-_HEADING = re.compile(r"(?:step|part|case|solution|problem|question|explanation|conclusion|summary)\b|.*:$", re.I | re.S)
+_HEADING = re.compile(
+    r"(?:step|part|case|solution|problem|question|explanation|conclusion|summary)\b|.*:$", re.I | re.S
+)
 _ANSWER_IS = re.compile(r"answer\s*(?:is|:|=)+\s*", re.I)
 _LETTER = re.compile(r"\(?([A-J])\)?(?=$|[.:)]|\s*[.:])")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -20,9 +22,10 @@ _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _AMOUNT = re.compile(rf"({_NUMBER})((?:\s+[a-zA-Z]+)+)")
 # After a number, these are no unit.
 _NO_UNITS = frozenset(
-    "pi sqrt sin cos tan log ln exp theta alpha beta infinity percent hundred thousand million billion dozen mod".split()
+    ("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "theta", "alpha", "beta", "infinity", "mod", "percent")
+    + ("dozen", "hundred", "thousand", "million", "billion")
 )
-_SHORT_WORDS = frozenset("yes no odd all any one two six ten red".split())
+_SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "any", "one", "two", "six", "ten", "red"))
 
 
 def reference_text(answer: str) -> str:
@@ -102,7 +105,7 @@ def _is_words(text: str) -> bool:
     if not _WORDS.fullmatch(plain):
         return False
     words = plain.casefold().split()
-    return "\\text" in text and len(plain) > 1 or any(len(w) > 3 or w in _SHORT_WORDS for w in words)
+    return ("\\text" in text and len(plain) > 1) or any(len(w) > 3 or w in _SHORT_WORDS for w in words)
 
 
 def _last_box(text: str) -> str | None:

@@ -29,8 +29,8 @@ class MathAnswer:
     compared as texts, and everything else by value: fractions, decimals, percentages, sets, intervals, matrices, terms.
     Units and currencies do not count.
 
-    A comparison that exceeds the time limit, or ends its process, counts as wrong, and is counted in `undecided`. Workers
-    start with the first comparison, one set in each process of a distributed run, and last until the process ends.
+    A comparison that exceeds the time limit, or ends its process, counts as wrong, and is counted in `undecided`.
+    Workers start with the first comparison, one set in each process of a distributed run, and last until it ends.
 
     Args:
         seconds: the time limit of one comparison.
@@ -86,7 +86,7 @@ class MathAnswer:
 
 
 def _question(response: str, answer: str) -> bool | tuple[str, str, bool]:
-    """A verdict, or what the workers have to decide: response, reference, and whether the response is an answer alone."""
+    """A verdict, or what a worker has to decide: response, reference, and whether the response is an answer alone."""
     reference = answers.reference_text(answer)
     stated = answers.stated_answer(response)
     tail = answers.last_part(response)

@@ -72,9 +72,9 @@ class _Worker:
 class ProcessPool:
     """Runs jobs in persistent worker processes, each job within a time limit.
 
-    Workers start with the first jobs. One that is late or ends is replaced. They end with this process, however it ends:
-    an idle one at once, one at work within its time limit. After a fork, the child starts workers of its own. Several
-    threads may call; one call waits for the other.
+    Workers start with the first jobs. One that is late or ends is replaced. They end with this process, however it
+    ends: an idle one at once, one at work within its time limit. After a fork, the child starts workers of its own.
+    Several threads may call; one call waits for the other.
 
     Args:
         program: a Python file that calls `verdict_worker.serve`.

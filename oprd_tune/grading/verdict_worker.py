@@ -1,8 +1,8 @@
 """The program of a grading process: it compares two mathematical texts by math-verify, one pair after the other.
 
-`process_pool.py` starts it by its path, so it imports neither torch nor this package. It reads a line of JSON with a job,
-and writes a line of JSON with the result. A job that takes too long, or too much memory, ends the process: the parent
-starts another one. The process also ends when its parent is gone.
+`process_pool.py` starts it by its path, so it imports neither torch nor this package. It reads a line of JSON with a
+job, and writes a line of JSON with the result. A job that takes too long, or too much memory, ends the process: the
+parent starts another one. The process also ends when its parent is gone.
 """
 
 from __future__ import annotations
