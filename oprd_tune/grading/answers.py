@@ -22,8 +22,25 @@ _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _AMOUNT = re.compile(rf"({_NUMBER})((?:\s+[a-zA-Z]+)+)")
 # After a number, these are no unit.
 _NO_UNITS = frozenset(
-    ("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "theta", "alpha", "beta", "infinity", "mod", "percent")
-    + ("dozen", "hundred", "thousand", "million", "billion")
+    (
+        *(
+            "pi",
+            "sqrt",
+            "sin",
+            "cos",
+            "tan",
+            "log",
+            "ln",
+            "exp",
+            "theta",
+            "alpha",
+            "beta",
+            "infinity",
+            "mod",
+            "percent",
+        ),
+        *("dozen", "hundred", "thousand", "million", "billion", "trillion"),
+    )
 )
 _SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "any", "one", "two", "six", "ten", "red"))
 

@@ -109,8 +109,8 @@ class ProcessPool:
             try:
                 while waiting or any(worker.job is not None for worker in self._workers):
                     self._hand_out(jobs, waiting)
-                    for worker in self._worth_a_look():
-                        self._look_at(worker, results)
+                    for worker, is_late in self._worth_a_look():
+                        self._look_at(worker, is_late, results)
             finally:  # after an interrupt, a worker still at work would answer the next call
                 for worker in [worker for worker in self._workers if worker.job is not None]:
                     self._remove(worker)
@@ -143,8 +143,8 @@ class ProcessPool:
         for _ in range(min(self._most - len(self._workers), len(waiting) - coming)):
             self._workers.append(_Worker(self._program, self._seconds, self._megabytes))
 
-    def _worth_a_look(self) -> list[_Worker]:
-        """Wait until a worker has written, has ended or is late; returns those workers."""
+    def _worth_a_look(self) -> list[tuple[_Worker, bool]]:
+        """Wait until a worker has written, has ended or is late; returns those workers, and whether they are late."""
         with selectors.DefaultSelector() as selector:
             expected = [worker for worker in self._workers if worker.job is not None or not worker.is_ready]
             for worker in expected:
@@ -153,10 +153,10 @@ class ProcessPool:
             left = min((worker.deadline for worker in expected), default=0.0) - time.monotonic()
             written = [key.data for key, _ in selector.select(max(left, 0.0))]
         now = time.monotonic()
-        return written + [worker for worker in expected if worker not in written and worker.deadline <= now]
+        late = [worker for worker in expected if worker not in written and worker.deadline <= now]
+        return [(worker, False) for worker in written] + [(worker, True) for worker in late]
 
-    def _look_at(self, worker: _Worker, results: list[Any]) -> None:
-        is_late = worker.deadline <= time.monotonic()
+    def _look_at(self, worker: _Worker, is_late: bool, results: list[Any]) -> None:
         line = b"" if is_late else worker.receive()
         if line is None:
             return
