@@ -81,7 +81,7 @@ def tidy(text: str) -> str:
     """An answer as math-verify reads it best: no currency, no unit in words, no spaces in a number."""
     text = " ".join(text.replace("\\$", "").replace("$", "").replace("\x00", "").split())
     text = re.sub(r"^\\\((.*)\\\)$|^\\\[(.*)\\\]$", lambda m: m[1] or m[2] or "", text).strip("*").rstrip(".。 ")
-    text = re.sub(r"[€£¥₹]", "", text).strip()
+    text = re.sub(r"[€£¥₹]", "", text).replace("\u2212", "-").strip()  # a minus sign that is no hyphen
     text = re.sub(r"(?<=\d)(?:\\[,!;]| )(?=\d{3}(?!\d))", "", text)
     text = re.sub(rf"^({_NUMBER})[eE]([-+]?\d+)$", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"^([-+]?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)

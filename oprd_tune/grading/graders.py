@@ -65,7 +65,10 @@ class MathAnswer:
         questions = [_question(str(response), str(answer)) for response, answer in pairs]
         open_ones = [question for question in questions if not isinstance(question, bool)]
         late, died = self._pool.late, self._pool.died
-        found = iter(self._pool.run(open_ones))
+        try:
+            found = iter(self._pool.run(open_ones))
+        except ChildProcessError as error:
+            raise ChildProcessError(f"{error}; pip install 'oprd-tune[eval]' installs what grading takes") from error
         verdicts = [question if isinstance(question, bool) else bool(next(found)) for question in questions]
         late, died = self._pool.late - late, self._pool.died - died
         if late or died:

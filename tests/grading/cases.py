@@ -13,6 +13,7 @@ NUMBERS = [
     boxed("42", "41", False),
     boxed("-3", "-3"),
     boxed("-3", "3", False),
+    boxed("\u22123", "-3"),
     boxed("+3", "3"),
     boxed("0", "0"),
     boxed("0.5", "1/2"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import threading
 import time
 
@@ -116,6 +117,58 @@ def test_without_math_verify_the_extra_is_named(monkeypatch):
         math_answer("1", "1")
     with pytest.raises(ConfigError, match=r"task_accuracy.grader: .*pip install 'oprd-tune\[eval\]'"):
         TaskAccuracy(None, None, grader="oprd_tune.grading.math_answer", max_new_tokens=1)
+
+
+def test_workers_that_cannot_start_are_found_at_construction(tmp_path):
+    grader = MathAnswer()
+    grader._pool._program = tmp_path / "worker.py"
+    grader._pool._program.write_text("raise SystemExit(7)")
+    message = r"task_accuracy.grader: worker.py does not start: exit 7; pip install 'oprd-tune\[eval\]'"
+    with pytest.raises(ConfigError, match=message):
+        TaskAccuracy(None, None, grader=grader, max_new_tokens=1)
+
+
+PIECES = [
+    "\\boxed{",
+    "\\boxed ",
+    "}",
+    "{",
+    "####",
+    "\n",
+    "$",
+    "answer is ",
+    "答案是",
+    "。",
+    "1,000",
+    "\\text{",
+    " ",
+    ".",
+]
+PIECES += [
+    "7",
+    "-",
+    "x",
+    "\\",
+    "\x00",
+    "\ud800",
+    "Monday",
+    "(C)",
+    "percent",
+    "\\frac",
+    "1e5",
+    "*",
+    ":",
+    "\\,",
+    "\u0660",
+]
+
+
+def test_no_text_breaks_what_reads_it():
+    rng = random.Random(0)
+    for _ in range(3000):
+        response, answer = ("".join(rng.choices(PIECES, k=rng.randint(0, 30))) for _ in range(2))
+        found = graders._question(response, answer)
+        assert isinstance(found, bool) or max(map(len, found[:2])) < 4000
 
 
 @pytest.mark.parametrize(("name", "value"), [("seconds", 0), ("workers", 0), ("megabytes", -1)])
