@@ -5,7 +5,7 @@ Each guide in CONTRIBUTING.md ("Add a loss", "Add an engine", …) starts from o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +244,16 @@ class Grader(Protocol):
     """Says whether a response is right."""
 
     def __call__(self, response: str, answer: str, /) -> bool: ...
+
+
+@runtime_checkable
+class BatchGrader(Protocol):
+    """A grader that is quicker for many responses at once. A plain function is no such grader, and needs not be."""
+
+    def __call__(self, response: str, answer: str, /) -> bool: ...
+
+    def grade(self, pairs: Sequence[tuple[str, str]], /) -> list[bool]:
+        """Whether each response is right, for pairs (response, answer)."""
 
 
 # ---- logging ----

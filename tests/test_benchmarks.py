@@ -52,6 +52,14 @@ def test_objectives(tmp_path):
 
 
 @pytest.mark.slow
+def test_grading(tmp_path):
+    rows = run("grading.py", tmp_path, "--count", "20", "--repeats", "1", "--workers", "1", "2", "--seconds", "1")
+    assert [row["workers"] for row in rows] == [1, 2]
+    assert all(row["verdict"] < row["start"] and row["endless"] > 0.9 for row in rows)
+    assert "| 2 |" in (tmp_path / "grading.md").read_text()
+
+
+@pytest.mark.slow
 def test_prompts(tmp_path):
     rows = run("prompts.py", tmp_path, "--count", "30", "--repeats", "1", "--threads", "1")
     assert [(row["kind"], row["threads"], row["prompts"]) for row in rows] == [("text", 1, 30), ("messages", 1, 30)]

@@ -27,7 +27,7 @@ LAYERS = [
 ONLY_IN = {
     "vllm": "rollout/vllm/",
     "torchao": "teacher/quantize.py",
-    "math_verify": "grading/graders.py",
+    "math_verify": "grading/verdict_worker.py",
     "transformers": ("data/", "teacher/", "modeling/families/"),
 }
 COMPAT = ROOT / "oprd_tune" / "torchtune_compat.py"

@@ -8,8 +8,16 @@ from typing import Any
 
 from torchtune.data import Message
 
+from oprd_tune.data.benchmarks import (
+    Benchmark,
+    find_benchmark,
+    fit_to_columns,
+    instruction_text,
+    joined,
+    with_instruction,
+)
 from oprd_tune.data.chats import Messages, Prompt, as_answer, as_conversation, as_prompt, is_empty, with_system
-from oprd_tune.data.sources import column, read_columns
+from oprd_tune.data.sources import Columns, column, read_columns
 from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Tokenizer
@@ -181,12 +189,16 @@ def _check_template(name: str, template: str | None, otherwise: str = "") -> Non
 def prompt_dataset(
     tokenizer: Tokenizer,
     *,
-    source: str,
+    source: str | None = None,
+    benchmark: str | None = None,
+    path: str | None = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     subset: str | None = None,
+    revision: str | None = None,
     first: int | None = None,
+    instruction: str | None = None,
     max_prompt_tokens: int | None = None,
     prompt_template: str | None = None,
     system_prompt: str | None = None,
@@ -197,36 +209,29 @@ def prompt_dataset(
 
     Args:
         source: a hub name such as `openai/gsm8k`, or a path to a .json, .jsonl, .csv or .parquet file.
+        benchmark: in place of `source`, a name in `benchmarks.BENCHMARKS`, such as `aime24`. It also decides columns,
+            split, subset, revision and instruction, unless they are given.
+        path: a local file with the rows of the benchmark, in the layout of the hub or of verl.
         prompt_column: the column with the prompts: texts, or lists of chat messages. None takes the first of
             `PROMPT_COLUMNS` that is there. In a column `messages`, the assistant's last message is no prompt but the
             reference answer, unless `answer_column` names another.
         answer_column: the column with the reference answers, for evaluation and perplexity; see `as_answer`. A dot
             leads into a struct, as in `reward_model.ground_truth`; likewise for `prompt_column`.
-        split: a split of the hub's data set or of the file; may be a slice such as `train[:2000]`.
+        split: a split of the hub's data set or of the file, by default `train`; may be a slice such as `train[:2000]`.
         subset: the configuration of the hub's data set, such as `main`.
+        revision: a commit, branch or tag of the hub's data set; None takes its newest commit.
         first: keep only this many rows, from the start.
+        instruction: what ends the user's message: `boxed`, `none` or a text. None adds a benchmark's own, or nothing.
 
     Raises:
-        ConfigError: if the source cannot be read, lacks a column or holds other types in it, or if no prompt is left.
+        ConfigError: if the source cannot be read, lacks a column or holds other types in it, if arguments contradict
+            each other, or if no prompt is left.
     """
-    columns = read_columns(source, split, subset)
-    name = prompt_column or next((name for name in PROMPT_COLUMNS if name in columns), None)
-    if name is None:
-        raise ConfigError(
-            f"{source} has none of the columns {', '.join(PROMPT_COLUMNS)}; name its prompts by dataset.prompt_column. "
-            f"It has {list(columns)}"
-        )
-    read = as_conversation if name.split(".")[-1] == _CONVERSATIONS else _prompt_alone
-    values = column(columns, name, source=source, first=first)
-    pairs = [read(value, f"row {i} of column {name!r} in {source}") for i, value in enumerate(values)]
-    answers: Sequence[Any] = [answer for _, answer in pairs]
-    if answer_column is not None:
-        answers = column(columns, answer_column, source=source, first=first)
-        where = f"column {answer_column!r} in {source}"
-        answers = [as_answer(answer, f"row {i} of {where}") for i, answer in enumerate(answers)]
-    rows = [{"prompt": prompt, "answer": answer} for (prompt, _), answer in zip(pairs, answers, strict=True)]
+    own = {"prompt_column": prompt_column, "answer_column": answer_column, "instruction": instruction}
+    found = find_benchmark(benchmark, source, path, split=split, subset=subset, revision=revision, **own)
+    columns = read_columns(found.source, found.split, found.subset, found.revision)
     return PromptDataset(
-        rows,
+        _read_rows(columns, found if path is None else fit_to_columns(found, list(columns), **own), first),
         tokenizer,
         max_prompt_tokens=max_prompt_tokens,
         prompt_template=prompt_template,
@@ -234,6 +239,29 @@ def prompt_dataset(
         teacher_tokenizer=teacher_tokenizer,
         teacher_prompt_template=teacher_prompt_template,
     )
+
+
+def _read_rows(columns: Columns, found: Benchmark, first: int | None) -> list[dict[str, Any]]:
+    """The prompts, with their instruction, and the reference answers of the first rows."""
+    source, instruction = found.source, instruction_text(found.instruction)
+    name = found.prompt_column or next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if name is None:
+        raise ConfigError(
+            f"{source} has none of the columns {', '.join(PROMPT_COLUMNS)}; name its prompts by dataset.prompt_column. "
+            f"It has {list(columns)}"
+        )
+    read = as_conversation if name.split(".")[-1] == _CONVERSATIONS else _prompt_alone
+    values = column(columns, name, source=source, first=first)
+    places = [f"row {i} of column {name!r} in {source}" for i in range(len(values))]
+    pairs = [read(value, place) for value, place in zip(values, places, strict=True)]
+    answers: Sequence[Any] = [answer for _, answer in pairs]
+    if found.answer_column is not None:
+        answers = column(columns, found.answer_column, source=source, first=first)
+        answers = [joined(answer) for answer in answers] if found.answers_in_list else answers
+        where = f"column {found.answer_column!r} in {source}"
+        answers = [as_answer(answer, f"row {i} of {where}") for i, answer in enumerate(answers)]
+    prompts = [with_instruction(p, instruction, place) for (p, _), place in zip(pairs, places, strict=True)]
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _prompt_alone(value: Any, where: str) -> tuple[Prompt, str | None]:

@@ -29,7 +29,7 @@ class WrittenNumber(float):
         return self._text
 
 
-def read_columns(source: str, split: str, subset: str | None) -> Columns:
+def read_columns(source: str, split: str, subset: str | None, revision: str | None = None) -> Columns:
     """The columns of a split by name.
 
     We read JSON and CSV ourselves. The `datasets` library, which reads the rest, would give a column one type, and so
@@ -40,15 +40,20 @@ def read_columns(source: str, split: str, subset: str | None) -> Columns:
         source: a hub name such as `openai/gsm8k`, or a path to a file that ends in one of `SUFFIXES`.
         split: a split of the hub's data set; a file has `train` alone. May be a slice such as `train[:2000]`.
         subset: the configuration of the hub's data set, such as `main`.
+        revision: a commit, branch or tag of the hub's data set; None takes its newest commit.
 
     Raises:
-        ConfigError: if the source cannot be read. It names the line of a file.
+        ConfigError: if the source cannot be read, or if a file is asked for a subset or a revision. It names the line
+            of a file.
     """
     from datasets import load_dataset
 
     path = Path(source).expanduser()
     if path.suffix in SUFFIXES and not path.is_file():
         raise ConfigError(f"dataset.source: there is no file {path}")
+    for name, value in (("subset", subset), ("revision", revision)):
+        if value is not None and path.suffix in SUFFIXES:
+            raise ConfigError(f"dataset.{name} {value!r} is for the hub, but {path} is a file; leave it out")
     try:
         if path.suffix in (".json", ".jsonl"):
             return _columns_of(_cut(_json_rows(path), split))
@@ -57,7 +62,7 @@ def read_columns(source: str, split: str, subset: str | None) -> Columns:
         if path.suffix == ".parquet":
             data = load_dataset("parquet", data_files=str(path), split=split)
         else:
-            data = load_dataset(source, subset, split=split)
+            data = load_dataset(source, subset, split=split, revision=revision)
         return {name: data[name] for name in data.column_names}
     except ConfigError:
         raise

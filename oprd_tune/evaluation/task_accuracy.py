@@ -9,7 +9,7 @@ from oprd_tune.config.checks import check_whole
 from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation.texts import decode_responses, need_answers
-from oprd_tune.protocols import Grader, PromptSource, Tokenizer
+from oprd_tune.protocols import BatchGrader, Grader, PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import Sampler, sampling_bytes
 from oprd_tune.types import Prompts, SamplingRequest
@@ -21,7 +21,8 @@ class TaskAccuracy:
     Args:
         dataset: held-out prompts with reference answers. None raises a ConfigError that says what is missing.
         tokenizer: decodes responses.
-        grader: a function (response, answer) → bool, or its dotted path, such as `oprd_tune.grading.exact_match`.
+        grader: a function (response, answer) → bool, or its dotted path, such as `oprd_tune.grading.exact_match`. It
+            may be a `protocols.BatchGrader`, which gets all responses at once.
         max_new_tokens: the length limit of an answer.
         samples_per_prompt: the number of answers to each prompt.
         seed: the seed of the noise. Every evaluation uses the same noise, so only the model makes a difference.
@@ -51,8 +52,8 @@ class TaskAccuracy:
         check_whole("task_accuracy.batch_size", batch_size)
         self._grader: Grader = find_function("task_accuracy.grader", grader)
         try:
-            self._grader("0", "0")
-        except ImportError as error:
+            self._grader("1/2", "0.5")  # takes whatever the grader needs
+        except (ImportError, ChildProcessError) as error:
             raise ConfigError(f"task_accuracy.grader: {error}") from error
         dataset = need_answers(dataset, "task_accuracy")
         self._ranks = ranks or Ranks()
@@ -84,6 +85,11 @@ class TaskAccuracy:
         responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, self._tokenizer)
         repeats = range(self.request.samples_per_prompt)
         answers = [str(answer) for answer in self._prompts.answers for _ in repeats]
-        scored = [sum(map(self._grader, responses, answers)), len(answers)] if self._counts else [0, 0]
+        pairs = list(zip(responses, answers, strict=True)) if self._counts else []
+        if isinstance(self._grader, BatchGrader):
+            verdicts = self._grader.grade(pairs)
+        else:
+            verdicts = [self._grader(response, answer) for response, answer in pairs]
+        scored = [sum(verdicts), len(pairs)]
         right, count = self._ranks.total(scored)
         return right / count

@@ -50,6 +50,29 @@ def test_accuracy_is_the_graders_mean(monkeypatch):
     assert measure(make_model(vocab=16)) == 0.5
 
 
+class Batches:
+    """A grader that notes what it is given at once."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, response, answer, /):
+        return response == answer
+
+    def grade(self, pairs, /):
+        self.seen.append(pairs)
+        return [response == answer for response, answer in pairs]
+
+
+def test_a_grader_of_batches_gets_all_responses_at_once(monkeypatch):
+    responses = ["2", "51", "50", "50", "9", "8"]
+    monkeypatch.setattr("oprd_tune.evaluation.task_accuracy.decode_responses", lambda *_: responses)
+    grader = Batches()
+    measure = TaskAccuracy(data(), tokenizer(), grader=grader, max_new_tokens=3, samples_per_prompt=2)
+    assert measure(make_model(vocab=16)) == 4 / 6
+    assert grader.seen == [list(zip(responses, ["2", "2", "50", "50", "9", "9"], strict=True))]
+
+
 def test_evaluators_explain_what_they_lack():
     with pytest.raises(ConfigError, match="grader 'oprd_tune.grading.fuzzy' cannot be found"):
         TaskAccuracy(data(), tokenizer(), grader="oprd_tune.grading.fuzzy", max_new_tokens=3)
