@@ -118,7 +118,12 @@ class Run:
             self.step = load_checkpoint(
                 self.checkpoint, student.model, student.optimizer, self._stateful, seed=s.seed, ranks=self._ranks
             )
-        self.journal.open(self._logger, data.tokenizer, first_step=self.step + (self.checkpoint is not None))
+        self.journal.open(
+            self._logger,
+            data.tokenizer,
+            first_step=self.step + (self.checkpoint is not None),
+            graded=getattr(data.task_accuracy, "samples", None),  # an evaluator of the user's may lack it
+        )
         if self._logger is not None:
             self._logger.log_config(OmegaConf.create(dict(self.parts.record)))
 
