@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def compare(folders: Sequence[Path], out: Path, *, against: str = "steps") -> No
     """
     groups = group_by_seed(read_runs(folders))
     width = shutil.get_terminal_size((100, 24)).columns
-    print(f"\n{for_terminal(results(groups), width)}\n\n{NOTE}")
+    print(f"\n{for_terminal(results(groups), width)}\n\n{textwrap.fill(NOTE, width)}")
     if len(groups) > 1:
         print(f"\nDifferences in their configs:\n\n{for_terminal(differences(groups), width)}")
     if said := remarks([run for group in groups for run in group.runs]):
@@ -58,7 +59,7 @@ def compare(folders: Sequence[Path], out: Path, *, against: str = "steps") -> No
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.md").write_text(as_markdown(groups, "compare.png"))
         (out / "compare.json").write_text(json.dumps(as_data(groups), indent=1, default=str) + "\n")
-        draw(groups, against=against).savefig(out / "compare.png", dpi=110)
+        draw(groups, against=against).savefig(out / "compare.png", dpi=100, pil_kwargs={"optimize": True})
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error}") from error
     print(f"\nwrote {out / 'compare.md'}, compare.json and compare.png")

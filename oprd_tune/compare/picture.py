@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from oprd_tune.compare.past_run import KL
 from oprd_tune.compare.seed_groups import Group, Point
 
 AXES = {"steps": "optimizer steps", "seconds": "seconds in the training loop"}
 _WIDE = 20.0  # a curve whose values span more than this factor is drawn on a logarithmic axis
+_OUTLIER = 2.0  # a step that took so many times what 98 % of the steps took leaves the picture
 _FEW = 30  # points that are marked one by one
 _COLUMNS = 4
 
@@ -27,14 +28,14 @@ class Panel:
     pattern: str
 
 
-_ACCURACY, _PERPLEXITY = "eval/accuracy", "eval/perplexity"
+_ACCURACY, _PERPLEXITY, _SECONDS = "eval/accuracy", "eval/perplexity", "time/step"
 PANELS = [
     Panel("held-out accuracy", _ACCURACY),
     Panel("perplexity of reference answers", _PERPLEXITY),
     Panel("loss", "loss/total"),
     Panel("KL, student to teacher, nats/token", KL),
     Panel("response length, tokens", "rollout/response_tokens"),
-    Panel("seconds per step", "time/step"),
+    Panel("seconds per step", _SECONDS),
     Panel("peak memory, GiB", "memory/peak"),
 ]
 
@@ -51,7 +52,7 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
     """
     shown = [(panel, [group.curve(panel.pattern) for group in groups]) for panel in PANELS]
     shown = [(panel, curves) for panel, curves in shown if any(curves)]
-    columns = min(_COLUMNS, max(1, len(shown)))
+    columns = max(1, min(_COLUMNS if len(shown) > 6 else 3, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
@@ -63,7 +64,7 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
         axes.tick_params(labelsize=8)
         if panel.pattern == _ACCURACY:
             _add_teachers(axes, groups)
-        _scale(axes, panel, [point.value.mean for curve in curves for point in curve])
+        _scale(axes, panel, [level for curve in curves for p in curve for level in (p.value.low, p.value.high)])
     for place, axes in enumerate(grid):
         if place >= len(shown):
             axes.set_axis_off()
@@ -100,12 +101,14 @@ def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
         axes.set_yscale("log")
         if largest < 10 * smallest:  # few powers of ten, or none, lie within: show numbers between them
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.pattern == _ACCURACY:
         axes.set_ylim(0, 1.03)
+    elif panel.pattern == _SECONDS and largest > _OUTLIER * (usual := sorted(values)[int(0.98 * (len(values) - 1))]):
+        axes.set_ylim(0, 1.2 * usual)
     elif smallest >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * largest or 1)
 
 
 def _add_legend(figure: Any, groups: Sequence[Group], empty: Sequence[Any]) -> None:

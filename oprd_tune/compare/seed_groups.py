@@ -12,7 +12,7 @@ from typing import Any
 
 from oprd_tune.compare.past_run import PastRun
 
-_MOST_POINTS = 100  # of a curve; of more, neighbouring steps are averaged
+_MOST_POINTS = 40  # of a curve; of more, neighbouring steps are averaged
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from oprd_tune.metrics.history import WINDOW, History
 _UNKNOWN_NOISE = 0.05  # of an accuracy whose number of graded answers is not known
 _PERPLEXITY_MARGIN = 0.01  # the same texts are read each time, so only rounding has to be allowed for
 _ENDLESS_SHARE = 0.9
+_IN_A_ROW = 3  # evaluations; a student may get worse for a moment while its states begin to move
 _LENGTH_FACTOR, _LENGTH_MARGIN = 2.0, 16  # below so many tokens a response is short, whatever the factor
 
 
@@ -22,17 +23,20 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
         history: the run.
         max_new_tokens: the length limit of a response.
         graded: the number of answers that an evaluation grades; None if not known.
-        ended: whether to say also what only counts at the end, and to judge a run of few steps.
+        ended: whether to say also what only counts at the end. Before, a student is worse only if it was so in three
+            evaluations in a row, and lengths are judged from ten steps on.
     """
     lengths = [[length for length, _ in window] for window in (history.first_responses, history.last_responses)]
     latest = [*history.first_responses, *history.last_responses][-WINDOW:]
     truncated = [share for _, share in latest] if ended or len(latest) == WINDOW else []
+    rows = history.evaluations
+    lasts = len(rows) > _IN_A_ROW and all(_measure(rows[0], row, graded) for row in rows[-_IN_A_ROW:])
     found = {
-        "worse": worse_than_before(history.evaluations, history.best, graded),
+        "worse": worse_than_before(rows, history.best, graded) if ended or lasts else None,
         "endless": never_ending(truncated, max_new_tokens),
         "skipped": skipped(history.not_finite_steps, history.skipped_steps - history.not_finite_steps),
         "length": length_change(*lengths),
-        "best": best_is_elsewhere(history.evaluations, history.best, graded) if ended else None,
+        "best": best_is_elsewhere(rows, history.best, graded) if ended else None,
     }
     return {kind: sentence for kind, sentence in found.items() if sentence is not None}
 
@@ -54,7 +58,7 @@ def worse_than_before(
     evaluations: Sequence[dict[str, Any]], best: dict[str, Any] | None, graded: int | None
 ) -> str | None:
     """The last evaluation is worse than the first: in accuracy by `falls`, else in perplexity by more than 1 %."""
-    if best is None or not (name := _measure(evaluations, evaluations[0], graded)):
+    if best is None or not (name := _measure(evaluations[0], evaluations[-1], graded)):
         return None
     before, after = evaluations[0][name], evaluations[-1][name]
     if best["step"] == evaluations[0]["step"]:
@@ -70,7 +74,7 @@ def best_is_elsewhere(
     evaluations: Sequence[dict[str, Any]], best: dict[str, Any] | None, graded: int | None
 ) -> str | None:
     """The last student is worse than the best trained one, beyond noise."""
-    if best is None or best["step"] == 0 or not (name := _measure(evaluations, best, graded)):
+    if best is None or best["step"] == 0 or not (name := _measure(best, evaluations[-1], graded)):
         return None
     last = evaluations[-1]
     return (
@@ -113,14 +117,13 @@ def skipped(not_finite: int, empty: int) -> str | None:
     return "; ".join(said) or None
 
 
-def _measure(evaluations: Sequence[dict[str, Any]], before: dict[str, Any], graded: int | None) -> str | None:
-    """The name of what is worse in the last evaluation than in `before`; None if nothing is."""
-    last = evaluations[-1]
-    if before["accuracy"] is not None and last["accuracy"] is not None:
-        return "accuracy" if falls(before["accuracy"], last["accuracy"], graded) else None
-    if before["perplexity"] is None or last["perplexity"] is None:
+def _measure(before: dict[str, Any], after: dict[str, Any], graded: int | None) -> str | None:
+    """The name of what is worse in a later evaluation; None if nothing is."""
+    if before["accuracy"] is not None and after["accuracy"] is not None:
+        return "accuracy" if falls(before["accuracy"], after["accuracy"], graded) else None
+    if before["perplexity"] is None or after["perplexity"] is None:
         return None
-    return "perplexity" if last["perplexity"] > (1 + _PERPLEXITY_MARGIN) * before["perplexity"] else None
+    return "perplexity" if after["perplexity"] > (1 + _PERPLEXITY_MARGIN) * before["perplexity"] else None
 
 
 def _shown(value: float) -> str:
