@@ -75,7 +75,7 @@ def for_terminal(table: Table, width: int) -> str:
     blocks, first = [], 1
     while first < len(widths):
         last = first + 1
-        while last < len(widths) and sum(widths[i] + 2 for i in (0, *range(first, last + 1))) <= width:
+        while last < len(widths) and widths[0] + sum(2 + w for w in widths[first : last + 1]) <= width:
             last += 1
         columns = (0, *range(first, last))
         lines = [
