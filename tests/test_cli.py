@@ -65,6 +65,14 @@ def test_export_explains_itself(tmp_path):
     assert "is no checkpoint" in result.stderr
 
 
+def test_compare_explains_itself(tmp_path):
+    result = call(sys.executable, "-m", "oprd_tune", "compare", tmp_path, cwd=ROOT)
+    assert result.returncode == 2
+    assert (
+        result.stderr == f"error: {tmp_path} is no run's folder: it has no config.yaml; give the output_dir of a run\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")

@@ -30,6 +30,9 @@ class TaskAccuracy:
         vocabulary: sample from the first so many token ids, as in training; None takes all.
         ranks: the processes that share the work.
 
+    Attributes:
+        samples: the number of answers that are graded, over all processes.
+
     Raises:
         ConfigError: if the grader cannot be found or a reference answer is missing.
     """
@@ -57,6 +60,7 @@ class TaskAccuracy:
             raise ConfigError(f"task_accuracy.grader: {error}") from error
         dataset = need_answers(dataset, "task_accuracy")
         self._ranks = ranks or Ranks()
+        self.samples = len(dataset) * samples_per_prompt
         own = range(self._ranks.rank, len(dataset), self._ranks.world_size)
         self._counts = bool(own)
         own = own or range(1)  # a rank without a prompt samples too, since every rank must run a sharded model

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+WINDOW = 10  # steps over which lengths of responses are averaged
 _MOST_COLUMNS = 256  # of the heatmap; with more, every second step is dropped
 
 
@@ -22,6 +23,10 @@ class History:
         cosines: for each step, the cosine of each tapped layer.
         max_logprob_gap: the largest gap between sampler and trainer at a token, in nats; None if never measured.
         skipped_steps: the number of optimizer steps without an update.
+        not_finite_steps: those of them whose loss or gradient was not finite.
+        first_responses: `[mean length, share that was cut]` of the responses of each of the first steps.
+        last_responses: the same of the latest steps; no step is in both.
+        told: the kinds of remarks that the run has made.
         response_tokens: the number of response tokens in all steps so far.
         loop_seconds: time spent in training steps, without start-up, evaluation and checkpoints.
     """
@@ -33,6 +38,10 @@ class History:
     cosines: dict[int, list[float]] = field(default_factory=dict)
     max_logprob_gap: float | None = None
     skipped_steps: int = 0
+    not_finite_steps: int = 0
+    first_responses: list[list[float]] = field(default_factory=list)
+    last_responses: list[list[float]] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
     response_tokens: int = 0
     loop_seconds: float = 0.0
 
@@ -49,6 +58,17 @@ class History:
         """Keep the `rollout/logprob_gap_max` of a step if it is the largest so far."""
         if (gap := metrics.get("rollout/logprob_gap_max")) is not None:
             self.max_logprob_gap = max(gap, self.max_logprob_gap or 0.0)
+
+    def add_responses(self, metrics: dict[str, float]) -> None:
+        """Keep the lengths of a step's responses, and the share that was cut."""
+        names = ("rollout/response_tokens", "rollout/truncated_share")
+        found = [metrics[name] for name in names if name in metrics]
+        if len(found) < len(names):
+            return
+        if len(self.first_responses) < WINDOW:
+            self.first_responses.append(found)
+        else:
+            self.last_responses = [*self.last_responses, found][-WINDOW:]
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
-from torchtune.training.metric_logging import save_config
 
 
 class TensorBoardLogger:
@@ -44,6 +43,8 @@ class TensorBoardLogger:
 
     def log_config(self, config: Any) -> None:
         """Save the config as `torchtune_config.yaml`, as torchtune's loggers do."""
+        from torchtune.training.metric_logging import save_config  # slow, and whoever only reads runs needs none of it
+
         save_config(config)
 
     def log_text(self, name: str, text: str, step: int) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from oprd_tune.config import OPRDSettings
 from oprd_tune.evaluation.texts import samples_as_markdown
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
+from oprd_tune.metrics.remarks import remarks
 from oprd_tune.metrics.step import StepResult, rollout_metrics, speed_metrics
+from oprd_tune.metrics.step_log import StepLog
 from oprd_tune.protocols import MetricLogger, RichLogger, Tokenizer
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.summary import as_table, summarise, write_summary
@@ -32,17 +37,25 @@ class Journal:
         self.phase = PhaseTimer(ranks.device)
         self.logged: dict[str, float] = {}
         self._logger: MetricLogger | None = None
+        self._log: StepLog | None = None
+        self._graded: int | None = None
         self._once: dict[str, float] = {}  # metrics that are logged with the first step only
 
-    def open(self, logger: MetricLogger | None, tokenizer: Tokenizer, *, first_step: int) -> None:
+    def open(self, logger: MetricLogger | None, tokenizer: Tokenizer, *, first_step: int, graded: int | None) -> None:
         """Start logging.
 
         Args:
             logger: the first rank's logger; None on the other ranks.
             tokenizer: decodes samples.
             first_step: the next step to log. Entries that a crashed run left at this step or later are hidden.
+            graded: the number of answers that an evaluation grades; None if not known.
         """
-        self._logger, self._tokenizer = logger, tokenizer
+        self._logger, self._tokenizer, self._graded = logger, tokenizer, graded
+        if self._ranks.first:
+            folder = Path(self._settings.output_dir)
+            self._log = StepLog(folder, first_step=first_step)
+            if first_step == 0:
+                (folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, whose checkpoints are gone
         if isinstance(logger, RichLogger):
             logger.resume_at(first_step)
 
@@ -62,10 +75,15 @@ class Journal:
         self._once = {}
         history.add_cosines(step, self.logged)
         history.add_logprob_gap(self.logged)
-        if self._logger is not None and step % self._settings.log_every_n_steps == 0:
-            self._logger.log_dict(self.logged, step)
+        history.add_responses(self.logged)
+        history.not_finite_steps += (
+            result.loss is None and "loss/total" in self.logged
+        )  # not logged if nothing was read
+        if step % self._settings.log_every_n_steps == 0:
+            self._write(self.logged, step)
         if isinstance(self._logger, RichLogger) and step % self._settings.log_samples_every_n_steps == 0:
             self._logger.log_text("rollout/samples", samples_as_markdown(rollout, self._tokenizer), step)
+        self._warn(step)
 
     def add_teacher_errors(self, errors: dict[int, float]) -> None:
         """Record and print the relative error of the teacher's hidden states after quantisation, by teacher layer."""
@@ -96,10 +114,10 @@ class Journal:
             "eval/teacher_accuracy": history.teacher_accuracy,
             "eval/gap_closed": history.gap_closed(accuracy),
         }
-        if self._logger is not None:
-            self._logger.log_dict({name: value for name, value in measured.items() if value is not None}, step)
+        self._write({name: value for name, value in measured.items() if value is not None}, step)
         if history.cosines and isinstance(self._logger, RichLogger):
             self._logger.log_figure("layers/cosine", history.cosine_figure(), step)
+        self._warn(step)
         return step > 0 and history.best is history.evaluations[-1]
 
     def show(self, bar: Any, loss: float | None) -> None:
@@ -124,8 +142,30 @@ class Journal:
         facts |= {"seed": s.seed, "dtype": s.dtype}
         facts["peak_memory_bytes"] = int(ranks.largest(peak_memory_bytes(ranks.device)))
         summary = summarise(self.history, **facts, device=ranks.device.type, world_size=ranks.world_size)
+        summary["graded_answers"] = self._graded
+        summary["remarks"] = list(self._remarks(ended=True).values())
         self.close()
         if ranks.first:
             folder = Path(s.output_dir)
             write_summary(folder, summary, self.history)
-            print(f"\n{as_table(summary)}\n\n  student     {student}\n  everything  {folder}")
+            said = "".join(f"  ! {sentence}\n" for sentence in summary["remarks"])
+            said = said and f"\n{said}"
+            print(f"\n{as_table(summary)}\n{said}\n  student     {student}\n  everything  {folder}")
+
+    def _write(self, metrics: dict[str, float], step: int) -> None:
+        if self._logger is not None:
+            self._logger.log_dict(metrics, step)
+        if self._log is not None:
+            history = self.history
+            self._log.add(step, metrics, seconds=history.loop_seconds, tokens=history.response_tokens)
+
+    def _remarks(self, *, ended: bool) -> dict[str, str]:
+        return remarks(self.history, max_new_tokens=self._settings.max_new_tokens, graded=self._graded, ended=ended)
+
+    def _warn(self, step: int) -> None:
+        """Make each remark once in a run, when it first holds."""
+        for kind, sentence in self._remarks(ended=False).items():
+            if kind not in self.history.told:
+                self.history.told.append(kind)
+                if self._ranks.first:
+                    tqdm.write(f"step {step}: {sentence}", file=sys.stderr)

@@ -110,7 +110,9 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(out, capsys):
     with pytest.raises(FloatingPointError, match="step 3"):
         recipe.train()
     assert all(torch.equal(a, b) for a, b in zip(before, recipe.student.model.parameters(), strict=True))
-    assert recipe.run.journal.history.skipped_steps == 2
+    history = recipe.run.journal.history
+    assert (history.skipped_steps, history.not_finite_steps) == (2, 2)
+    assert capsys.readouterr().err.count("step was not finite and skipped") == 1
 
 
 def test_neither_microbatches_nor_checkpointing_change_the_course(tmp_path):

@@ -1,0 +1,134 @@
+"""What the numbers of a run mean, in plain sentences. Numbers in, sentences out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from oprd_tune.metrics.history import WINDOW, History
+
+_UNKNOWN_NOISE = 0.05  # of an accuracy whose number of graded answers is not known
+_PERPLEXITY_MARGIN = 0.01  # the same texts are read each time, so only rounding has to be allowed for
+_ENDLESS_SHARE = 0.9
+_IN_A_ROW = 3  # evaluations; a student may get worse for a moment while its states begin to move
+_LENGTH_FACTOR, _LENGTH_MARGIN = 2.0, 16  # below so many tokens a response is short, whatever the factor
+
+
+def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended: bool) -> dict[str, str]:
+    """Everything worth saying about a run, by kind; empty if all is well.
+
+    Args:
+        history: the run.
+        max_new_tokens: the length limit of a response.
+        graded: the number of answers that an evaluation grades; None if not known.
+        ended: whether to say also what only counts at the end. Before, a student is worse only if it was so in three
+            evaluations in a row, and lengths are judged from ten steps on.
+    """
+    lengths = [[length for length, _ in window] for window in (history.first_responses, history.last_responses)]
+    latest = [*history.first_responses, *history.last_responses][-WINDOW:]
+    truncated = [share for _, share in latest] if ended or len(latest) == WINDOW else []
+    rows = history.evaluations
+    lasts = len(rows) > _IN_A_ROW and all(_measure(rows[0], row, graded) for row in rows[-_IN_A_ROW:])
+    found = {
+        "worse": worse_than_before(rows, history.best, graded) if ended or lasts else None,
+        "endless": never_ending(truncated, max_new_tokens),
+        "skipped": skipped(history.not_finite_steps, history.skipped_steps - history.not_finite_steps),
+        "length": length_change(*lengths),
+        "best": best_is_elsewhere(rows, history.best, graded) if ended else None,
+    }
+    return {kind: sentence for kind, sentence in found.items() if sentence is not None}
+
+
+def falls(before: float, after: float, graded: int | None) -> bool:
+    """Whether an accuracy is lower than before, beyond noise.
+
+    The rule: it fell by more than two standard errors of the difference, 2·√(p(1−p)/n + q(1−q)/n), where n answers were
+    graded each time. p and q are taken with one more right and one more wrong answer, so that 0 and 1 have noise too.
+    Both evaluations answer the same prompts with the same noise, so the true error is smaller. Without n, by 0.05.
+    """
+    if graded is None:
+        return before - after > _UNKNOWN_NOISE
+    shares = [(accuracy * graded + 1) / (graded + 2) for accuracy in (before, after)]
+    return before - after > 2 * math.sqrt(sum(p * (1 - p) for p in shares) / graded)
+
+
+def worse_than_before(
+    evaluations: Sequence[dict[str, Any]], best: dict[str, Any] | None, graded: int | None
+) -> str | None:
+    """The last evaluation is worse than the first: in accuracy by `falls`, else in perplexity by more than 1 %."""
+    if best is None or not (name := _measure(evaluations[0], evaluations[-1], graded)):
+        return None
+    before, after = evaluations[0][name], evaluations[-1][name]
+    if best["step"] == evaluations[0]["step"]:
+        what = f": the best was step {best['step']} ({name} {_shown(before)}, now {_shown(after)})"
+    else:
+        what = (
+            f" ({name} {_shown(before)}, now {_shown(after)}); the best was step {best['step']} ({_shown(best[name])})"
+        )
+    return f"worse than at the start{what}; lower optimizer.lr"
+
+
+def best_is_elsewhere(
+    evaluations: Sequence[dict[str, Any]], best: dict[str, Any] | None, graded: int | None
+) -> str | None:
+    """The last student is worse than the best trained one, beyond noise."""
+    if best is None or best["step"] == 0 or not (name := _measure(best, evaluations[-1], graded)):
+        return None
+    last = evaluations[-1]
+    return (
+        f"the best student is in best/, not final/: step {best['step']} ({name} {_shown(best[name])}), against "
+        f"{_shown(last[name])} after step {last['step']}"
+    )
+
+
+def never_ending(truncated: Sequence[float], max_new_tokens: int) -> str | None:
+    """At least 90 % of the latest responses were cut. `truncated` has the share of each of the latest steps."""
+    share = statistics.fmean(truncated) if truncated else 0.0
+    if share < _ENDLESS_SHARE:
+        return None
+    steps = "the last step" if len(truncated) == 1 else f"the last {len(truncated)} steps"
+    return (
+        f"responses never end: {share:.0%} reach max_new_tokens = {max_new_tokens} in {steps}; check EOS and the chat "
+        "template, or raise max_new_tokens"
+    )
+
+
+def length_change(first: Sequence[float], last: Sequence[float]) -> str | None:
+    """Responses have become twice as long, or half as long, and by 16 tokens or more: mean lengths of the first steps
+    of a run and of its latest ones, which must not overlap."""
+    if len(first) < WINDOW or len(last) < WINDOW:
+        return None
+    before, after = statistics.fmean(first), statistics.fmean(last)
+    short, long = sorted((before, after))
+    if long < _LENGTH_FACTOR * short or long - short < _LENGTH_MARGIN:
+        return None
+    return f"the student's responses {'grew' if after > before else 'shrank'} from {before:.0f} to {after:.0f} tokens"
+
+
+def skipped(not_finite: int, empty: int) -> str | None:
+    """Steps that changed nothing, because a loss or gradient was not finite or because no token was selected."""
+    said = []
+    if not_finite:
+        said.append(f"{_steps(not_finite)} not finite and skipped; lower optimizer.lr, or set dtype=fp32")
+    if empty:
+        said.append(f"{_steps(empty)} skipped since no token was selected; see truncated_responses and positions")
+    return "; ".join(said) or None
+
+
+def _measure(before: dict[str, Any], after: dict[str, Any], graded: int | None) -> str | None:
+    """The name of what is worse in a later evaluation; None if nothing is."""
+    if before["accuracy"] is not None and after["accuracy"] is not None:
+        return "accuracy" if falls(before["accuracy"], after["accuracy"], graded) else None
+    if before["perplexity"] is None or after["perplexity"] is None:
+        return None
+    return "perplexity" if after["perplexity"] > (1 + _PERPLEXITY_MARGIN) * before["perplexity"] else None
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:,.4g}"
+
+
+def _steps(count: int) -> str:
+    return "1 step was" if count == 1 else f"{count} steps were"
