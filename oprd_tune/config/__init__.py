@@ -1,7 +1,7 @@
 """Turn a config into settings and parts."""
 
 from oprd_tune.config.components import Component, construct
-from oprd_tune.config.parts import Parts, resolve
-from oprd_tune.config.settings import OPDSettings, OPRDSettings
+from oprd_tune.config.parts import EvalParts, Parts, resolve
+from oprd_tune.config.settings import EvalSettings, OPDSettings, OPRDSettings
 
-__all__ = ["Component", "OPDSettings", "OPRDSettings", "Parts", "construct", "resolve"]
+__all__ = ["Component", "EvalParts", "EvalSettings", "OPDSettings", "OPRDSettings", "Parts", "construct", "resolve"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,10 +19,8 @@ from oprd_tune.torchtune_compat import recipe_of_running_config
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A recipe's components, by config key. A component with a default is optional.
-
-    For more components in a recipe of your own, derive a frozen dataclass, and give each new field the default None.
+class EngineParts:
+    """The components of every recipe, by config key.
 
     Attributes:
         record: the whole config as plain values, with overrides, and with its short form written out. Checkpoints keep
@@ -30,29 +28,14 @@ class Parts:
     """
 
     record: Mapping[str, Any] = field(metadata={"key": False})
-    model: Component
-    checkpointer: Component
-    teacher_model: Component
-    teacher_checkpointer: Component
-    tokenizer: Component
-    dataset: Component
-    loss: Component
-    optimizer: Component
     rollout: Component
     metric_logger: Component = field(metadata=FREE_ON_RESUME)
-    lr_scheduler: Component | None = None
-    eval_dataset: Component | None = None
-    task_accuracy: Component | None = None
-    reference_perplexity: Component | None = None
-    teacher_tokenizer: Component | None = None
-    reader: Component | None = None
-    bridge: Component | None = None
 
     def components(self) -> list[Component]:
         """The components that the config has."""
         return [part for f in fields(self) if isinstance(part := getattr(self, f.name), Component)]
 
-    def with_rollout(self, path: str) -> Parts:
+    def with_rollout(self: PartsT, path: str) -> PartsT:
         """A copy with another rollout engine that gets the same arguments. The record names the new engine too."""
         section = {**self.record["rollout"], "_component_": path}
         return replace(self, record={**self.record, "rollout": section}, rollout=Component.find("rollout", section))
@@ -70,12 +53,54 @@ class Parts:
         return _differences(saved, self.record, may_differ)
 
 
+@dataclass(frozen=True)
+class Parts(EngineParts):
+    """A training recipe's components, by config key. A component with a default is optional.
+
+    For more components in a recipe of your own, derive a frozen dataclass, and give each new field the default None.
+    """
+
+    model: Component
+    checkpointer: Component
+    teacher_model: Component
+    teacher_checkpointer: Component
+    tokenizer: Component
+    dataset: Component
+    loss: Component
+    optimizer: Component
+    lr_scheduler: Component | None = None
+    eval_dataset: Component | None = None
+    task_accuracy: Component | None = None
+    reference_perplexity: Component | None = None
+    teacher_tokenizer: Component | None = None
+    reader: Component | None = None
+    bridge: Component | None = None
+
+
+@dataclass(frozen=True)
+class EvalParts(EngineParts):
+    """The components of `math_eval`. Each benchmark is called like a data set, with a tokenizer."""
+
+    benchmarks: Mapping[str, Component] = field(metadata={"named": True})
+
+
 SettingsT = TypeVar("SettingsT")
+PartsT = TypeVar("PartsT", bound=EngineParts)
+
+
+@overload
+def resolve(cfg: DictConfig, settings: type[SettingsT], *, recipe: str) -> tuple[SettingsT, Parts]: ...
+
+
+@overload
+def resolve(
+    cfg: DictConfig, settings: type[SettingsT], *, recipe: str, parts: type[PartsT]
+) -> tuple[SettingsT, PartsT]: ...
 
 
 def resolve(
-    cfg: DictConfig, settings: type[SettingsT], *, recipe: str, parts: type[Parts] = Parts
-) -> tuple[SettingsT, Parts]:
+    cfg: DictConfig, settings: type[SettingsT], *, recipe: str, parts: type[Any] = Parts
+) -> tuple[SettingsT, Any]:
     """Check every key of a config; returns its scalars, and its components ready to be constructed.
 
     Args:
@@ -103,10 +128,21 @@ def resolve(
     required = [name for name, f in (scalar_fields | part_fields).items() if f.default is MISSING]
     if missing := [name for name in required if values.get(name) is None]:
         raise ConfigError(f"the config lacks {', '.join(shortened(missing))}")
-    found = {name: Component.find(name, values[name]) for name in part_fields if values.get(name) is not None}
+    found: dict[str, Any] = {
+        name: _find(name, values[name], f) for name, f in part_fields.items() if values.get(name) is not None
+    }
     hints = get_type_hints(settings)
     scalars = {name: _typed(name, values[name], hints[name]) for name in scalar_fields if name in values}
     return settings(**scalars), parts(record={**values, "recipe": recipe}, **found)
+
+
+def _find(name: str, section: Any, part: Field[Any]) -> Component | dict[str, Component]:
+    """A section's component; those by name of a section that holds several."""
+    if not part.metadata.get("named"):
+        return Component.find(name, section)
+    if not isinstance(section, Mapping) or not section:
+        raise ConfigError(f"{name} is {section!r}; give at least one section, each under a name")
+    return {str(key): Component.find(f"{name}.{key}", value) for key, value in section.items()}
 
 
 def _check_recipe(cfg: DictConfig, recipe: str) -> None:
@@ -138,6 +174,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return None
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
+        if get_origin(option) is dict and isinstance(value, dict):
+            return {str(key): _typed(f"{name}.{key}", item, get_args(option)[1]) for key, item in value.items()}
         if get_origin(option) is list and isinstance(value, list):
             return [_typed(name, item, get_args(option)[0]) for item in value]
         if isinstance(option, type) and isinstance(value, option) and (option is bool) == isinstance(value, bool):

@@ -122,3 +122,35 @@ class OPDSettings(OPRDSettings):
         super().__post_init__()
         for name in ("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"):
             check_whole(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The scalars of `math_eval`."""
+
+    output_dir: str = field(metadata=FREE_ON_RESUME)
+    models: dict[str, str] = field(metadata=FREE_ON_RESUME)
+    grader: str
+    max_new_tokens: int
+    samples_per_problem: int = 16
+    problems_per_batch: int = free(8)
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "bf16"
+    num_threads: int | None = free(None)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "samples_per_problem", "problems_per_batch"):
+            check_whole(name, getattr(self, name))
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; allowed are {' and '.join(DTYPES)}")
+        if not self.models:
+            raise ConfigError("models is empty; name at least one, such as `student: outputs/mine/final`")
+        for name in self.models:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ConfigError(f"models has the name {name!r}; allowed are letters, digits, _ and -")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision in which models compute."""
+        return DTYPES[self.dtype]

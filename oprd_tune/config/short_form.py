@@ -67,6 +67,9 @@ def expand(values: Mapping[str, Any]) -> Values:
     for name in ("tokenizer", "teacher_tokenizer"):
         if isinstance(found.get(name), str):
             found[name] = {"path": str(find_folder(name, found[name]))}
+    for name, section in (found.get("benchmarks") or {}).items():
+        if isinstance(section, Mapping) and not _is_whole(section):
+            found["benchmarks"] = {**found["benchmarks"], name: {"_component_": _USUAL["dataset"], **section}}
     for name in dict.fromkeys((*implied, *_USUAL)):
         section = found.get(name, {} if name in implied else None)
         if isinstance(section, Mapping) and not _is_whole(section):

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from oprd_tune.config.parts import Parts
+from oprd_tune.config.parts import PartsT
 from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.vllm.colocated import import_vllm
@@ -20,7 +20,7 @@ def auto(*, temperature: float = 1.0) -> NoReturn:
     raise ConfigError(f"{AUTO} is no engine itself; recipes put one in its place, see `choose_engine`")
 
 
-def choose_engine(parts: Parts, saved: str | None, device: torch.device, ranks: Ranks) -> Parts:
+def choose_engine(parts: PartsT, saved: str | None, device: torch.device, ranks: Ranks) -> PartsT:
     """Replace `auto` by a real engine, and print its name. All ranks must call. Any other engine is kept.
 
     A run that resumes keeps the engine `saved` in its checkpoint; for a new run, `saved` is None.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torchtune import training, utils
 
-from oprd_tune.config import OPRDSettings
+from oprd_tune.config import EvalSettings, OPRDSettings
 from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks, join_ranks
 
 
-def join_run(settings: OPRDSettings) -> Ranks:
+def join_run(settings: OPRDSettings | EvalSettings) -> Ranks:
     """Set threads, device and seed, and meet the other processes of the run.
 
     A device that the user names is never replaced by another. Without a name, the run takes CUDA if there is some, else
