@@ -6,7 +6,7 @@ between models are paired, problem by problem. Stopped at any moment, the same c
 if it had not been stopped. With several processes, each answers its own share of the problems.
 
     tune run math_eval --config tiny/eval
-    tune run math_eval --config math_eval models.mine=outputs/mine/final models.base=Qwen/Qwen2.5-1.5B
+    tune run math_eval --config aime models.mine=outputs/mine/final models.base=Qwen/Qwen2.5-1.5B
     tune cp math_eval my_eval.py; tune cp tiny/eval my.yaml; tune run my_eval.py --config my.yaml
 
 This file is meant to be copied and edited.
@@ -25,11 +25,12 @@ from torchtune import config
 from tqdm import tqdm
 
 from oprd_tune.config import EvalParts, EvalSettings, resolve
-from oprd_tune.config.components import check_offers, find_function
+from oprd_tune.config.components import check_offers
 from oprd_tune.evaluation.candidate import Candidate
 from oprd_tune.evaluation.samples import Sample
 from oprd_tune.evaluation.statistics import distinct_share
 from oprd_tune.evaluation.texts import decode_responses
+from oprd_tune.grading.calls import find_grader, grade_all
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.rollout import choose_engine
 from oprd_tune.run import join_run, launch
@@ -49,7 +50,7 @@ class MathEval:
     def setup(self) -> None:
         """Check everything: models, benchmarks, grader and engine. No weights are read."""
         s, parts = self.settings, self.parts
-        self.grade = find_function("grader", s.grader)
+        self.grader = find_grader("grader", s.grader)
         self.candidates = [Candidate.open(name, where, parts.benchmarks, s) for name, where in s.models.items()]
         self.new_engine()
         self.folder = EvalFolder(s.output_dir, parts.record, self.ranks)
@@ -89,24 +90,25 @@ class MathEval:
         seconds = (time.perf_counter() - start) / len(rollout)
         responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, candidate.tokenizer)
         texts = [candidate.tokenizer.decode(list(tokens), skip_special_tokens=False) for tokens in prompts.tokens]
+        k = self.settings.samples_per_problem
+        answers = [str(answer) for answer in prompts.answers for _ in range(k)]
+        verdicts = grade_all(self.grader, list(zip(responses, answers, strict=True)))
         samples = []
-        for row, response in enumerate(responses):
-            place, number = divmod(row, self.settings.samples_per_problem)
+        for row, (response, right) in enumerate(zip(responses, verdicts, strict=True)):
             tokens = rollout.tokens_BS[row][rollout.response_mask_BS[row]].tolist()
-            answer = str(prompts.answers[place])
             samples.append(
                 Sample(
                     model=candidate.name,
                     benchmark=benchmark,
-                    problem=own[place],
-                    number=number,
-                    right=bool(self.grade(response, answer)),
+                    problem=own[row // k],
+                    number=row % k,
+                    right=right,
                     tokens=len(tokens),
                     truncated=bool(rollout.truncated_B[row]),
                     distinct=distinct_share(tokens),
                     seconds=seconds,
-                    prompt=texts[place],
-                    answer=answer,
+                    prompt=texts[row // k],
+                    answer=answers[row],
                     response=response,
                 )
             )

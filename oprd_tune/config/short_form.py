@@ -67,13 +67,25 @@ def expand(values: Mapping[str, Any]) -> Values:
     for name in ("tokenizer", "teacher_tokenizer"):
         if isinstance(found.get(name), str):
             found[name] = {"path": str(find_folder(name, found[name]))}
-    for name, section in (found.get("benchmarks") or {}).items():
-        if isinstance(section, Mapping) and not _is_whole(section):
-            found["benchmarks"] = {**found["benchmarks"], name: {"_component_": _USUAL["dataset"], **section}}
+    if "benchmarks" in found:
+        found["benchmarks"] = _benchmarks(found["benchmarks"])
     for name in dict.fromkeys((*implied, *_USUAL)):
         section = found.get(name, {} if name in implied else None)
         if isinstance(section, Mapping) and not _is_whole(section):
             found[name] = {"_component_": _USUAL.get(name), **implied.get(name, {}), **section}
+    return found
+
+
+def _benchmarks(given: object) -> object:
+    """Benchmarks by name, from a list of names or from sections."""
+    if isinstance(given, list):
+        given = {str(name): {"benchmark": name} for name in given}
+    if not isinstance(given, Mapping):
+        return given
+    found: Values = {}
+    for name, section in given.items():
+        is_short = isinstance(section, Mapping) and not _is_whole(section)
+        found[str(name)] = {"_component_": _USUAL["dataset"], **section} if is_short else section
     return found
 
 

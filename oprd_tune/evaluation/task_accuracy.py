@@ -6,10 +6,9 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config.checks import check_whole
-from oprd_tune.config.components import find_function
-from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation.texts import decode_responses, need_answers
-from oprd_tune.protocols import BatchGrader, Grader, PromptSource, Tokenizer
+from oprd_tune.grading.calls import find_grader, grade_all
+from oprd_tune.protocols import Grader, PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import Sampler, sampling_bytes
 from oprd_tune.types import Prompts, SamplingRequest
@@ -53,11 +52,7 @@ class TaskAccuracy:
         check_whole("task_accuracy.max_new_tokens", max_new_tokens)
         check_whole("task_accuracy.samples_per_prompt", samples_per_prompt)
         check_whole("task_accuracy.batch_size", batch_size)
-        self._grader: Grader = find_function("task_accuracy.grader", grader)
-        try:
-            self._grader("1/2", "0.5")  # takes whatever the grader needs
-        except (ImportError, ChildProcessError) as error:
-            raise ConfigError(f"task_accuracy.grader: {error}") from error
+        self._grader = find_grader("task_accuracy.grader", grader)
         dataset = need_answers(dataset, "task_accuracy")
         self._ranks = ranks or Ranks()
         self.samples = len(dataset) * samples_per_prompt
@@ -90,10 +85,6 @@ class TaskAccuracy:
         repeats = range(self.request.samples_per_prompt)
         answers = [str(answer) for answer in self._prompts.answers for _ in repeats]
         pairs = list(zip(responses, answers, strict=True)) if self._counts else []
-        if isinstance(self._grader, BatchGrader):
-            verdicts = self._grader.grade(pairs)
-        else:
-            verdicts = [self._grader(response, answer) for response, answer in pairs]
-        scored = [sum(verdicts), len(pairs)]
+        scored = [sum(grade_all(self._grader, pairs)), len(pairs)]
         right, count = self._ranks.total(scored)
         return right / count

@@ -78,6 +78,14 @@ def test_a_logger_gets_a_folder_if_it_takes_one():
     assert expand(TINY | {"metric_logger": {"_component_": out}})["metric_logger"] == {"_component_": out}
 
 
+def test_benchmarks_are_names_or_sections():
+    found = expand({"benchmarks": ["aime24", "math500"]})["benchmarks"]
+    assert found["math500"] == {"_component_": "oprd_tune.data.prompt_dataset", "benchmark": "math500"}
+    assert list(found) == ["aime24", "math500"]
+    found = expand({"benchmarks": {"mine": {"source": "x.jsonl"}, "own": OWN}})["benchmarks"]
+    assert found == {"mine": {"_component_": "oprd_tune.data.prompt_dataset", "source": "x.jsonl"}, "own": OWN}
+
+
 def test_lora_adds_adapters_to_the_student():
     assert expand(TINY | {"lora": {"rank": 4}})["model"]["lora"] == {"rank": 4}
     with pytest.raises(ConfigError, match="lora adds adapters to `student`"):

@@ -35,6 +35,7 @@ def make_job():
             print("noise", flush=True)
             return "silent"
         if value == "pid":
+            time.sleep(0.02)  # so that no worker does all the work while another one waits for its turn on the CPU
             return os.getpid()
         return value * 2
     return job
