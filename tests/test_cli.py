@@ -74,6 +74,12 @@ def test_compare_explains_itself(tmp_path):
     )
 
 
+def test_prune_explains_itself(tmp_path):
+    result = call(sys.executable, "-m", "oprd_tune", "prune", "tiny/teacher", tmp_path, "--blocks", 3, cwd=ROOT)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path} exists already; give a folder that does not\n"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")

@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "losses", "modeling", "data", "grading", "metrics"},
     {"teacher", "rollout"},
     {"training", "preflight", "evaluation"},
-    {"run", "compare"},
+    {"run", "compare", "pruning"},
     {"tiny", "__main__"},
 ]
 ONLY_IN = {

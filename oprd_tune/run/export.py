@@ -57,7 +57,7 @@ def export_model(
         target: the folder to write. An older folder of that name is replaced once the new one is complete.
         dtype: the dtype of the merged weights.
     """
-    with _staged(target) as folder, quiet():
+    with staged(target) as folder, quiet():
         checkpointer = make_checkpointer(output_dir=str(folder / "export"))
         checkpointer.load_checkpoint()  # it can only write files and names that it has read
         state: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def staged(target: Path) -> Iterator[Path]:
     """Within the scope, a folder to fill. At the end of the scope it takes the place of `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staged, replaced = target.with_name(STAGED + target.name), target.with_name(_REPLACED + target.name)

@@ -18,13 +18,23 @@ NAMES = ("Qwen2", "Qwen3", "Llama 3.2", "Mistral")
 LENGTH = 8
 
 
-def sample(rank, folder):
-    """Greedy tokens of each export, by vLLM and by the native engine from the model that was exported."""
+def greedy_tokens(folder, model):
+    """Greedy tokens from a folder by vLLM, and from a model by the native engine."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     from vllm import LLM, SamplingParams
 
     options = SamplingParams(temperature=0, max_tokens=LENGTH, stop_token_ids=[1], detokenize=False)
     arguments = {"dtype": "float32", "max_model_len": 24, "skip_tokenizer_init": True, "enforce_eager": True}
+    engine = LLM(str(folder), generation_config="vllm", **arguments)
+    found = engine.generate([{"prompt_token_ids": list(tokens)} for tokens in PROMPTS.tokens], options)
+    wanted = native(model, temperature=0).sample(PROMPTS)
+    rows = zip(wanted.tokens_BS, wanted.response_mask_BS, strict=True)
+    own = [tokens_S[mask_S].tolist() for tokens_S, mask_S in rows]
+    return [list(one.outputs[0].token_ids) for one in found], own
+
+
+def sample(rank, folder):
+    """Both engines' tokens for each export."""
     results = {}
     for name in NAMES:
         source = folder / name
@@ -36,13 +46,7 @@ def sample(rank, folder):
             return hugging_face_checkpointer(str(source), output_dir)
 
         target = export_model(model.state_dict(), model, make_checkpointer, folder / "final", dtype=torch.float32)
-        engine = LLM(str(target), generation_config="vllm", **arguments)
-        found = engine.generate([{"prompt_token_ids": list(tokens)} for tokens in PROMPTS.tokens], options)
-        wanted = native(model, temperature=0).sample(PROMPTS)
-        rows = zip(wanted.tokens_BS, wanted.response_mask_BS, strict=True)
-        own = [tokens_S[mask_S].tolist() for tokens_S, mask_S in rows]
-        results[name] = [[list(one.outputs[0].token_ids) for one in found], own]
-        del engine
+        results[name] = greedy_tokens(target, model)
     (folder / "results.json").write_text(json.dumps(results))
 
 
