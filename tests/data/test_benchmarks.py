@@ -81,7 +81,7 @@ def test_rows_of_verl_are_read(tmp_path, seen, name, suffix):
 
 
 def test_explicit_columns_come_before_verls_layout(tmp_path):
-    with pytest.raises(ConfigError, match=r"no column \['final_answer'\]"):
+    with pytest.raises(ConfigError, match=r"no column 'final_answer'"):
         load(benchmark="deepmath", path=write(tmp_path, [VERL]), prompt_column="prompt")
 
 

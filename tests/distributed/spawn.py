@@ -1,6 +1,7 @@
 """Several processes on one machine. They meet over a file: nobody can take it, and it outlives whoever ends first."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -23,5 +24,7 @@ def _start(rank, world_size, store, function, args):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    # An ordinary exit destroys gloo's threads while they may still run. That aborts about once in a thousand times.
-    os._exit(0)
+    # An ordinary exit destroys gloo's threads while they may still run. That aborts about once in a thousand times. vLLM
+    # needs one: it removes its shared memory then.
+    if "vllm" not in sys.modules:
+        os._exit(0)
