@@ -24,7 +24,7 @@ def _start(rank, world_size, store, function, args):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    # An ordinary exit destroys gloo's threads while they may still run. That aborts about once in a thousand times. vLLM
-    # needs one: it removes its shared memory then.
+    # An ordinary exit destroys gloo's threads while they may still run. That aborts about once in a thousand times.
+    # vLLM needs an ordinary exit, in which it removes its shared memory.
     if "vllm" not in sys.modules:
         os._exit(0)
