@@ -42,6 +42,8 @@ RECIPE = "math_eval"
 class MathEval:
     """An evaluation of one or several models. Call `setup`, then `train`."""
 
+    goes_on_by = "the same command"
+
     def __init__(self, cfg: DictConfig) -> None:
         self.settings, parts = resolve(cfg, EvalSettings, recipe=RECIPE, parts=EvalParts)  # the config ends here
         self.ranks = join_run(self.settings)

@@ -120,6 +120,8 @@ def _read(folder: Path, name: str) -> PastRun:
         raise ConfigError(f"{folder}: config.yaml cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or "recipe" not in config:
         raise ConfigError(f"{folder}: config.yaml is none of a run's: it names no recipe")
+    if "models" in config:
+        raise ConfigError(f"{folder} holds an evaluation, which compares its models itself: see its comparison.md")
     summary = _read_summary(folder)
     lines = read_log(folder)
     if lines is None:

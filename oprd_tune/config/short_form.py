@@ -58,7 +58,7 @@ def expand(values: Mapping[str, Any]) -> Values:
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
         if name is not None:
             implied |= _model_sections(key, prefix, name, found)
-    if "tokenizer" not in found:
+    if "tokenizer" not in found or (isinstance(found["tokenizer"], Mapping) and not _is_whole(found["tokenizer"])):
         implied |= _tokenizer_sections(implied)
     if lora is not None:
         if "model" not in implied or _is_whole(found.get("model")):

@@ -59,7 +59,14 @@ class Candidate:
             if not benchmark.has_answers:
                 raise ConfigError(f"benchmarks.{key} has no reference answers; give answer_column")
         longest = max(len(benchmark[i][0]) for benchmark in found.values() for i in range(len(benchmark)))
-        context = build_on_meta(_builder(folder)).max_seq_len
+        model = build_on_meta(_builder(folder))
+        largest = max(benchmark.largest_token for benchmark in found.values())
+        if largest >= model.tok_embeddings.num_embeddings:
+            raise ConfigError(
+                f"models.{name}: its tokenizer gives the id {largest}, but the model has "
+                f"{model.tok_embeddings.num_embeddings} tokens; the tokenizer in {folder} is another model's"
+            )
+        context = model.max_seq_len
         if longest + settings.max_new_tokens > context:
             raise ConfigError(
                 f"models.{name}: the longest problem has {longest} tokens, and max_new_tokens is "
@@ -79,7 +86,7 @@ class Candidate:
         """Load the weights, in the form that rollout engines take. `scratch` is a folder for the engine's files."""
         where: dict[str, Any] = {"dtype": settings.torch_dtype}
         if can_build(self.folder):
-            files = hugging_face_checkpointer(str(self.folder), str(scratch / "unused"))
+            files = hugging_face_checkpointer(str(self.folder), str(scratch))
             build = partial(decoder, str(self.folder))
             check_weights(f"models.{self.name}", files, build_on_meta(build))
             model = load_decoder(build, files, device=ranks.device, **where)

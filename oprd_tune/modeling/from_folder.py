@@ -17,6 +17,8 @@ from oprd_tune.modeling.families import STATED, family_of, transformers_config
 from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
 from oprd_tune.modeling.folders import read_config
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
+
 
 @dataclass(frozen=True)
 class _Adapters:
@@ -25,7 +27,7 @@ class _Adapters:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    attn_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "output_proj"])
+    attn_modules: list[str] = field(default_factory=lambda: list(_ATTENTION))
     apply_to_mlp: bool = True
     use_dora: bool = False
 
@@ -33,6 +35,16 @@ class _Adapters:
         check_whole("lora.rank", self.rank)
         check_positive("lora.alpha", self.alpha)
         check_not_negative("lora.dropout", self.dropout)
+        given = self.attn_modules
+        # torchtune's builders pass over names that they do not know.
+        if not isinstance(given, list) or not set(given) <= set(_ATTENTION) or not (given or self.apply_to_mlp):
+            raise ConfigError(
+                f"lora.attn_modules is {given!r}; give a list of {', '.join(_ATTENTION)}, and at least one of them, or "
+                "apply_to_mlp"
+            )
+        for name in ("apply_to_mlp", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"lora.{name} is {getattr(self, name)!r}; give true or false")
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of torchtune's builders."""
@@ -66,6 +78,8 @@ def decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any] |
         arguments["max_seq_len"] = max_seq_len
     if lora is None:
         return family.build(**arguments)
+    if not isinstance(lora, Mapping):
+        raise ConfigError(f"lora is {lora!r}; give a section, such as {{rank: 8}}")
     known = {f.name for f in fields(_Adapters)}
     for key in lora:
         if key not in known:

@@ -23,6 +23,10 @@ from oprd_tune.run.folder import read_config, write_config
 _FREE = ("output_dir", "models", "problems_per_batch", "num_threads", "metric_logger")
 
 
+def _place(sample: Sample) -> tuple[str, str, int, int]:
+    return sample.model, sample.benchmark, sample.problem, sample.number
+
+
 class EvalFolder:
     """Keeps the samples of an evaluation, so that nothing is sampled twice. The first rank writes.
 
@@ -68,8 +72,13 @@ class EvalFolder:
         return [problem for problem in range(problems) if counts[problem] < k]
 
     def add(self, samples: Sequence[Sample]) -> None:
-        """Keep the samples of whole problems. Every rank gives its own."""
-        found = [sample for own in self._ranks.collect(list(samples)) for sample in own]
+        """Keep the samples of whole problems. Every rank gives its own.
+
+        A kill in the middle of a write leaves a problem with some of its samples. It is sampled again, and those that
+        are there already stay as they are.
+        """
+        known = {_place(sample) for sample in self.samples}
+        found = [sample for own in self._ranks.collect(list(samples)) for sample in own if _place(sample) not in known]
         self.samples += found
         if self._ranks.first:
             self._file.append(found)

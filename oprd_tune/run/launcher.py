@@ -21,12 +21,16 @@ from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, Roll
 from oprd_tune.registry import asked_for_one_process, recipe_files
 
 _USER_ERROR = 2
+_RESUME = "resume=true"
 _LATER_SECONDS = 3.0
 _LOST_PEER = ("Connection reset by peer", "Connection closed by peer")  # gloo's messages
 
 
 class Recipe(Protocol):
-    """The methods that every recipe class has."""
+    """The methods that every recipe class has.
+
+    A class may say in `goes_on_by` what continues it after an interruption; `resume=true` if it does not.
+    """
 
     def setup(self) -> None:
         """Check, load and prepare; raise NothingLeftToDo if the user asked for no more than that."""
@@ -59,6 +63,7 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
 
 def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> int:
     """Run a recipe in this process; returns its exit status. A user's mistake is printed without a traceback."""
+    goes_on_by = getattr(make_recipe, "goes_on_by", _RESUME)
     try:
         recipe = make_recipe(cfg)
         recipe.setup()
@@ -67,17 +72,17 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
         print(done)
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved before is kept, and resume=true continues from there", file=sys.stderr)
+        print(f"\ninterrupted; what was saved before is kept, and {goes_on_by} continues from there", file=sys.stderr)
         return 128 + signal.SIGINT
     except RolloutError as error:
-        return _save_and_tell(recipe, error)
+        return _save_and_tell(recipe, error, goes_on_by)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not any(reason in str(error) for reason in _LOST_PEER):
             raise
-        print("error: another rank is gone, and its own message says why; resume=true goes on", file=sys.stderr)
+        print(f"error: another rank is gone, and its own message says why; {goes_on_by} goes on", file=sys.stderr)
         return 1
     except (ConfigError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", 0))
@@ -87,11 +92,11 @@ def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> 
         return _USER_ERROR
 
 
-def _save_and_tell(recipe: Recipe, reason: RolloutError) -> int:
-    """Save what was learned before a rollout failed. All ranks save, and the first one prints the result."""
+def _save_and_tell(recipe: Recipe, reason: RolloutError, goes_on_by: str) -> int:
+    """Save what was done before a rollout failed. All ranks save, and the first one prints the result."""
     try:
         recipe.save()
-        saved = "What was learned until then, if anything, is saved; resume=true goes on from there"
+        saved = f"What was done until then, if anything, is saved; {goes_on_by} goes on from there"
     except CheckpointError as error:
         saved = f"And then {error}"
     if os.environ.get("RANK", "0") == "0":

@@ -43,6 +43,18 @@ def test_models_with_other_tokens_get_a_tokenizer_each():
     assert "teacher_tokenizer" not in expand(TINY | {"teacher": "tiny/teens_teacher", "tokenizer": OWN})
 
 
+def test_a_tokenizer_section_adds_to_the_folders_that_the_names_imply():
+    extra = {"tokenizer": {"chat_template_kwargs": {"enable_thinking": False}}}
+    found = expand(TINY | extra)["tokenizer"]
+    assert found["path"] == FOLDERS["teacher"]
+    assert found["chat_template_kwargs"] == {"enable_thinking": False}
+    found = expand(TINY | extra | {"teacher": "tiny/teens_teacher"})
+    assert (found["tokenizer"]["path"], found["teacher_tokenizer"]["path"]) == (
+        FOLDERS["student"],
+        FOLDERS["teens_teacher"],
+    )
+
+
 def test_the_only_chat_template_counts(tmp_path):
     folders = {name: shutil.copytree(FOLDERS[name], tmp_path / name) for name in ("student", "teacher")}
     names = {name: str(folder) for name, folder in folders.items()}

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from oprd_tune.errors import ConfigError
 from oprd_tune.modeling import decoder, hugging_face_checkpointer
 from oprd_tune.modeling.adapters import adapter_names
 from oprd_tune.modeling.families import FAMILIES
@@ -215,3 +216,21 @@ def test_conversion_there_and_back_changes_no_bit(name, tmp_path):
     back = family.to_hf(ours, config)
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"attn_modules": ["qproj"]}, "lora.attn_modules is .'qproj'.; give a list of q_proj, k_proj"),
+        ({"attn_modules": "q_proj"}, "lora.attn_modules is 'q_proj'; give a list"),
+        ({"attn_modules": [], "apply_to_mlp": False}, "at least one of them, or apply_to_mlp"),
+        ({"rank": 0}, "lora.rank is 0; it must be a whole number"),
+        ({"use_dora": "yes"}, "lora.use_dora is 'yes'; give true or false"),
+        ({"ranks": 8}, "unknown config key 'lora.ranks'; did you mean 'rank'"),
+        (8, "lora is 8; give a section"),
+    ],
+)
+def test_adapters_that_would_not_be_what_was_asked_for_are_an_error(lora, message, tmp_path):
+    write_reference(tmp_path / "model", "Qwen2")
+    with pytest.raises(ConfigError, match=message):
+        decoder(str(tmp_path / "model"), lora=lora)

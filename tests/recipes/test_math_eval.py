@@ -65,7 +65,7 @@ def test_every_verdict_is_the_graders(out):
     for one in found:
         assert one["right"] == (one["response"].strip() == one["answer"])
         assert one["tokens"] <= 8
-        assert one["truncated"] == (one["tokens"] == 8 and one["truncated"])
+        assert one["tokens"] == 8 or not one["truncated"]
 
 
 def test_a_killed_evaluation_goes_on_with_the_same_samples(tmp_path, monkeypatch):
@@ -97,6 +97,25 @@ def test_a_killed_evaluation_goes_on_with_the_same_samples(tmp_path, monkeypatch
         monkeypatch.setattr(NativeEngine, "generate", generate)
         assert samples(out) == wanted
         assert len(sampled) == 40 - min(6 * batches, 20) - max(0, 6 * (batches - 4))
+
+
+def test_a_kill_in_the_middle_of_a_problem_leaves_no_sample_twice(tmp_path):
+    assert evaluate(tmp_path / "whole") == 0
+    assert evaluate(tmp_path / "cut") == 0
+    path = tmp_path / "cut" / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: 4 * 9 + 2]))  # nine problems, and half of another one
+    assert evaluate(tmp_path / "cut") == 0
+    assert samples(tmp_path / "cut") == samples(tmp_path / "whole")
+
+
+def test_an_interruption_says_how_it_goes_on(out, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NativeEngine, "generate", interrupt)
+    assert evaluate(out) == 130
+    assert "the same command continues from there" in capsys.readouterr().err
 
 
 def test_models_may_be_added_but_nothing_else_may_change(out, capsys):

@@ -32,6 +32,7 @@ def test_every_component_can_be_constructed(name, tmp_path):
     student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
     assert student.tok_embeddings.weight.is_meta
     assert len(student.layers) <= len(teacher.layers)
+    assert Path(parts.tokenizer.arguments["path"]).is_dir()
     parts.loss()
     optimizer = parts.optimizer([torch.nn.Parameter(torch.zeros(2))])
     parts.lr_scheduler(optimizer, num_training_steps=settings.max_steps)
