@@ -224,13 +224,13 @@ class Selection:
 
     Attributes:
         index_T: positions in the flattened [B * S] grid, ascending and unique.
-        quarter_T: which quarter (0 to 3) of its response each selected token lies in; used for metrics only.
+        part_T: which of 16 equal parts (0 to 15) of its response each selected token lies in; for metrics only.
         teacher_index_T: the teacher's matching positions. They equal `index_T`, unless the teacher has another
             tokenizer: then they are positions in its own [B * U] grid.
     """
 
     index_T: Tensor
-    quarter_T: Tensor
+    part_T: Tensor
     teacher_index_T: Tensor
 
     def __len__(self) -> int:

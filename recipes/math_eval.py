@@ -28,9 +28,9 @@ from oprd_tune.config import EvalParts, EvalSettings, resolve
 from oprd_tune.config.components import check_offers
 from oprd_tune.evaluation.candidate import Candidate
 from oprd_tune.evaluation.samples import Sample
-from oprd_tune.evaluation.statistics import distinct_share
 from oprd_tune.evaluation.texts import decode_responses
 from oprd_tune.grading.calls import find_grader, grade_all
+from oprd_tune.metrics.step import distinct_share
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.rollout import choose_engine
 from oprd_tune.run import join_run, launch

@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config
 
-from oprd_tune.config import OPDSettings, construct, resolve
+from oprd_tune.config import OPRDSettings, construct, resolve
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
@@ -46,7 +46,7 @@ class OPDRecipe:
     """Output-space distillation on any number of devices. Call `setup`, then `train`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.settings, parts = resolve(cfg, OPDSettings, recipe=RECIPE)  # the config ends here
+        self.settings, parts = resolve(cfg, OPRDSettings, recipe=RECIPE)  # the config ends here
         self.ranks = join_run(self.settings)
         self.run = Run(parts, self.settings, self.ranks, recipe=RECIPE)
 
@@ -77,7 +77,7 @@ class OPDRecipe:
                     heads=self.heads,
                     pairs=self.pairs,
                     bridge=self.bridge,
-                    probe=self.probe(targets, tokens, rollout),
+                    probe=self.probe(targets, tokens, micro, rollout),
                 )
                 with layer_taps(self.student.model, stream.layers, stream):
                     sum_P = self.student.model(micro.tokens_BS)  # each part's sum over tokens, weighted
@@ -88,15 +88,15 @@ class OPDRecipe:
             loss = self.student.update(run.step + 1, metrics, part_names=self.loss.parts)
         return StepResult(loss, sampled, metrics)
 
-    def probe(self, targets: TeacherTargets, tokens: ResponseTokens, rollout: Rollout) -> Probe | None:
+    def probe(self, targets: TeacherTargets, tokens: ResponseTokens, micro: Rollout, rollout: Rollout) -> Probe | None:
         """Every so many steps, a look at both whole distributions at some of the microbatch's tokens."""
         s = self.settings
-        if (self.run.step + 1) % s.diagnostics_every_n_steps:
+        if s.diagnostics_every_n_steps is None or (self.run.step + 1) % s.diagnostics_every_n_steps:
             return None
         assert targets.final_TC is not None
         everywhere = rollout.response_tokens * self.ranks.world_size
         share = math.ceil(s.diagnostics_tokens * len(tokens) / everywhere)
-        return Probe(self.heads, targets.final_TC, tokens, count=share, k=s.diagnostics_k)
+        return Probe(self.heads, targets.final_TC, tokens, micro, count=share, k=s.diagnostics_k)
 
     def setup(self) -> None:
         """Check everything, then load it. What can be wrong is found before weights are read."""

@@ -29,6 +29,7 @@ from oprd_tune.run import Run, join_run, launch
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
+from oprd_tune.training.diagnosis import Diagnosis
 from oprd_tune.training.engine_start import start_engine
 from oprd_tune.training.gradients import split_alike
 from oprd_tune.training.student import Student
@@ -58,6 +59,9 @@ class OPRDRecipe:
         count = self.ranks.sum(len(self.select(rollout)))
         if count == 0:
             return StepResult(None, sampled, metrics)
+        if self.diagnosis.is_due(run.step + 1):
+            with run.phase("diagnosis"):
+                metrics.merge(self.diagnosis(rollout, self.teacher))
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss, self.teacher, micro_batches, self.select, self.ranks)
@@ -98,7 +102,8 @@ class OPRDRecipe:
         start_engine(self.engine, self.student, pair, self.data, s)
         teacher = run.load_teacher(pair, self.data, top=pair.teacher_top(plan))
         self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
-        self.teacher = FrozenTeacher(teacher, self.pairs, bridge=self.bridge)
+        self.diagnosis = Diagnosis(self.student.model, teacher, pair, s, self.ranks)  # reads the teacher's head
+        self.teacher = FrozenTeacher(teacher, self.pairs, final=pair.diagnosed, bridge=self.bridge)
         run.begin(self.student, self.data, self.engine, loss=self.loss)
 
     def train(self) -> int:

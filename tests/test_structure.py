@@ -178,9 +178,9 @@ def test_the_readme_quotes_costs_as_measured():
 def test_every_setting_is_documented_in_order():
     from dataclasses import fields
 
-    from oprd_tune.config import OPDSettings
+    from oprd_tune.config import OPRDSettings
 
     page = (ROOT / "docs" / "configuration.md").read_text()
-    places = [page.find(f"| `{field.name}` |") for field in fields(OPDSettings)]
+    places = [page.find(f"| `{field.name}` |") for field in fields(OPRDSettings)]
     assert all(place >= 0 for place in places)
     assert places == sorted(places)

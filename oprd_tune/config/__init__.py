@@ -2,6 +2,6 @@
 
 from oprd_tune.config.components import Component, construct
 from oprd_tune.config.parts import EvalParts, Parts, resolve
-from oprd_tune.config.settings import EvalSettings, OPDSettings, OPRDSettings
+from oprd_tune.config.settings import EvalSettings, OPRDSettings
 
-__all__ = ["Component", "EvalParts", "EvalSettings", "OPDSettings", "OPRDSettings", "Parts", "construct", "resolve"]
+__all__ = ["Component", "EvalParts", "EvalSettings", "OPRDSettings", "Parts", "construct", "resolve"]

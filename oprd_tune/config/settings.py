@@ -28,7 +28,7 @@ def free_fields(kind: type) -> set[str]:
 
 @dataclass(frozen=True)
 class OPRDSettings:
-    """The scalars of `oprd_distributed`.
+    """The scalars of the two training recipes.
 
     For more scalars in a recipe of your own, derive a frozen dataclass, and give each new field a default.
     """
@@ -70,14 +70,20 @@ class OPRDSettings:
     keep_checkpoints: int = free(2)
     log_every_n_steps: int = free(1)
     log_samples_every_n_steps: int = free(50)
+    diagnostics_every_n_steps: int | None = free(10)
+    diagnostics_tokens: int = free(256)
+    diagnostics_k: int = free(16)
 
     def __post_init__(self) -> None:
         for name in (
             *("max_steps", "max_prompt_tokens", "max_new_tokens", "prompts_per_step", "samples_per_prompt"),
             *("tokens_per_micro_batch", "positions_k", "evaluate_every_n_steps", "checkpoint_every_n_steps"),
             *("keep_checkpoints", "log_every_n_steps", "log_samples_every_n_steps", "max_nonfinite_steps"),
+            *("diagnostics_tokens", "diagnostics_k"),
         ):
             check_whole(name, getattr(self, name))
+        if self.diagnostics_every_n_steps is not None:
+            check_whole("diagnostics_every_n_steps", self.diagnostics_every_n_steps)
         for name, allowed in {
             "dtype": tuple(DTYPES),
             "master_dtype": (None, "fp32"),
@@ -108,20 +114,6 @@ class OPRDSettings:
     def torch_master_dtype(self) -> torch.dtype:
         """The precision in which trained parameters and the optimizer's state are kept."""
         return DTYPES[self.master_dtype or self.dtype]
-
-
-@dataclass(frozen=True)
-class OPDSettings(OPRDSettings):
-    """The scalars of `opd_topk_distributed`: those of `oprd_distributed`, and when to compare whole distributions."""
-
-    diagnostics_every_n_steps: int = free(10)
-    diagnostics_tokens: int = free(256)
-    diagnostics_k: int = free(16)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("diagnostics_every_n_steps", "diagnostics_tokens", "diagnostics_k"):
-            check_whole(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

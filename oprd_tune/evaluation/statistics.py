@@ -70,9 +70,3 @@ def _resampled_means(values_N: NDArray[np.float64], seed: int, resamples: int) -
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
     drawn = (generator.integers(len(values_N), size=(size, len(values_N))) for size in sizes)
     return np.concatenate([values_N[index].mean(1) for index in drawn])
-
-
-def distinct_share(tokens: Sequence[int], n: int = 4) -> float | None:
-    """The share of a response's n-grams that differ from each other; 1 without repetition. None if it is too short."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None

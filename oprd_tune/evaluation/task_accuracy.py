@@ -30,6 +30,7 @@ class TaskAccuracy:
         ranks: the processes that share the work.
 
     Attributes:
+        grader: the grader.
         samples: the number of answers that are graded, over all processes.
 
     Raises:
@@ -52,7 +53,7 @@ class TaskAccuracy:
         check_whole("task_accuracy.max_new_tokens", max_new_tokens)
         check_whole("task_accuracy.samples_per_prompt", samples_per_prompt)
         check_whole("task_accuracy.batch_size", batch_size)
-        self._grader = find_grader("task_accuracy.grader", grader)
+        self.grader = find_grader("task_accuracy.grader", grader)
         dataset = need_answers(dataset, "task_accuracy")
         self._ranks = ranks or Ranks()
         self.samples = len(dataset) * samples_per_prompt
@@ -85,6 +86,6 @@ class TaskAccuracy:
         repeats = range(self.request.samples_per_prompt)
         answers = [str(answer) for answer in self._prompts.answers for _ in repeats]
         pairs = list(zip(responses, answers, strict=True)) if self._counts else []
-        scored = [sum(grade_all(self._grader, pairs)), len(pairs)]
+        scored = [sum(grade_all(self.grader, pairs)), len(pairs)]
         right, count = self._ranks.total(scored)
         return right / count

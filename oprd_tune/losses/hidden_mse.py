@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from oprd_tune.config.checks import check_not_negative
 from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError
+from oprd_tune.losses.masking import PARTS
 from oprd_tune.losses.streaming import check_one_a_token, streamed_sum
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import Projections
 from oprd_tune.types import LayerPair, Selection
 
-QUARTERS = 4
 # Maps student and teacher states in fp32, each [T, D] (or [T, R] with a bridge), to one error per token, [T].
 StateError = Callable[[Tensor, Tensor], Tensor]
 
@@ -147,7 +147,8 @@ class LayerStream:
     Attributes:
         layers: the student layers that it reads.
         total: coefficient / |layers| · Σ_ℓ Σ_t of the token errors; a scalar with a graph.
-        metrics: `layers/mse_<layer>` (never normalised), `layers/cosine_<layer>` and `positions/cosine_quarter_<n>`.
+        metrics: `layers/mse_<layer>` (never normalised), `layers/cosine_<layer>`, `positions/cosine_quarter_<n>`, and
+            the map `layers/cosine_by_position`, a row for each layer and a column for each part of a response.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class LayerStream:
         self._loss, self._targets, self._selection, self._bridge = loss, targets, selection, bridge
         self.layers = [pair.student for pair in pairs]
         self._measured = measured
-        self._quarter_cosines = torch.zeros(QUARTERS, device=selection.index_T.device)
+        self._cosines: list[Tensor] = []  # of each layer, the sum in each part of the responses
         self.total: Tensor | None = None
         self.metrics = Metrics()
 
@@ -191,8 +192,12 @@ class LayerStream:
         cosine_T = F.cosine_similarity(student_TD, teacher_TD, dim=-1)
         self.metrics.add_each(f"layers/mse_{layer:02d}", squared_error(student_TD, teacher_TD))
         self.metrics.add_each(f"layers/cosine_{layer:02d}", cosine_T)
-        self._quarter_cosines.index_add_(0, self._selection.quarter_T, cosine_T.float())
+        sum_P = cosine_T.new_zeros(PARTS, dtype=torch.float32)
+        self._cosines.append(sum_P.index_add_(0, self._selection.part_T, cosine_T.float()))
         if layer == self.layers[-1]:
-            states_4 = torch.bincount(self._selection.quarter_T, minlength=QUARTERS) * len(self.layers)
-            for quarter, (total, states) in enumerate(zip(self._quarter_cosines, states_4, strict=True), start=1):
+            sum_LP = torch.stack(self._cosines)
+            count_LP = torch.bincount(self._selection.part_T, minlength=PARTS).expand_as(sum_LP)
+            self.metrics.add_map("layers/cosine_by_position", sum_LP, count_LP)
+            quarters = zip(sum_LP.sum(0).view(4, -1).sum(1), count_LP.sum(0).view(4, -1).sum(1), strict=True)
+            for quarter, (total, states) in enumerate(quarters, start=1):
                 self.metrics.add(f"positions/cosine_quarter_{quarter}", total, states)

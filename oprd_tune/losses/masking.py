@@ -18,6 +18,7 @@ POSITIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "first_k": lambda rank, length, k: rank <= k,
     "last_k": lambda rank, length, k: rank > length - k,
 }
+PARTS = 16  # of a response, for metrics by position
 # How many columns left of its token the compared state is.
 ANCHORS = {"predict": 1, "consume": 0}
 
@@ -58,7 +59,7 @@ class StateSelector:
         met_T = column_T >= 0
         return Selection(
             index_T=selection.index_T[met_T],
-            quarter_T=selection.quarter_T[met_T],
+            part_T=selection.part_T[met_T],
             teacher_index_T=(row_T * reading.tokens_BU.shape[1] + column_T)[met_T],
         )
 
@@ -82,10 +83,10 @@ def select_states(
     rank_BS = response_mask_BS.cumsum(1)
     length_B1 = rank_BS[:, -1:]
     chosen_BS = response_mask_BS & POSITIONS[positions](rank_BS, length_B1, k)
-    quarter_BS = (rank_BS - 1) * 4 // length_B1.clamp(min=1)
+    part_BS = (rank_BS - 1) * PARTS // length_B1.clamp(min=1)
     token_index_T = chosen_BS.flatten().nonzero(as_tuple=True)[0]
     index_T = token_index_T - ANCHORS[anchor]
-    return Selection(index_T, quarter_T=quarter_BS.flatten()[token_index_T], teacher_index_T=index_T)
+    return Selection(index_T, part_T=part_BS.flatten()[token_index_T], teacher_index_T=index_T)
 
 
 def response_tokens(rollout: Rollout) -> ResponseTokens:

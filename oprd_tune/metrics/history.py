@@ -24,7 +24,8 @@ class History:
         max_logprob_gap: the largest gap between sampler and trainer at a token, in nats; None if never measured.
         skipped_steps: the number of optimizer steps without an update.
         not_finite_steps: those of them whose loss or gradient was not finite.
-        first_responses: `[mean length, share that was cut]` of the responses of each of the first steps.
+        first_responses: `[mean length, share that was cut, share of distinct 4-grams]` of the responses of each of the
+            first steps. The last is missing if no response had four tokens.
         last_responses: the same of the latest steps; no step is in both.
         told: the kinds of remarks that the run has made.
         response_tokens: the number of response tokens in all steps so far.
@@ -60,10 +61,10 @@ class History:
             self.max_logprob_gap = max(gap, self.max_logprob_gap or 0.0)
 
     def add_responses(self, metrics: dict[str, float]) -> None:
-        """Keep the lengths of a step's responses, and the share that was cut."""
-        names = ("rollout/response_tokens", "rollout/truncated_share")
+        """Keep the lengths of a step's responses, the share that was cut, and how much they repeat themselves."""
+        names = ("rollout/response_tokens", "rollout/truncated_share", "rollout/distinct_4grams")
         found = [metrics[name] for name in names if name in metrics]
-        if len(found) < len(names):
+        if len(found) < 2:
             return
         if len(self.first_responses) < WINDOW:
             self.first_responses.append(found)
@@ -110,6 +111,17 @@ class History:
         picture = list(zip(*columns, strict=True))
         image = axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
         axes.set(xlabel="optimizer steps", ylabel="student layer", yticks=range(len(layers)), yticklabels=layers)
+        figure.colorbar(image, label="cosine to the teacher")
+        return figure
+
+    def position_figure(self, cosine_LP: list[list[float]]) -> Figure:
+        """Plot the cosine between student and teacher of one step as a layer × position heatmap."""
+        figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(cosine_LP)), layout="constrained")
+        axes = figure.add_subplot()
+        extent = (0, 1, -0.5, len(cosine_LP) - 0.5)
+        image = axes.imshow(cosine_LP, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
+        axes.set(xlabel="place in the response, from its start to its end", ylabel="student layer")
+        axes.set(yticks=range(len(self.layers)), yticklabels=self.layers)
         figure.colorbar(image, label="cosine to the teacher")
         return figure
 

@@ -13,6 +13,7 @@ _UNKNOWN_NOISE = 0.05  # of an accuracy whose number of graded answers is not kn
 _PERPLEXITY_MARGIN = 0.01  # the same texts are read each time, so only rounding has to be allowed for
 _ENDLESS_SHARE = 0.9
 _IN_A_ROW = 3  # evaluations; a student may get worse for a moment while its states begin to move
+_REPETITIVE, _REPETITION_MARGIN = 0.7, 0.2
 _LENGTH_FACTOR, _LENGTH_MARGIN = 2.0, 16  # below so many tokens a response is short, whatever the factor
 
 
@@ -26,9 +27,10 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
         ended: whether to say also what only counts at the end. Before, a student is worse only if it was so in three
             evaluations in a row, and lengths are judged from ten steps on.
     """
-    lengths = [[length for length, _ in window] for window in (history.first_responses, history.last_responses)]
+    lengths = [[row[0] for row in window] for window in (history.first_responses, history.last_responses)]
+    distinct = [[row[2] for row in window if row[2:]] for window in (history.first_responses, history.last_responses)]
     latest = [*history.first_responses, *history.last_responses][-WINDOW:]
-    truncated = [share for _, share in latest] if ended or len(latest) == WINDOW else []
+    truncated = [row[1] for row in latest] if ended or len(latest) == WINDOW else []
     rows = history.evaluations
     lasts = len(rows) > _IN_A_ROW and all(_measure(rows[0], row, graded) for row in rows[-_IN_A_ROW:])
     found = {
@@ -36,6 +38,7 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
         "endless": never_ending(truncated, max_new_tokens),
         "skipped": skipped(history.not_finite_steps, history.skipped_steps - history.not_finite_steps),
         "length": length_change(*lengths),
+        "repeats": repetition(*distinct),
         "best": best_is_elsewhere(rows, history.best, graded) if ended else None,
     }
     return {kind: sentence for kind, sentence in found.items() if sentence is not None}
@@ -105,6 +108,19 @@ def length_change(first: Sequence[float], last: Sequence[float]) -> str | None:
     if long < _LENGTH_FACTOR * short or long - short < _LENGTH_MARGIN:
         return None
     return f"the student's responses {'grew' if after > before else 'shrank'} from {before:.0f} to {after:.0f} tokens"
+
+
+def repetition(first: Sequence[float], last: Sequence[float]) -> str | None:
+    """The share of distinct 4-grams fell by 0.2 or more, to less than 0.7: means of the first and the latest steps."""
+    if len(first) < WINDOW or len(last) < WINDOW:
+        return None
+    before, after = statistics.fmean(first), statistics.fmean(last)
+    if after >= _REPETITIVE or before - after < _REPETITION_MARGIN:
+        return None
+    return (
+        f"responses repeat themselves: {after:.0%} of a response's 4-grams differ, {before:.0%} at the start; read "
+        "rollout/samples, and lower optimizer.lr"
+    )
 
 
 def skipped(not_finite: int, empty: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,21 @@ from torch import Tensor
 from oprd_tune.ranks import Ranks
 from oprd_tune.types import Rollout
 
+_READ_FOR_REPETITION = 16  # responses of each rank
+
 
 class Metrics:
-    """Collects means, as sums and counts, and single values. Collecting never waits for the device.
+    """Collects means, as sums and counts, single values, maps and notes. Collecting never waits for the device.
 
     Any name is allowed, such as `my/thing`. Ranks may add different names.
+
+    Attributes:
+        notes: what was noted on this rank, by name, in order.
     """
 
     def __init__(self) -> None:
+        self.notes: dict[str, list[Any]] = {}
+        self._maps: dict[str, tuple[Tensor, Tensor]] = {}
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, Tensor | float] = {}
         self._values: dict[str, float] = {}
@@ -33,6 +41,16 @@ class Metrics:
         """Add one value for each token to a mean over tokens."""
         self.add(name, value_T.detach().sum(dtype=torch.float64), value_T.numel())
 
+    def add_map(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add to the means of a map, cell by cell: the sum in each cell, and the number of its terms."""
+        before = self._maps.get(name)
+        new = (total.detach().double(), count.detach().double())
+        self._maps[name] = new if before is None else (before[0] + new[0], before[1] + new[1])
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep anything that is no number, for the log of this rank."""
+        self.notes.setdefault(name, []).append(value)
+
     def set(self, name: str, value: float) -> None:
         """Set a value that is not a mean. If ranks set different values, the lowest rank's counts."""
         self._values[name] = value
@@ -42,6 +60,10 @@ class Metrics:
         for name, total in other._sums.items():
             self.add(rename(name), total, other._counts[name])
         self._values |= {rename(name): value for name, value in other._values.items()}
+        for name, (totals, counts) in other._maps.items():
+            self.add_map(rename(name), totals, counts)
+        for name, values in other.notes.items():
+            self.notes.setdefault(rename(name), []).extend(values)
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:
         """Means and values over all ranks, the same on each. All ranks must call. A mean of no terms is left out."""
@@ -56,6 +78,19 @@ class Metrics:
                 totals[name] = before[0] + total, before[1] + count
             values = values_of_rank | values
         return {name: total / count for name, (total, count) in totals.items() if count} | values
+
+    def reduce_maps(self, ranks: Ranks) -> dict[str, list[list[float]]]:
+        """The maps over all ranks, the same on each; NaN in a cell of no terms. All ranks must call.
+
+        Every rank has the same maps.
+        """
+        own = {name: (total.cpu(), count.cpu()) for name, (total, count) in self._maps.items()}
+        everyone = ranks.collect(own)
+        found = {}
+        for name in own:
+            total, count = (sum(of_rank[name][part] for of_rank in everyone) for part in (0, 1))
+            found[name] = (total / count).tolist()  # type: ignore[union-attr]
+        return found
 
 
 def _fetch(values: Sequence[Tensor | float]) -> list[float]:
@@ -88,6 +123,8 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     metrics.add("rollout/response_tokens", rollout.response_mask_BS.sum(), rows)
     metrics.add("rollout/truncated_share", rollout.truncated_B.sum(), rows)
     metrics.add("rollout/entropy", -rollout.sampler_logprobs_BS.sum(), tokens)
+    shares = [share for row in _responses(rollout, _READ_FOR_REPETITION) if (share := distinct_share(row)) is not None]
+    metrics.add("rollout/distinct_4grams", sum(shares), len(shares))
     if rollout.reading is not None:
         metrics.add("rollout/matched_share", rollout.matched_tokens, tokens)
     if (gap := rollout.logprob_gap) is not None:
@@ -95,6 +132,18 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
         metrics.set("rollout/logprob_gap_max", gap.largest)
         metrics.set("rollout/proof_seconds", gap.seconds)
     return metrics
+
+
+def _responses(rollout: Rollout, count: int) -> list[list[int]]:
+    """The tokens of the first responses."""
+    rows = zip(rollout.tokens_BS[:count].tolist(), rollout.response_mask_BS[:count].tolist(), strict=True)
+    return [[token for token, marked in zip(tokens, mask, strict=True) if marked] for tokens, mask in rows]
+
+
+def distinct_share(tokens: Sequence[int], n: int = 4) -> float | None:
+    """The share of a response's n-grams that differ from each other; 1 without repetition. None if it is too short."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def speed_metrics(seconds: dict[str, float], sampled: int, read: int) -> Metrics:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+# The charts that matter most. TensorBoard sorts its groups by name and opens the first ones.
+GLANCE = {
+    "eval/accuracy": "accuracy",
+    "eval/perplexity": "perplexity",
+    "diagnostics/kl": "kl_to_teacher",
+    "loss/total": "loss",
+    "rollout/response_tokens": "response_tokens",
+    "speed/step": "tokens_per_second",
+}
+_TEACHER = "teacher"  # a run of its own within the folder, so that its numbers are lines in the student's charts
+
 
 class TensorBoardLogger:
     """Writes scalars, texts and figures into the folder `log_dir`, for `tensorboard --logdir`.
+
+    The scalars of `GLANCE` appear twice: under their own names, and among the few of the first group, `at_a_glance`.
+    `eval/teacher_accuracy` and the like are written as the run `teacher`, where they lie in the chart `eval/accuracy`.
 
     torchtune's `TensorBoardLogger` makes a new folder at every start, which cuts curves in two. This logger continues
     in the same folder. It hides what a crashed run has written after the checkpoint that is resumed.
@@ -18,15 +33,15 @@ class TensorBoardLogger:
     def __init__(self, log_dir: str) -> None:
         self._log_dir = log_dir
         self._first_step: int | None = None
-        self._open_writer: Any = None
+        self._writers: dict[str, Any] = {}  # by the folder within `log_dir`
 
-    @property
-    def _writer(self) -> Any:
-        if self._open_writer is None:
+    def _writer(self, folder: str = "") -> Any:
+        if folder not in self._writers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._open_writer = SummaryWriter(self._log_dir, purge_step=self._first_step)
-        return self._open_writer
+            place = str(Path(self._log_dir) / folder)
+            self._writers[folder] = SummaryWriter(place, purge_step=self._first_step)
+        return self._writers[folder]
 
     def resume_at(self, step: int) -> None:
         """Hide everything logged at `step` or later. Call it before the first entry."""
@@ -34,7 +49,11 @@ class TensorBoardLogger:
 
     def log(self, name: str, data: float, step: int) -> None:
         """Log one scalar."""
-        self._writer.add_scalar(name, data, global_step=step, new_style=True)
+        folder = ""
+        if name.startswith("eval/") and "/teacher_" in name:
+            folder, name = _TEACHER, name.replace("/teacher_", "/")
+        for chart in (name, f"at_a_glance/{GLANCE[name]}") if name in GLANCE else (name,):
+            self._writer(folder).add_scalar(chart, data, global_step=step, new_style=True)
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
         """Log several scalars."""
@@ -49,14 +68,14 @@ class TensorBoardLogger:
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Log a text; Markdown is rendered."""
-        self._writer.add_text(name, text, global_step=step)
+        self._writer().add_text(name, text, global_step=step)
 
     def log_figure(self, name: str, figure: Figure, step: int) -> None:
         """Log a figure as an image."""
-        self._writer.add_figure(name, figure, global_step=step)
+        self._writer().add_figure(name, figure, global_step=step)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._open_writer is not None:
-            self._open_writer.close()
-            self._open_writer = None
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()

@@ -33,29 +33,40 @@ class LMHead:
 
     Attributes:
         layer: number of the decoder's last layer, whose state the head reads.
+        module: the module that holds the head's weight; of a tied head the embedding.
 
     Raises:
         ConfigError: if the head is more than a matrix.
     """
 
     def __init__(self, model: TransformerDecoder, name: str = "model") -> None:
-        self.layer, output = len(model.layers), model.output
-        if (what := getattr(output, "more_than_a_matrix", None)) is not None:
+        if (what := why_no_matrix(model)) is not None:
             raise ConfigError(
-                f"{name}: the logits of its LM head are {what}; token losses need the plain product with one matrix. "
-                "Give another teacher, or a loss on hidden states, by oprd_distributed"
+                f"{name}: its {what}; token losses need the plain product with one matrix. Give another model, leave "
+                "the head without adapter (LoRA: apply_lora_to_output=false), or take a loss on hidden states, by "
+                "oprd_distributed"
             )
-        self._module = output.tied_module if isinstance(output, TiedLinear) else output
-        if not isinstance(self._module, (nn.Linear, nn.Embedding)) or getattr(self._module, "bias", None) is not None:
-            raise ConfigError(
-                f"{name}: its LM head is {type(self._module).__name__}; token losses need one plain matrix, without "
-                "bias or adapter (for LoRA: apply_lora_to_output=false)"
-            )
+        self.layer, self.module = len(model.layers), _module_of(model.output)
 
     @property
     def weight_VD(self) -> Tensor:
         """The head's weight, one row per token."""
-        return self._module.weight
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+
+def why_no_matrix(model: TransformerDecoder) -> str | None:
+    """What makes a decoder's LM head more than a product with one matrix, such as `logits are capped`; else None."""
+    if (what := getattr(model.output, "more_than_a_matrix", None)) is not None:
+        return f"logits are {what}"
+    module = _module_of(model.output)
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or getattr(module, "bias", None) is not None:
+        return f"LM head is {type(module).__name__}{' with a bias' if isinstance(module, nn.Linear) else ''}"
+    return None
+
+
+def _module_of(output: nn.Module) -> nn.Module:
+    return output.tied_module if isinstance(output, TiedLinear) else output
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings, Parts
@@ -13,7 +14,7 @@ from oprd_tune.data.vocabularies import check_same_tokens
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, check_adapters
 from oprd_tune.modeling.bridge import BridgePlan
-from oprd_tune.modeling.heads import LMHead
+from oprd_tune.modeling.heads import LMHead, why_no_matrix
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkpointer, width_of
 from oprd_tune.protocols import PromptSource, Tokenizer
@@ -36,6 +37,7 @@ class ModelPair:
         vocabulary: the number of token ids that both models know: the smaller of two padded sizes. If the teacher has
             another tokenizer, the number that the student knows.
         teacher_vocabulary: the number of token ids that the teacher knows.
+        diagnosed: whether a run without a token loss compares next-token distributions too, now and then.
     """
 
     layers: list[LayerPair]
@@ -49,10 +51,11 @@ class ModelPair:
     teacher_context: int
     vocabulary: int
     teacher_vocabulary: int
+    diagnosed: bool
 
     def teacher_top(self, bridge: BridgePlan | None) -> int | None:
-        """The highest teacher layer that a hidden-state loss or a bridge's fit reads; None for the whole teacher."""
-        if bridge is not None and bridge.needs_final_state:
+        """The highest teacher layer that a run without a token loss reads; None for the whole teacher."""
+        if self.diagnosed or (bridge is not None and bridge.needs_final_state):
             return None
         return max(pair.teacher for pair in self.layers)
 
@@ -134,4 +137,20 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         teacher_context=teacher.max_seq_len,
         vocabulary=min(model.tok_embeddings.num_embeddings for model in read_same),
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
+        diagnosed=not token_loss and _diagnosed(settings, student, teacher, own_tokens=own_tokens),
     )
+
+
+def _diagnosed(
+    settings: OPRDSettings, student: TransformerDecoder, teacher: TransformerDecoder, *, own_tokens: bool
+) -> bool:
+    """Whether to compare next-token distributions now and then. If that is wished but impossible, say why."""
+    if settings.diagnostics_every_n_steps is None:
+        return False
+    heads = (("the student's", student), ("the teacher's", teacher))
+    obstacles = [f"{whose} {what}" for whose, model in heads if (what := why_no_matrix(model)) is not None]
+    if own_tokens:
+        obstacles.append("the teacher reads texts in other tokens")
+    if obstacles:
+        print(f"No diagnostics of next tokens, since {' and '.join(obstacles)}.")
+    return not obstacles

@@ -126,7 +126,7 @@ def _teacher_bytes(
     teacher: TransformerDecoder,
 ) -> tuple[int, int]:
     """The teacher's bytes in its placement, and while it is gathered for its evaluation; 0 if it never is gathered."""
-    keeps_head = bool(loss.token_losses)
+    keeps_head = bool(loss.token_losses) or pair.diagnosed
     top = (None if keeps_head else pair.teacher_top(bridge)) or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
     kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)

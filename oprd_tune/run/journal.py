@@ -9,17 +9,20 @@ from typing import Any
 from tqdm import tqdm
 
 from oprd_tune.config import OPRDSettings
-from oprd_tune.evaluation.texts import samples_as_markdown
+from oprd_tune.evaluation.texts import differences_as_markdown, samples_as_markdown
+from oprd_tune.losses.diagnostics import DIFFERENCES
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
 from oprd_tune.metrics.remarks import remarks
-from oprd_tune.metrics.step import StepResult, rollout_metrics, speed_metrics
+from oprd_tune.metrics.step import Metrics, StepResult, rollout_metrics, speed_metrics
 from oprd_tune.metrics.step_log import StepLog
-from oprd_tune.protocols import MetricLogger, RichLogger, Tokenizer
+from oprd_tune.preflight.data import RunData
+from oprd_tune.protocols import MetricLogger, RichLogger
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.summary import as_table, summarise, write_summary
 
 _GIB = 2**30
+_SAMPLES = 4  # responses that are logged as texts
 
 
 class Journal:
@@ -38,19 +41,19 @@ class Journal:
         self.logged: dict[str, float] = {}
         self._logger: MetricLogger | None = None
         self._log: StepLog | None = None
-        self._graded: int | None = None
+        self._graded: int | None = None  # answers of an evaluation
         self._once: dict[str, float] = {}  # metrics that are logged with the first step only
 
-    def open(self, logger: MetricLogger | None, tokenizer: Tokenizer, *, first_step: int, graded: int | None) -> None:
+    def open(self, logger: MetricLogger | None, data: RunData, *, first_step: int) -> None:
         """Start logging.
 
         Args:
             logger: the first rank's logger; None on the other ranks.
-            tokenizer: decodes samples.
+            data: decodes and grades the samples that are logged.
             first_step: the next step to log. Entries that a crashed run left at this step or later are hidden.
-            graded: the number of answers that an evaluation grades; None if not known.
         """
-        self._logger, self._tokenizer, self._graded = logger, tokenizer, graded
+        self._logger, self._data = logger, data
+        self._graded = getattr(data.task_accuracy, "samples", None)  # an evaluator of the user's may lack it
         if self._ranks.first:
             folder = Path(self._settings.output_dir)
             self._log = StepLog(folder, first_step=first_step)
@@ -81,9 +84,26 @@ class Journal:
         )  # not logged if nothing was read
         if step % self._settings.log_every_n_steps == 0:
             self._write(self.logged, step)
-        if isinstance(self._logger, RichLogger) and step % self._settings.log_samples_every_n_steps == 0:
-            self._logger.log_text("rollout/samples", samples_as_markdown(rollout, self._tokenizer), step)
+        if step % self._settings.log_samples_every_n_steps == 0:
+            self._show_samples(step, result, metrics.reduce_maps(self._ranks))
+        self._show_differences(step, metrics)
         self._warn(step)
+
+    def _show_samples(self, step: int, result: StepResult, maps: dict[str, list[list[float]]]) -> None:
+        """Log some responses, and where along them student and teacher differ."""
+        if not isinstance(self._logger, RichLogger):
+            return
+        rollout, evaluator = result.rollout, self._data.task_accuracy
+        answers = self._data.prompts.at(rollout.prompt_positions_B[:_SAMPLES].tolist()).answers
+        text = samples_as_markdown(rollout, self._data.tokenizer, answers, getattr(evaluator, "grader", None))
+        self._logger.log_text("rollout/samples", text, step)
+        for name, map_LP in maps.items():
+            self._logger.log_figure(name, self.history.position_figure(map_LP), step)
+
+    def _show_differences(self, step: int, metrics: Metrics) -> None:
+        """Log the tokens at which student and teacher differ most."""
+        if isinstance(self._logger, RichLogger) and (found := metrics.notes.get(DIFFERENCES)):
+            self._logger.log_text(DIFFERENCES, differences_as_markdown(found, self._data.tokenizer), step)
 
     def add_teacher_errors(self, errors: dict[int, float]) -> None:
         """Record and print the relative error of the teacher's hidden states after quantisation, by teacher layer."""

@@ -120,12 +120,7 @@ class Run:
             )
         if self.checkpoint is not None and self.step >= s.max_steps:
             print(f"resume: step {self.step} is done, and max_steps is {s.max_steps}: nothing is left to train")
-        self.journal.open(
-            self._logger,
-            data.tokenizer,
-            first_step=self.step + (self.checkpoint is not None),
-            graded=getattr(data.task_accuracy, "samples", None),  # an evaluator of the user's may lack it
-        )
+        self.journal.open(self._logger, data, first_step=self.step + (self.checkpoint is not None))
         if self._logger is not None:
             self._logger.log_config(OmegaConf.create(dict(self.parts.record)))
 

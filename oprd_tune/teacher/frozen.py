@@ -20,7 +20,7 @@ class FrozenTeacher:
         model: a loaded decoder. It is frozen and loses its head and all layers above the highest one that is needed. If
             a token loss needs the head, hold it as an `LMHead` before.
         pairs: the layers of a hidden-state loss; empty without one.
-        final: whether a loss needs the states after the final norm.
+        final: whether the states after the final norm are needed too.
         bridge: projects states as soon as they are computed, so that no whole ones are kept; None keeps whole states.
     """
 
@@ -47,6 +47,11 @@ class FrozenTeacher:
         states = collect_states(self._model, tokens_BS, wanted)
         final_TC = states.pop() if final_index_T is not None else None
         return TeacherTargets({pair.student: state for pair, state in zip(self._pairs, states, strict=True)}, final_TC)
+
+    def final_states(self, tokens_BS: Tensor, index_T: Tensor) -> Tensor:
+        """The states after the final norm, [T, C], at positions in the flattened [B * S] grid."""
+        (final_TC,) = collect_states(self._model, tokens_BS, [(self._depth, index_T, None)])
+        return final_TC
 
     def _projection(self, pair: LayerPair) -> Callable[[Tensor], Tensor] | None:
         return None if self._bridge is None else partial(self._bridge.teacher, pair.student)

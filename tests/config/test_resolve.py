@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import OmegaConf
 
-from oprd_tune.config import Component, EvalParts, EvalSettings, OPDSettings, OPRDSettings, Parts, resolve
+from oprd_tune.config import Component, EvalParts, EvalSettings, OPRDSettings, Parts, resolve
 from oprd_tune.config.components import check_offers
 from oprd_tune.errors import ConfigError
 from oprd_tune.protocols import PromptSource, RolloutEngine
@@ -15,7 +15,7 @@ from oprd_tune.tiny import tokenizer
 from tests.conftest import load_config
 from tests.rehearsal import with_folders
 
-SETTINGS = {"oprd_distributed": OPRDSettings, "opd_topk_distributed": OPDSettings}
+SETTINGS = {"oprd_distributed": OPRDSettings, "opd_topk_distributed": OPRDSettings}
 
 
 def parse(cfg, recipe="oprd_distributed"):

@@ -46,7 +46,7 @@ def test_accuracy_is_the_graders_mean(monkeypatch):
     measure = TaskAccuracy(
         data(), tokenizer(), grader="oprd_tune.grading.exact_match", max_new_tokens=3, samples_per_prompt=2
     )
-    monkeypatch.setattr(measure, "_grader", lambda response, answer: response.strip() in ("2", "9"))
+    monkeypatch.setattr(measure, "grader", lambda response, answer: response.strip() in ("2", "9"))
     assert measure(make_model(vocab=16)) == 0.5
 
 

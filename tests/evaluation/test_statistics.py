@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from oprd_tune.evaluation.statistics import avg_at_k, best_at_k, bootstrap, distinct_share, pass_at
+from oprd_tune.evaluation.statistics import avg_at_k, best_at_k, bootstrap, pass_at
+from oprd_tune.metrics.step import distinct_share
 
 VERDICTS = [[True, False, False, True, False], [False] * 5, [True] * 5, [False, False, False, False, True]]
 

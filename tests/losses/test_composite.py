@@ -16,7 +16,7 @@ from oprd_tune.losses import (
     TopKReverseKL,
 )
 from oprd_tune.losses.composite import as_composite
-from oprd_tune.losses.diagnostics import Probe
+from oprd_tune.losses.diagnostics import DIFFERENCES, Probe
 from oprd_tune.losses.masking import StateSelector, response_tokens
 from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
@@ -134,26 +134,44 @@ def measured(loss, *, pairs=(), probed=False):
     tokens, selection = response_tokens(batch), StateSelector()(batch)
     frozen = FrozenTeacher(teacher, pairs, final=True)
     targets = frozen.targets(batch.tokens_BS, selection.index_T, tokens.index_T)
-    probe = Probe(heads, targets.final_TC, tokens, count=len(tokens), k=9) if probed else None
+    probe = Probe(heads, targets.final_TC, tokens, batch, count=len(tokens), k=9) if probed else None
     stream = loss.stream(targets, tokens, selection, heads=heads, pairs=pairs, probe=probe)
     with layer_taps(student, stream.layers, stream):
         student(batch.tokens_BS)
-    return stream.metrics.reduce(Ranks())
+    return stream.metrics
 
 
 def test_metrics_of_several_token_parts_are_kept_apart():
-    logged = measured(Composite({"few": TopKReverseKL(k=2), "many": TopKReverseKL(k=9)}))
+    logged = measured(Composite({"few": TopKReverseKL(k=2), "many": TopKReverseKL(k=9)})).reduce(Ranks())
     assert 0 < logged["token/few/student_mass"] < logged["token/many/student_mass"] < 1
     assert not any(name.startswith("token/s") for name in logged)
 
 
 def test_metrics_are_those_of_all_parts_and_the_probe():
     loss = Composite({"opd": TopKReverseKL(k=9), "oprd": HiddenStateMSE()})
-    logged = measured(loss, pairs=PAIRS, probed=True)
+    logged = measured(loss, pairs=PAIRS, probed=True).reduce(Ranks())
     assert logged["diagnostics/student_mass"] == pytest.approx(logged["token/student_mass"], rel=1e-5)
     assert {f"layers/{kind}_0{layer}" for kind in ("mse", "cosine") for layer in (1, DEPTH)} < logged.keys()
-    assert logged.items() > measured(loss, pairs=PAIRS).items()
-    assert not any(name.startswith("diagnostics") for name in measured(loss, pairs=PAIRS))
+    without = measured(loss, pairs=PAIRS).reduce(Ranks())
+    assert logged.items() > without.items()
+    assert not any(name.startswith("diagnostics") for name in without)
+
+
+def test_a_probe_notes_where_the_models_differ_most():
+    found = measured(Composite({"opd": FullReverseKL()}), probed=True).notes[DIFFERENCES]
+    student, teacher, batch = make_model(), make_model(seed=1), rollout()
+    log_p, log_q = (model(batch.tokens_BS).log_softmax(-1) for model in (student, teacher))
+    kl_BS = (log_p.exp() * (log_p - log_q)).sum(-1)
+    places = [(row, column) for row, column in batch.response_mask_BS.nonzero().tolist()]
+    places.sort(key=lambda place: -kl_BS[place[0], place[1] - 1])
+    assert len(found) == len(places) == 8
+    for difference, (row, column) in zip(found, places, strict=True):
+        assert difference.kl == pytest.approx(kl_BS[row, column - 1].item(), rel=1e-4)
+        assert [*difference.before, difference.token] == batch.tokens_BS[row, : column + 1].tolist()
+        for candidates, log in ((difference.student, log_p), (difference.teacher, log_q)):
+            top = log[row, column - 1].exp().topk(3)
+            assert [token for token, _ in candidates] == top.indices.tolist()
+            assert [share for _, share in candidates] == pytest.approx(top.values.tolist(), rel=1e-4)
 
 
 def test_a_hidden_part_below_the_top_reaches_the_loss_too():

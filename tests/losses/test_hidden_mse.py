@@ -1,5 +1,7 @@
 """Values and gradients against Eq. 6 written out, in fp64."""
 
+import math
+
 import pytest
 import torch
 
@@ -161,7 +163,7 @@ def test_targets_are_released_layer_by_layer():
 
 
 def test_measures_cosine_and_error_whatever_the_normalisation():
-    selection = Selection(torch.arange(4), torch.tensor([0, 0, 3, 3]), torch.arange(4))
+    selection = Selection(torch.arange(4), torch.tensor([0, 2, 13, 13]), torch.arange(4))
     student, teacher = states([1, 3, 4], (1, 4)), states([2, 5], (1, 4), seed=1)
     stream = streamed(HiddenStateMSE("l2"), student, teacher, selection)
     h, g = student[4][0], teacher[5][0]
@@ -173,6 +175,9 @@ def test_measures_cosine_and_error_whatever_the_normalisation():
     layers = [means.pop(f"layers/cosine_0{pair.student}") for pair in PAIRS]
     assert 6 * sum(quarters) == pytest.approx(4 * sum(layers), rel=1e-5)
     assert means.keys() == {"layers/mse_01", "layers/mse_03", "layers/mse_04"}
+    row = stream.metrics.reduce_maps(Ranks())["layers/cosine_by_position"][-1]
+    assert [row[0], row[2], row[13]] == pytest.approx([cosines[0].item(), cosines[1].item(), cosines[2:].mean().item()])
+    assert sum(map(math.isnan, row)) == 13
     targets = {pair.student: teacher[pair.teacher].flatten(0, 1) for pair in PAIRS}
     unmeasured = HiddenStateMSE("l2").stream(PAIRS, targets, selection, measured=False)
     for pair in PAIRS:

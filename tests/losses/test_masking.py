@@ -77,7 +77,7 @@ def test_states_that_a_teacher_with_another_tokenizer_has_no_equal_of_are_left_o
     selection = StateSelector()(read)
     assert selection.index_T.tolist() == [1, 3, 6 + 2, 6 + 3]
     assert selection.teacher_index_T.tolist() == [3, 4, 9 + 2, 9 + 5]
-    assert selection.quarter_T.tolist() == [0, 2, 0, 1]
+    assert selection.part_T.tolist() == [0, 10, 0, 5]
     assert StateSelector("last", anchor="consume")(read).teacher_index_T.tolist() == [6, 9 + 7]
     assert len(StateSelector("last")(read)) == 1
 
@@ -89,12 +89,12 @@ def test_predict_takes_the_last_prompt_state_and_leaves_the_last_response_state(
     assert select_states(mask, positions="last", anchor="predict").index_T.tolist() == [3]
 
 
-def test_quarters_run_along_each_response():
+def test_parts_run_along_each_response():
     selection = select_states(response_mask())
-    quarters = selection.quarter_T.split([r for r in RESPONSES if r])
-    assert quarters[0].tolist() == [0, 0, 1, 1, 2, 2, 3]
-    assert quarters[1].tolist() == [0]
-    assert quarters[2].bincount().tolist() == [13, 12, 13, 12]
+    parts = selection.part_T.split([r for r in RESPONSES if r])
+    assert parts[0].tolist() == [0, 2, 4, 6, 9, 11, 13]
+    assert parts[1].tolist() == [0]
+    assert (parts[2] // 4).bincount().tolist() == [13, 12, 13, 12]
 
 
 def test_nothing_to_select_is_an_empty_selection():

@@ -265,7 +265,9 @@ def test_diagnoses_exactly():
     log_p, log_q = (x.detach() for x in case.distributions())
     p, q = log_p.exp(), log_q.exp()
     state = case.state_BSD.detach().flatten(0, 1)[case.index_T]
-    sums = diagnose(state, case.teacher_TC, case.heads, k=K)._sums
+    metrics, kl_T = diagnose(state, case.teacher_TC, case.heads, k=K)
+    sums = metrics._sums
+    torch.testing.assert_close(kl_T, kl(log_p, log_q))
     ids, teacher_ids = log_p.topk(K).indices, log_q.topk(K).indices
     torch.testing.assert_close(sums["diagnostics/kl"], kl(log_p, log_q).sum())
     torch.testing.assert_close(sums["diagnostics/student_entropy"], -(p * log_p).sum())

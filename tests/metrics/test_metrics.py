@@ -7,8 +7,9 @@ import torch
 
 from oprd_tune.metrics import TensorBoardLogger
 from oprd_tune.metrics.history import History
-from oprd_tune.metrics.names import METRICS
+from oprd_tune.metrics.names import METRICS, is_described
 from oprd_tune.metrics.step import Metrics, StepResult, rollout_metrics, speed_metrics
+from oprd_tune.metrics.tensorboard import GLANCE
 from oprd_tune.ranks import Ranks
 from oprd_tune.types import LogprobGap, Reading
 from tests.losses.test_composite import rollout
@@ -86,7 +87,9 @@ def test_the_best_is_the_first_most_accurate_or_else_the_least_perplexed():
 
 def test_a_rollout_tells_of_itself():
     told = rollout_metrics(rollout()).reduce(Ranks())
-    assert told.keys() == {"rollout/response_tokens", "rollout/truncated_share", "rollout/entropy"}
+    names = {"rollout/response_tokens", "rollout/truncated_share", "rollout/entropy", "rollout/distinct_4grams"}
+    assert told.keys() == names
+    assert told["rollout/distinct_4grams"] == 1
     assert (told["rollout/response_tokens"], told["rollout/truncated_share"]) == (4, 0)
     assert told["rollout/entropy"] == pytest.approx(-rollout().sampler_logprobs_BS.sum().item() / 8)
     column_BS = torch.full((2, 9), -1)
@@ -95,6 +98,8 @@ def test_a_rollout_tells_of_itself():
     read = replace(rollout(), reading=reading, truncated_B=torch.tensor([True, False]))
     told = rollout_metrics(read).reduce(Ranks())
     assert (told["rollout/matched_share"], told["rollout/truncated_share"]) == (3 / 8, 0.5)
+    same = replace(rollout(), tokens_BS=torch.zeros(2, 9, dtype=torch.long))  # 3 equal 4-grams, and too few tokens
+    assert rollout_metrics(same).reduce(Ranks())["rollout/distinct_4grams"] == pytest.approx(1 / 3)
 
 
 def test_seconds_are_told_with_the_speeds_that_follow():
@@ -169,3 +174,44 @@ def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path):
     second.log_text("rollout/samples", "text", 5)
     second.close()
     assert read_scalars(tmp_path, "loss/total") == {1: 1, 2: 2, 3: 30, 4: 40, 5: 50}
+
+
+def test_maps_are_means_cell_by_cell_over_microbatches_and_ranks():
+    one, other = Metrics(), Metrics()
+    one.add_map("a", torch.tensor([[1.0, 0.0]]), torch.tensor([[2, 0]]))
+    other.add_map("a", torch.tensor([[4.0, 0.0]]), torch.tensor([[3, 0]]))
+    other.note("n", "second")
+    one.note("n", "first")
+    one.merge(other)
+    ((mean, empty),) = one.reduce_maps(Ranks())["a"]
+    assert mean == 1.0
+    assert math.isnan(empty)
+    assert one.notes == {"n": ["first", "second"]}
+    assert Metrics().reduce_maps(Ranks()) == {}
+
+
+def test_the_charts_that_matter_come_first_and_the_teacher_is_a_line_in_them(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(str(tmp_path))
+    logger.log_dict({"eval/accuracy": 0.5, "eval/teacher_accuracy": 0.9, "layers/mse_01": 1.0}, step=3)
+    logger.close()
+    found = {}
+    for folder in ("", "teacher"):
+        events = EventAccumulator(str(tmp_path / folder))
+        events.Reload()
+        for tag in events.Tags()["tensors"]:
+            (event,) = events.Tensors(tag)
+            found[folder, tag] = (event.step, round(events_value(event), 6))
+    assert found == {
+        ("", "eval/accuracy"): (3, 0.5),
+        ("", "at_a_glance/accuracy"): (3, 0.5),
+        ("", "layers/mse_01"): (3, 1.0),
+        ("teacher", "eval/accuracy"): (3, 0.9),
+        ("teacher", "at_a_glance/accuracy"): (3, 0.9),
+    }
+    assert min(tag.partition("/")[0] for _, tag in found) == "at_a_glance"
+
+
+def test_all_charts_of_the_glance_are_described_metrics():
+    assert all(is_described(name) for name in GLANCE)

@@ -1,7 +1,7 @@
 import pytest
 
 from oprd_tune.metrics.history import WINDOW, History
-from oprd_tune.metrics.remarks import falls, length_change, never_ending, remarks, skipped
+from oprd_tune.metrics.remarks import falls, length_change, never_ending, remarks, repetition, skipped
 
 
 def run(*accuracies, perplexities=(), **given):
@@ -107,3 +107,23 @@ def test_skipped_steps_are_told_with_their_cause():
         "2 steps were not finite and skipped; lower optimizer.lr, or set dtype=fp32; 3 steps were skipped since no "
         "token was selected; see truncated_responses and positions"
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [(0.9, 0.4, True), (0.9, 0.75, False), (0.6, 0.45, False), (0.4, 0.9, False)],
+)
+def test_responses_that_come_to_repeat_themselves(before, after, expected):
+    sentence = repetition([before] * WINDOW, [after] * WINDOW)
+    assert (sentence is not None) is expected
+    assert repetition([before] * (WINDOW - 1), [after] * WINDOW) is None
+
+
+def test_repetition_is_said_of_a_run_whose_checkpoint_did_not_keep_it():
+    rows = [[40.0, 0.0, 0.9]] * WINDOW
+    history = History(first_responses=rows, last_responses=[[40.0, 0.0, 0.25]] * WINDOW)
+    assert said(history) == [
+        "responses repeat themselves: 25% of a response's 4-grams differ, 90% at the start; read rollout/samples, and "
+        "lower optimizer.lr"
+    ]
+    assert said(History(first_responses=[[40.0, 0.0]] * WINDOW, last_responses=[[40.0, 0.0]] * WINDOW)) == []

@@ -46,7 +46,7 @@ def test_the_name_for_one_device_means_the_same_recipe(tmp_path):
 
 
 def test_leaves_what_a_user_looks_for(out):
-    run_recipe(NAME, CONFIG, out, **{"log_samples_every_n_steps": 2})
+    run_recipe(NAME, CONFIG, out, **{"log_samples_every_n_steps": 2, "diagnostics_every_n_steps": 2})
     assert (out / "accuracy.png").exists()
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000004"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -56,7 +56,34 @@ def test_leaves_what_a_user_looks_for(out):
     tags = set(events.Tags()["tensors"])
     assert {"loss/total", "layers/cosine_04", "positions/cosine_quarter_1", "rollout/samples/text_summary"} <= tags
     assert {"time/rollout", "time/teacher", "time/student", "time/optimizer", "time/sync", "head/drift"} <= tags
-    assert "layers/cosine" in events.Tags()["images"]
+    assert {"diagnostics/tokens/text_summary", "at_a_glance/kl_to_teacher"} <= tags
+    assert {"layers/cosine", "layers/cosine_by_position"} <= set(events.Tags()["images"])
+    samples = events.Tensors("rollout/samples/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "**reference answer**" in samples
+    assert "**response, right**" in samples or "**response, wrong" in samples
+
+
+def test_knows_how_far_next_tokens_are_from_the_teacher_s(tmp_path):
+    """The same KL that a run with that loss sees on the same rollout, before the first update."""
+    all_tokens = {"diagnostics_every_n_steps": 1, "diagnostics_tokens": 1000, "max_steps": 1}
+    hidden = run_recipe(NAME, CONFIG, tmp_path / "hidden", **all_tokens).run.journal.logged
+    token = run_recipe("opd_topk_distributed", "tiny/opd_full", tmp_path / "token", max_steps=1).run.journal.logged
+    assert hidden["diagnostics/kl"] == pytest.approx(token["token/kl"], rel=1e-5)
+    assert hidden["time/diagnosis"] > 0
+
+
+def test_diagnoses_change_nothing_and_a_teacher_is_cut_without_them(tmp_path):
+    runs = {}
+    for every in (1, 3, "null"):
+        out = tmp_path / str(every)
+        runs[every] = run_recipe(NAME, CONFIG, out, diagnostics_every_n_steps=every, layers=[1, 2])
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        diagnosed = [line["step"] for line in lines if "diagnostics/kl" in line]
+        assert diagnosed == {1: [1, 2, 3, 4], 3: [3], "null": []}[every]
+    for every in (3, "null"):
+        assert_same_student(tmp_path / "1", tmp_path / str(every))
+    depths = {every: len(recipe.teacher._model.layers) for every, recipe in runs.items()}
+    assert depths == {1: 4, 3: 4, "null": 2}
 
 
 def test_the_final_student_and_every_checkpoint_load_in_transformers(out, tmp_path):

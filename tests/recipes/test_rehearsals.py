@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oprd_tune.config import OPDSettings, OPRDSettings, resolve
+from oprd_tune.config import OPRDSettings, resolve
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.registry import config_files, recipe_named_in
 from tests.conftest import load_config
@@ -27,7 +27,7 @@ TRAINING = [name for name, path in config_files().items() if recipe_named_in(pat
 def test_every_component_can_be_constructed(name, tmp_path):
     """Models on the meta device; what reads files is constructed by rehearsals and by the tiny runs."""
     cfg = with_folders(load_config(name, output_dir=tmp_path), tmp_path)
-    settings = OPRDSettings if cfg.recipe == "oprd_distributed" else OPDSettings
+    settings = OPRDSettings
     settings, parts = resolve(cfg, settings, recipe=cfg.recipe)
     student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
     assert student.tok_embeddings.weight.is_meta

@@ -77,4 +77,4 @@ def test_token_losses_refuse_a_scaled_head_before_anything_is_read(tmp_path, cap
     save_model(folder, "gemma2", **SHAPE)
     assert launch(recipe_class("opd_topk_distributed"), config("tiny/opd_full", folder, tmp_path / "out")) == 2
     message = capsys.readouterr().err
-    assert "teacher_model: the logits of its LM head are a product changed by final_logit_softcapping=30.0" in message
+    assert "teacher_model: its logits are a product changed by final_logit_softcapping=30.0" in message

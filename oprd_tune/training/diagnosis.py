@@ -1,0 +1,83 @@
+"""How far a student's next-token distributions are from its teacher's, in runs whose loss never sees them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config import OPRDSettings
+from oprd_tune.losses.diagnostics import Probe
+from oprd_tune.losses.masking import response_tokens
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.modeling.heads import Heads, LMHead
+from oprd_tune.modeling.output import evaluating
+from oprd_tune.modeling.sharding import gathered
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.ranks import Ranks
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.types import Rollout
+
+_FEWEST_ROWS = 4  # tokens of one response alone say little about the others
+
+
+class Diagnosis:
+    """Every so many steps, both whole distributions at a few response tokens: the metrics `diagnostics/…`.
+
+    It takes one more forward pass of both models on a few responses. Runs with a token loss need no such pass.
+
+    Args:
+        student: the student's model.
+        teacher: the teacher's, with its head.
+    """
+
+    def __init__(
+        self,
+        student: TransformerDecoder,
+        teacher: TransformerDecoder,
+        pair: ModelPair,
+        settings: OPRDSettings,
+        ranks: Ranks,
+    ) -> None:
+        self._student, self._settings, self._ranks = student, settings, ranks
+        self._every, self._heads = None, None
+        if pair.diagnosed:
+            self._every = settings.diagnostics_every_n_steps
+            self._heads = Heads(LMHead(student), LMHead(teacher, "teacher_model"), pair.vocabulary)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look at the rollout of this step. The first is 1."""
+        return self._every is not None and step % self._every == 0
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, teacher: FrozenTeacher) -> Metrics:
+        """Look at evenly spaced tokens of a few responses. Every rank must call, each with its own rollout."""
+        s, heads = self._settings, self._heads
+        assert heads is not None
+        share = math.ceil(s.diagnostics_tokens / self._ranks.world_size)
+        micro = _some_rows(rollout, share, s.tokens_per_micro_batch)
+        tokens = response_tokens(micro)
+        probe = Probe(
+            heads, teacher.final_states(micro.tokens_BS, tokens.index_T), tokens, micro, count=share, k=s.diagnostics_k
+        )
+
+        def look(_: int, state_BSD: Tensor) -> Tensor:
+            probe(state_BSD)
+            return state_BSD.new_zeros(())
+
+        taps = layer_taps(self._student, [heads.student.layer], look)
+        with evaluating(self._student), gathered(heads.student.module), taps:
+            self._student(micro.tokens_BS)
+        return probe.metrics
+
+
+def _some_rows(rollout: Rollout, tokens: int, tokens_per_micro_batch: int) -> Rollout:
+    """Evenly spaced responses that have about so many tokens, as many as fit into a microbatch, but one at least."""
+    rows = len(rollout)
+    wanted = max(_FEWEST_ROWS, math.ceil(tokens * rows / max(1, rollout.response_tokens)))
+    fitting = max(1, tokens_per_micro_batch // int(rollout.lengths_B.max()))
+    count = min(rows, wanted, fitting)
+    return rollout.rows(torch.arange(count, device=rollout.tokens_BS.device) * rows // count)
