@@ -101,8 +101,8 @@ class OPRDRecipe:
         self.student = Student(parts, s, pair.student_files, self.ranks, top=top, trains_head=False)
         start_engine(self.engine, self.student, pair, self.data, s)
         teacher = run.load_teacher(pair, self.data, top=pair.teacher_top(plan))
+        self.diagnosis = Diagnosis(self.student.model, teacher, pair, s, self.ranks)  # while the teacher has its head
         self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
-        self.diagnosis = Diagnosis(self.student.model, teacher, pair, s, self.ranks)  # reads the teacher's head
         self.teacher = FrozenTeacher(teacher, self.pairs, final=pair.diagnosed, bridge=self.bridge)
         run.begin(self.student, self.data, self.engine, loss=self.loss)
 

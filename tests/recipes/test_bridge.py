@@ -174,7 +174,7 @@ def test_a_teacher_keeps_its_top_only_where_the_basis_asks_for_it(basis, out, ca
         observe(self, teacher, *args, **kwargs)
 
     monkeypatch.setattr(_Fit, "_observe", note)
-    recipe = prepared(out, layers="[1,2]", **{"bridge.basis": basis})
+    recipe = prepared(out, layers="[1,2]", diagnostics_every_n_steps="null", **{"bridge.basis": basis})
     assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 3)]
     assert set(depths) == {6 if basis == "predictive" else 3}
     assert len(recipe.teacher._model.layers) == 3

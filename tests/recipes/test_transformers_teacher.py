@@ -78,3 +78,14 @@ def test_token_losses_refuse_a_scaled_head_before_anything_is_read(tmp_path, cap
     assert launch(recipe_class("opd_topk_distributed"), config("tiny/opd_full", folder, tmp_path / "out")) == 2
     message = capsys.readouterr().err
     assert "teacher_model: its logits are a product changed by final_logit_softcapping=30.0" in message
+
+
+def test_a_scaled_head_is_not_compared_in_a_run_on_states(tmp_path, capsys):
+    folder = tmp_path / "teacher"
+    save_model(folder, "gemma2", **SHAPE)
+    write_tokenizer(folder)
+    changed = {"diagnostics_every_n_steps": 1, "max_steps": 1}
+    logged = run("oprd_distributed", "tiny/bridge", folder, tmp_path / "out", **changed).run.journal.logged
+    assert "No diagnostics of next tokens, since the teacher's logits are a product changed by" in capsys.readouterr().out
+    assert logged["loss/total"] > 0
+    assert not any(name.startswith("diagnostics") for name in logged)
