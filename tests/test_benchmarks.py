@@ -65,3 +65,12 @@ def test_prompts(tmp_path):
     assert [(row["kind"], row["threads"], row["prompts"]) for row in rows] == [("text", 1, 30), ("messages", 1, 30)]
     assert all(row["seconds"] > 0 and row["tokens"] > 30 for row in rows)
     assert "| text | 1 | 30 |" in (tmp_path / "prompts.md").read_text()
+
+
+@pytest.mark.slow
+def test_healthy_and_sick(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "healthy_and_sick.py"), "--out", str(tmp_path), "--steps", "2"]
+    done = subprocess.run([*command, "--runs", "rate too high"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rate too high: " in done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"reading_curves.png", "reading_heatmaps.png"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +116,13 @@ class History:
         return figure
 
     def position_figure(self, cosine_LP: list[list[float]]) -> Figure:
-        """Plot the cosine between student and teacher of one step as a layer × position heatmap."""
+        """Plot the cosine between student and teacher of one step as a layer × position heatmap.
+
+        In short responses a token covers several of the columns, of which only the first has a value.
+        """
+        for row in cosine_LP:
+            for place in range(1, len(row)):
+                row[place] = row[place - 1] if math.isnan(row[place]) else row[place]
         figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(cosine_LP)), layout="constrained")
         axes = figure.add_subplot()
         extent = (0, 1, -0.5, len(cosine_LP) - 0.5)
