@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.registry import asked_for_one_process, recipe_files
+from oprd_tune.run.process import end_with_launcher
 
 _USER_ERROR = 2
 _RESUME = "resume=true"
@@ -50,6 +51,7 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
     """
     if "RANK" not in os.environ and (processes := _processes_for(cfg.get("device"))) > 1:
         return _launch_ranks(inspect.getfile(make_recipe.setup), processes)
+    end_with_launcher()
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only the first rank prints
         disable_progress_bars()

@@ -1,6 +1,11 @@
-"""Set up this process of a run: its threads, device, precision and random numbers."""
+"""Set up this process of a run: its threads, device, precision and random numbers, and the end of its launcher."""
 
 from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
 
 import torch
 from torchtune import training, utils
@@ -8,6 +13,8 @@ from torchtune import training, utils
 from oprd_tune.config import EvalSettings, OPRDSettings
 from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks, join_ranks
+
+_WATCH_SECONDS = 1.0
 
 
 def join_run(settings: OPRDSettings | EvalSettings) -> Ranks:
@@ -33,3 +40,21 @@ def join_run(settings: OPRDSettings | EvalSettings) -> Ranks:
     ranks = join_ranks(device)
     training.set_seed(s.seed)
     return ranks
+
+
+def end_with_launcher() -> None:
+    """End this process within seconds if torchrun, which has started it, is gone. Else ranks would train on unseen.
+
+    What was saved before stays. Processes that nothing has started, or another launcher, are left alone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_WATCH_SECONDS)
+        print(f"error: the launcher (process {launcher}) is gone; resume=true goes on", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,7 +52,8 @@ def test_every_device_gets_a_process_and_the_first_one_speaks(start, out, recipe
     assert "Starting 2 processes" in output
     assert output.count("optimizer steps") == 1
     assert json.loads((out / "summary.json").read_text())["world_size"] == 2
-    assert len(list((out / "tensorboard").iterdir())) == 1
+    assert [path.name for path in (out / "tensorboard").iterdir() if path.is_dir()] == ["teacher"]
+    assert len(list((out / "tensorboard").glob("events*"))) == 1
 
 
 def test_a_mistake_is_told_once(start, out):
@@ -78,6 +80,30 @@ def test_a_killed_rank_is_named(start, out):
     assert process.returncode == 128 + signal.SIGKILL
     assert re.search(r"rank 1 \(process \d+\) was ended by SIGKILL, so all others were stopped; resume=true", errors)
     assert "Traceback" not in errors
+
+
+def test_ranks_end_with_their_launcher(start, out):
+    steps = {"max_steps": 100_000, "evaluate_every_n_steps": 100_000, "checkpoint_every_n_steps": 10}
+    process = start("oprd_distributed", "tiny/oprd", out, **steps)
+    while not list((out / "checkpoints").glob("step_*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    from tests.distributed.test_resume import children
+
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    process.kill()
+    _, errors = process.communicate(timeout=10)  # the ranks hold its pipes until they end
+    assert not any(lives(rank) for rank in ranks)
+    assert f"error: the launcher (process {process.pid}) is gone; resume=true goes on" in errors
+
+
+def lives(pid):
+    """Whether a process is there and no zombie, which waits for whatever reaps orphans here."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_cpu_host_starts_one_process(monkeypatch):
