@@ -1,8 +1,10 @@
-"""Checks of single numbers. Each check has one message."""
+"""Checks of single values. Each check has one message."""
 
 from __future__ import annotations
 
 import math
+import types
+from typing import Any, Union, get_args, get_origin
 
 from oprd_tune.errors import ConfigError
 
@@ -23,6 +25,26 @@ def check_not_negative(name: str, value: object) -> None:
     """Raise ConfigError unless a value is a finite number, 0 or above."""
     if not _is_finite(value) or value < 0:  # type: ignore[operator]
         raise ConfigError(f"{name} is {value!r}; it must be a finite number, 0 or above")
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or a ConfigError. Whole numbers become floats where a float is wanted."""
+    if hint is Any:
+        return value
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if get_origin(option) is dict and isinstance(value, dict):
+            return {str(key): typed(f"{name}.{key}", item, get_args(option)[1]) for key, item in value.items()}
+        if get_origin(option) is list and isinstance(value, list):
+            return [typed(name, item, get_args(option)[0]) for item in value]
+        if isinstance(option, type) and isinstance(value, option) and (option is bool) == isinstance(value, bool):
+            return value
+    wanted = " or ".join("null" if o is type(None) else o.__name__ if isinstance(o, type) else str(o) for o in options)
+    raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
 
 
 def _is_finite(value: object) -> bool:
