@@ -43,8 +43,15 @@ def typed(name: str, value: Any, hint: Any) -> Any:
             return [typed(name, item, get_args(option)[0]) for item in value]
         if isinstance(option, type) and isinstance(value, option) and (option is bool) == isinstance(value, bool):
             return value
-    wanted = " or ".join("null" if o is type(None) else o.__name__ if isinstance(o, type) else str(o) for o in options)
-    raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+    raise ConfigError(f"{name} is {value!r}; it must be {' or '.join(map(_in_words, options))}")
+
+
+def _in_words(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    if get_origin(kind) is dict:
+        return "a section of names and values"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _is_finite(value: object) -> bool:

@@ -20,7 +20,7 @@ class Profile:
 
 
 PROFILES = {
-    "paper": Profile(temperature=0.7, samples_per_problem=16, instruction="boxed"),  # Avg@16, as arXiv 2606.06021
+    "paper": Profile(temperature=0.7, samples_per_problem=16, instruction="boxed"),  # Avg@16, as papers report it
     "greedy": Profile(temperature=0.0, samples_per_problem=1),
 }
 
