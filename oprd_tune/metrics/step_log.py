@@ -47,7 +47,7 @@ def remove_from_step(path: Path, first_step: int) -> None:
         return
     kept = [text for text, line in _lines(path) if line is not None and line["step"] < first_step]
     staged = path.with_name(f".{path.name}")
-    staged.write_text("".join(kept))
+    staged.write_text("".join(kept), encoding="utf-8")
     os.replace(staged, path)
 
 
@@ -70,7 +70,7 @@ def read_log(folder: Path) -> list[dict[str, Any]] | None:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Each line's text with its content; the content is None if the line is damaged."""
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)

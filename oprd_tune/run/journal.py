@@ -24,7 +24,7 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.run.summary import as_table, summarise, write_summary
 
 _GIB = 2**30
-_SAMPLES = "eval_samples.jsonl"  # every answer to a benchmark, with its verdict and the step
+_ANSWERS = "eval_samples.jsonl"  # every answer to a benchmark, with its verdict and the step
 
 
 class Journal:
@@ -43,8 +43,8 @@ class Journal:
         self.logged: dict[str, float] = {}
         self._logger: MetricLogger | None = None
         self._log: StepLog | None = None
-        self._samples: SampleFile | None = None
-        self._teacher_samples: Sequence[Sample] = ()
+        self._answers: SampleFile | None = None
+        self._teacher_answers: Sequence[Sample] = ()
         self._graded: int | None = None
         self._once: dict[str, float] = {}  # metrics that are logged with the first step only
 
@@ -61,8 +61,8 @@ class Journal:
         if self._ranks.first:
             folder = Path(self._settings.output_dir)
             self._log = StepLog(folder, first_step=first_step)
-            remove_from_step(folder / _SAMPLES, first_step)
-            self._samples = SampleFile(folder / _SAMPLES)
+            remove_from_step(folder / _ANSWERS, first_step)
+            self._answers = SampleFile(folder / _ANSWERS)
             if first_step == 0:
                 (folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, whose checkpoints are gone
         if isinstance(logger, RichLogger):
@@ -110,7 +110,7 @@ class Journal:
         """Record what the teacher has answered to benchmarks, before anything is trained."""
         results = results_of(samples)
         self.history.teacher_benchmarks = {name: one["avg_at_k"]["value"] for name, one in results.items()}
-        self._teacher_samples = samples
+        self._teacher_answers = samples
 
     def add_evaluation(
         self, step: int, accuracy: float | None, perplexity: float | None, samples: Sequence[Sample] = ()
@@ -132,7 +132,7 @@ class Journal:
         }
         if results:
             row |= {"benchmarks": results, "avg_at_k": fmean(one["avg_at_k"]["value"] for one in results.values())}
-            self._keep_samples(step, samples)
+            self._keep_answers(step, samples)
         history.evaluations.append(row)
         teachers = history.teacher_benchmarks
         measured: dict[str, float | None] = {
@@ -149,11 +149,11 @@ class Journal:
         self._warn(step)
         return step > 0 and history.best is history.evaluations[-1]
 
-    def _keep_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    def _keep_answers(self, step: int, samples: Sequence[Sample]) -> None:
         """Append answers to `eval_samples.jsonl`; the teacher's stand before the student's first ones."""
-        if self._samples is not None:
-            self._samples.append([*self._teacher_samples, *samples], step=step)
-        self._teacher_samples = ()
+        if self._answers is not None:
+            self._answers.append([*self._teacher_answers, *samples], step=step)
+        self._teacher_answers = ()
 
     def show(self, bar: Any, loss: float | None) -> None:
         """Advance the progress bar by the finished step."""

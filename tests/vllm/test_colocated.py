@@ -103,6 +103,8 @@ def on_one_rank(rank, folder):
     rollouts = [engine.generate(PROMPTS, request=longer), engine.generate(PROMPTS, stream=1)]
     rollouts += [engine.generate(PROMPTS, request=longer), Sampler(policy.model, longer).sample(PROMPTS)]
     torch.save(rollouts, folder / "asked.pt")
+    engine._has_forgotten = move(policy.model, "q_proj.bias") > 0  # as on a GPU, where the engine slept in between
+    results["forgotten"] = message(lambda: engine.generate(PROMPTS, request=longer))
     engine.close()
     results["process"] = [torch.set_num_threads is threads, torch.equal(noise, torch.get_rng_state())]
     (folder / "results.json").write_text(json.dumps(results))
@@ -148,6 +150,10 @@ def test_a_call_may_bring_a_longer_request_of_its_own(folder):
     before = torch.load(folder / "sampled.pt", weights_only=False)[0]
     assert torch.equal(training.tokens_BS, before.tokens_BS)
     assert torch.equal(training.sampler_logprobs_BS, before.sampler_logprobs_BS)
+
+
+def test_weights_that_an_engine_lost_in_its_sleep_are_sent_again(single):
+    assert single["forgotten"] == ""
 
 
 @pytest.fixture(scope="module")
