@@ -73,11 +73,8 @@ class Run:
         """Construct the config's engine. What keeps it from working here is found before any model is loaded."""
         engine: RolloutEngine = self.parts.rollout()
         check_offers("rollout", engine, RolloutEngine)
-        if self.parts.eval is not None and "request" not in signature(engine.generate).parameters:
-            raise ConfigError(
-                f"eval: {type(engine).__name__}.generate takes no `request`, so it cannot answer benchmarks; "
-                "oprd_tune/protocols.py says what RolloutEngine has to offer"
-            )
+        if self.parts.eval is not None:
+            _check_takes_requests(engine)
         engine.check(self._ranks.device, self._ranks)
         return engine
 
@@ -220,3 +217,13 @@ class Run:
     def _export(self, name: str) -> Path:
         make_checkpointer = self.parts.checkpointer.plainly
         return self._folder.export(name, self._student.model, make_checkpointer, dtype=self._settings.torch_dtype)
+
+
+def _check_takes_requests(engine: RolloutEngine) -> None:
+    """Raise ConfigError if an engine, written before there were any, takes no further requests."""
+    asked, started = (signature(method).parameters for method in (engine.generate, engine.start))
+    if "request" not in asked or all(p.kind is not p.VAR_POSITIONAL for p in started.values()):
+        raise ConfigError(
+            f"eval: {type(engine).__name__} cannot answer benchmarks: its `generate` has to take a `request`, and its "
+            "`start` further ones; oprd_tune/protocols.py describes both"
+        )

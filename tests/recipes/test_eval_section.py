@@ -238,7 +238,7 @@ def test_accuracy_goes_before_benchmarks(out):
         ({"eval.benchmarks.one.counts": 3}, "takes no argument eval.benchmarks.one.counts"),
         (
             {"rollout._component_": "tests.recipes.test_eval_section.OldEngine"},
-            "eval: OldEngine.generate takes no `request`",
+            "eval: OldEngine cannot answer benchmarks: its `generate` has to take a `request`",
         ),
     ],
 )
