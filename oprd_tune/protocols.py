@@ -45,8 +45,9 @@ class Policy:
 class RolloutEngine(Protocol):
     """Samples responses with the student's weights. An engine is constructed from its section of the config alone.
 
-    A run calls `check`, `memory_bytes` and `start` once, then `sync_weights` and `generate` in every step, and `close`
-    at the end.
+    A run calls `check`, `memory_bytes` and `start`, then `sync_weights` and `generate` in every step, and `close` at
+    the end. To answer benchmarks (the section `eval`), it calls `sync_weights` once and then `generate` several times,
+    with a request of its own.
 
     Attributes:
         samples_with_student: True if the trainer's own model samples. Losses then have no other sampler to correct for.
@@ -74,18 +75,27 @@ class RolloutEngine(Protocol):
             dtype: the precision that the student computes in.
         """
 
-    def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Get ready to sample; raise ConfigError if that fails. Every rank calls."""
+    def start(self, policy: Policy, request: SamplingRequest, *others: SamplingRequest) -> None:
+        """Get ready to sample; raise ConfigError if that fails. Every rank calls.
+
+        Args:
+            policy: the student.
+            request: what training samples.
+            others: what `generate` may be asked for instead. An engine whose memory or context is fixed from here on
+                has to make room for the longest row of all of them. An engine that never evaluates need not take any.
+        """
 
     def sync_weights(self, policy_version: int) -> None:
         """Take over the trainer's weights, or raise RolloutError. Later rollouts carry `policy_version`."""
 
-    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+    def generate(self, prompts: Prompts, *, stream: int = 0, request: SamplingRequest | None = None) -> Rollout:
         """Sample responses to each prompt. The rows of one prompt lie side by side.
 
         Args:
             prompts: the prompts to answer.
             stream: separates the noise of otherwise equal calls. A run passes the training step.
+            request: one of the `others` that `start` was given, for this call alone; None samples for training. It must
+                not change what later calls sample.
 
         Raises:
             RolloutError: if sampling fails, or if nothing proves that the current student gave the responses.

@@ -56,6 +56,7 @@ class SamplingRequest:
         seed: seed of the sampling noise, which also depends on the step and on the sample's position in the run.
         vocabulary: sample only ids below this number, which the teacher knows too; None allows all ids.
         top_k_ids: how many of the most probable tokens to return with each sampled one; 0 returns none.
+        temperature: sample at this temperature, 0 is greedy; None samples at the engine's own.
     """
 
     stop_tokens: Collection[int]
@@ -66,6 +67,12 @@ class SamplingRequest:
     seed: int = 0
     vocabulary: int | None = None
     top_k_ids: int = 0
+    temperature: float | None = None
+
+    @property
+    def longest_row(self) -> int:
+        """The most tokens of a prompt and its response together."""
+        return self.max_prompt_tokens + self.max_new_tokens
 
 
 @dataclass(frozen=True)

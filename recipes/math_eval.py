@@ -15,7 +15,6 @@ This file is meant to be copied and edited.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,9 +27,7 @@ from oprd_tune.config import EvalParts, EvalSettings, resolve
 from oprd_tune.config.components import check_offers
 from oprd_tune.evaluation.candidate import Candidate
 from oprd_tune.evaluation.samples import Sample
-from oprd_tune.evaluation.texts import decode_responses
-from oprd_tune.grading.calls import find_grader, grade_all
-from oprd_tune.metrics.step import distinct_share
+from oprd_tune.grading.calls import find_grader
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.rollout import choose_engine
 from oprd_tune.run import join_run, launch
@@ -66,12 +63,13 @@ class MathEval:
 
     def train(self) -> int:
         """Sample and grade what is missing, then report; returns the exit status."""
-        k, size = self.settings.samples_per_problem, self.settings.problems_per_batch * self.ranks.world_size
+        s = self.settings
+        k, at_once = s.samples_per_problem, s.problems_per_batch * self.ranks.world_size
         for candidate in self.candidates:
             work = [
                 (benchmark, batch)
-                for benchmark, problems in candidate.benchmarks.items()
-                for batch in split(self.folder.missing(candidate.name, benchmark, len(problems), k), size)
+                for benchmark, size in candidate.problems.sizes.items()
+                for batch in split(self.folder.missing(candidate.name, benchmark, size, k), at_once)
             ]
             if not work:
                 continue
@@ -87,41 +85,14 @@ class MathEval:
         own = problems[self.ranks.rank :: self.ranks.world_size]
         if not own:
             return []
-        prompts, start = candidate.prompts(benchmark, own), time.perf_counter()
-        rollout = engine.generate(prompts)
-        seconds = (time.perf_counter() - start) / len(rollout)
-        responses = decode_responses(rollout.tokens_BS, rollout.response_mask_BS, candidate.tokenizer)
-        texts = [candidate.tokenizer.decode(list(tokens), skip_special_tokens=False) for tokens in prompts.tokens]
-        k = self.settings.samples_per_problem
-        answers = [str(answer) for answer in prompts.answers for _ in range(k)]
-        verdicts = grade_all(self.grader, list(zip(responses, answers, strict=True)))
-        samples = []
-        for row, (response, right) in enumerate(zip(responses, verdicts, strict=True)):
-            tokens = rollout.tokens_BS[row][rollout.response_mask_BS[row]].tolist()
-            samples.append(
-                Sample(
-                    model=candidate.name,
-                    benchmark=benchmark,
-                    problem=own[row // k],
-                    number=row % k,
-                    right=right,
-                    tokens=len(tokens),
-                    truncated=bool(rollout.truncated_B[row]),
-                    distinct=distinct_share(tokens),
-                    seconds=seconds,
-                    prompt=texts[row // k],
-                    answer=answers[row],
-                    response=response,
-                )
-            )
-        return samples
+        return candidate.problems.answers(benchmark, own, engine.generate, model=candidate.name, grader=self.grader)
 
     @contextmanager
     def started(self, candidate: Candidate) -> Iterator[RolloutEngine]:
         """Within the scope, an engine that samples with a candidate's weights."""
         policy = candidate.load(self.settings, self.ranks, self.folder.path / "engine")
         engine = self.new_engine()
-        engine.start(policy, candidate.request)
+        engine.start(policy, candidate.problems.request)
         engine.sync_weights(0)
         try:
             yield engine

@@ -37,6 +37,7 @@ SIZES = {
     "tokens_per_micro_batch": 256,
     "eval_dataset": "null",
     "task_accuracy": "null",
+    "eval": "null",
 }
 
 

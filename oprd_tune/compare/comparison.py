@@ -26,6 +26,7 @@ _ROWS = [
     ("skipped_steps", "steps skipped", "{:g}"),
     ("steps", "steps", "{:g}"),
 ]
+_BENCHMARKS = 5  # so many rows stand above those of benchmarks
 NOTE = (
     "Of several seeds: the mean, with the smallest and the largest. Loss and KL are means over the last "
     f"{LAST} logged steps, the response length over all. Losses of different kinds are not comparable."
@@ -39,8 +40,14 @@ def results(groups: Sequence[Group]) -> Table:
     rows = [["", *(group.name for group in groups)]]
     if any(len(group.runs) > 1 for group in groups) or len({run.seed for g in groups for run in g.runs}) > 1:
         rows.append(["seed", *(", ".join(str(run.seed) for run in group.runs) for group in groups)])
-    for key, label, pattern in _ROWS:
-        row = [one[key] for one in values]
+    benchmarks = dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks)
+    own_rows = [
+        (f"{name}_avg_at_k_{when}", f"{name}, Avg@k {when}", "{:.3f}")
+        for name in benchmarks
+        for when in ("before", "after", "teacher")
+    ]
+    for key, label, pattern in [*_ROWS[:_BENCHMARKS], *own_rows, *_ROWS[_BENCHMARKS:]]:
+        row = [one.get(key) for one in values]
         if key == "skipped_steps" and not any(spread and spread.high for spread in row):
             continue
         if any(spread is not None for spread in row):

@@ -17,6 +17,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.step_log import FILE, read_log
 
 LAST = 10  # logged steps whose mean stands for the end of a run, where a metric is noisy
+BENCHMARK = re.compile(r"eval/(\w+)/avg_at_k")
 KL = r"token/(\w+/)?kl|diagnostics/kl"
 _GIB = 2**30
 
@@ -47,6 +48,12 @@ class PastRun:
         return max((line["step"] for line in self.lines), default=0)
 
     @property
+    def benchmarks(self) -> list[str]:
+        """The names of the benchmarks that the student has answered, in the order of the log."""
+        found = (BENCHMARK.fullmatch(name) for line in self.lines for name in line)
+        return list(dict.fromkeys(match[1] for match in found if match))
+
+    @property
     def remarks(self) -> list[str]:
         """What the run itself said at its end."""
         return list((self.summary or {}).get("remarks") or [])
@@ -69,6 +76,12 @@ class PastRun:
         gap = None
         if before is not None and after is not None and teacher is not None and teacher != before:
             gap = (after - before) / (teacher - before)
+        answered: dict[str, float | None] = {}
+        for name in self.benchmarks:
+            answered[f"{name}_avg_at_k_before"], answered[f"{name}_avg_at_k_after"] = self._evaluated(
+                f"eval/{name}/avg_at_k"
+            )
+            answered[f"{name}_avg_at_k_teacher"] = next(iter(self._series(f"eval/{name}/teacher_avg_at_k")), None)
         last = self.lines[-1] if self.lines else {"seconds": None, "tokens": None}
         seconds, tokens = last["seconds"], last["tokens"]
         return {
@@ -87,6 +100,7 @@ class PastRun:
             "peak_gib": max(self._series("memory/peak"), default=None),
             "skipped_steps": max(self._series("optimizer/skipped_steps"), default=None),
             "steps": self.step,
+            **answered,
         }
 
     def _series(self, pattern: str) -> list[float]:
@@ -154,6 +168,10 @@ def _lines_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "eval/accuracy": evaluation["accuracy"],
             "eval/perplexity": evaluation["perplexity"],
             "eval/teacher_accuracy": summary["teacher"],
+            **{
+                f"eval/{name}/avg_at_k": one["avg_at_k"]["value"]
+                for name, one in evaluation.get("benchmarks", {}).items()
+            },
         }
         for evaluation in summary["evaluations"]
     ]

@@ -18,17 +18,28 @@ _WIDE = 20.0  # a curve whose values span more than this factor is drawn on a lo
 _OUTLIER = 2.0  # a step that took so many times what 98 % of the steps took leaves the picture
 _FEW = 30  # points that are marked one by one
 _COLUMNS = 4
+_ACCURACY, _PERPLEXITY, _SECONDS = "eval/accuracy", "eval/perplexity", "time/step"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: a title, and the metric that it shows, as a pattern of its whole name."""
+    """One panel: a title, and the metric that it shows, as a pattern of its whole name.
+
+    `benchmark` is the name of the benchmark whose answers it is about, if it is about one.
+    """
 
     title: str
     pattern: str
+    benchmark: str | None = None
+
+    @property
+    def teacher(self) -> str | None:
+        """The key of the teacher's number; None if the panel shows nothing that a teacher has."""
+        if self.benchmark is not None:
+            return f"{self.benchmark}_avg_at_k_teacher"
+        return "accuracy_teacher" if self.pattern == _ACCURACY else None
 
 
-_ACCURACY, _PERPLEXITY, _SECONDS = "eval/accuracy", "eval/perplexity", "time/step"
 PANELS = [
     Panel("held-out accuracy", _ACCURACY),
     Panel("perplexity of reference answers", _PERPLEXITY),
@@ -50,7 +61,9 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
         groups: the runs.
         against: `steps` or `seconds`.
     """
-    shown = [(panel, [group.curve(panel.pattern) for group in groups]) for panel in PANELS]
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks)
+    panels = [PANELS[0], *(Panel(f"{name}, Avg@k", f"eval/{name}/avg_at_k", name) for name in names), *PANELS[1:]]
+    shown = [(panel, [group.curve(panel.pattern) for group in groups]) for panel in panels]
     shown = [(panel, curves) for panel, curves in shown if any(curves)]
     columns = max(1, min(_COLUMNS if len(shown) > 6 else 3, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
@@ -62,8 +75,8 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
         axes.set_title(panel.title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
-        if panel.pattern == _ACCURACY:
-            _add_teachers(axes, groups)
+        if panel.teacher is not None:
+            _add_teachers(axes, groups, panel.teacher)
         _scale(axes, panel, [level for curve in curves for p in curve for level in (p.value.low, p.value.high)])
     for place, axes in enumerate(grid):
         if place >= len(shown):
@@ -85,9 +98,9 @@ def _plot(axes: Any, curve: Sequence[Point], against: str, colour: str) -> None:
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _add_teachers(axes: Any, groups: Sequence[Group]) -> None:
+def _add_teachers(axes: Any, groups: Sequence[Group], key: str) -> None:
     """A dashed line for the teacher: one in black if all groups have the same, else one a group."""
-    measured = [group.values()["accuracy_teacher"] for group in groups]
+    measured = [group.values().get(key) for group in groups]
     levels = {f"C{number}": spread.mean for number, spread in enumerate(measured) if spread is not None}
     if len(set(levels.values())) == 1:
         levels = {"black": next(iter(levels.values()))}
@@ -103,7 +116,7 @@ def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.pattern == _ACCURACY:
+    elif panel.teacher is not None:
         axes.set_ylim(0, 1.03)
     elif panel.pattern == _SECONDS and largest > _OUTLIER * (usual := sorted(values)[int(0.98 * (len(values) - 1))]):
         axes.set_ylim(0, 1.2 * usual)
@@ -119,7 +132,7 @@ def _add_legend(figure: Any, groups: Sequence[Group], empty: Sequence[Any]) -> N
     for number, group in enumerate(groups):
         label = group.name if len(group.runs) == 1 else f"{group.name}  (n = {len(group.runs)})"
         lines.append(Line2D([], [], color=f"C{number}", linewidth=2, label=label))
-    if any(group.values()["accuracy_teacher"] for group in groups):
+    if any(spread for group in groups for key, spread in group.values().items() if key.endswith("_teacher")):
         lines.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="teacher"))
     if empty:
         empty[0].legend(handles=lines, loc="center left", fontsize=9, frameon=False)

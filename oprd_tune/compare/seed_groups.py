@@ -49,7 +49,8 @@ class Group:
     def values(self) -> dict[str, Spread | None]:
         """The numbers of the table, over those runs that measured them."""
         each = [run.values() for run in self.runs]
-        return {key: spread([one[key] for one in each]) for key in each[0]}
+        keys = dict.fromkeys(key for one in each for key in one)
+        return {key: spread([one.get(key) for one in each]) for key in keys}
 
     def curve(self, pattern: str) -> list[Point]:
         """The course of the first metric whose whole name matches."""

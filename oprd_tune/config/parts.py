@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, TypeVar, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from oprd_tune.config.checks import typed
 from oprd_tune.config.components import Component, nearest
+from oprd_tune.config.eval_section import EvalSection, named_components
 from oprd_tune.config.settings import FREE_ON_RESUME, free_fields
 from oprd_tune.config.short_form import NAMES, expand, shortened
 from oprd_tune.errors import ConfigError
@@ -50,6 +51,8 @@ class EngineParts:
         may_differ = free_fields(settings) | free_fields(type(self))
         for component in self.components():
             may_differ |= component.free_on_resume
+        own = getattr(self, "eval", None)
+        may_differ |= {"eval"} if own is None or saved.get("eval") is None else own.free_on_resume
         return _differences(saved, self.record, may_differ)
 
 
@@ -75,13 +78,14 @@ class Parts(EngineParts):
     teacher_tokenizer: Component | None = None
     reader: Component | None = None
     bridge: Component | None = None
+    eval: EvalSection | None = field(default=None, metadata={"find": EvalSection.find})
 
 
 @dataclass(frozen=True)
 class EvalParts(EngineParts):
     """The components of `math_eval`. Each benchmark is called like a data set, with a tokenizer."""
 
-    benchmarks: Mapping[str, Component] = field(metadata={"named": True})
+    benchmarks: Mapping[str, Component] = field(metadata={"find": named_components})
 
 
 SettingsT = TypeVar("SettingsT")
@@ -129,20 +133,13 @@ def resolve(
     if missing := [name for name in required if values.get(name) is None]:
         raise ConfigError(f"the config lacks {', '.join(shortened(missing))}")
     found: dict[str, Any] = {
-        name: _find(name, values[name], f) for name, f in part_fields.items() if values.get(name) is not None
+        name: f.metadata.get("find", Component.find)(name, values[name])
+        for name, f in part_fields.items()
+        if values.get(name) is not None
     }
     hints = get_type_hints(settings)
-    scalars = {name: _typed(name, values[name], hints[name]) for name in scalar_fields if name in values}
+    scalars = {name: typed(name, values[name], hints[name]) for name in scalar_fields if name in values}
     return settings(**scalars), parts(record={**values, "recipe": recipe}, **found)
-
-
-def _find(name: str, section: Any, part: Field[Any]) -> Component | dict[str, Component]:
-    """A section's component; those by name of a section that holds several."""
-    if not part.metadata.get("named"):
-        return Component.find(name, section)
-    if not isinstance(section, Mapping) or not section:
-        raise ConfigError(f"{name} is {section!r}; give at least one section, each under a name")
-    return {str(key): Component.find(f"{name}.{key}", value) for key, value in section.items()}
 
 
 def _check_recipe(cfg: DictConfig, recipe: str) -> None:
@@ -164,21 +161,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collectio
         else:
             found.append(f"{prefix}{key}: {before!r} then, {after!r} now")
     return found
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type. Whole numbers become floats where a float is wanted; nothing else is converted."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if get_origin(option) is dict and isinstance(value, dict):
-            return {str(key): _typed(f"{name}.{key}", item, get_args(option)[1]) for key, item in value.items()}
-        if get_origin(option) is list and isinstance(value, list):
-            return [_typed(name, item, get_args(option)[0]) for item in value]
-        if isinstance(option, type) and isinstance(value, option) and (option is bool) == isinstance(value, bool):
-            return value
-    wanted = " or ".join("null" if o is type(None) else o.__name__ if isinstance(o, type) else str(o) for o in options)
-    raise ConfigError(f"{name} is {value!r}; it must be {wanted}")

@@ -124,12 +124,14 @@ class EvalSettings:
     models: dict[str, str] = field(metadata=FREE_ON_RESUME)
     grader: str
     max_new_tokens: int
+    profile: str | None = free(None)  # its values are written out where the config is expanded
     samples_per_problem: int = 16
     problems_per_batch: int = free(8)
     seed: int = 0
     device: str | None = None
     dtype: str = "bf16"
     num_threads: int | None = free(None)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples_per_problem", "problems_per_batch"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd_tune.config.components import takes
+from oprd_tune.config.profiles import with_profile
 from oprd_tune.data.tokenizer_files import conventions
 from oprd_tune.data.vocabularies import share_tokens
 from oprd_tune.errors import ConfigError
@@ -69,6 +70,11 @@ def expand(values: Mapping[str, Any]) -> Values:
             found[name] = {"path": str(find_folder(name, found[name]))}
     if "benchmarks" in found:
         found["benchmarks"] = _benchmarks(found["benchmarks"])
+    if isinstance(models := found.get("models"), Mapping):
+        _check_present(models)
+        found = with_profile("profile", found, temperature_in="rollout")
+    if isinstance(section := found.get("eval"), Mapping):
+        found["eval"] = with_profile("eval.profile", {**section, "benchmarks": _benchmarks(section.get("benchmarks"))})
     for name in dict.fromkeys((*implied, *_USUAL)):
         section = found.get(name, {} if name in implied else None)
         if isinstance(section, Mapping) and not _is_whole(section):
@@ -132,6 +138,13 @@ def _tokenizer_sections(implied: Mapping[str, Values]) -> dict[str, Values]:
         return {"tokenizer": {"path": student}, "teacher_tokenizer": {"path": teacher}}
     has_template = [(conventions(Path(folder)) or {}).get("chat template") is not None for folder in (student, teacher)]
     return {"tokenizer": {"path": student if has_template == [True, False] else teacher}}
+
+
+def _check_present(models: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a model of an evaluation is null, which does not take it away."""
+    for name, model in models.items():
+        if _without_empty_component(model) is None:
+            raise ConfigError(f"models.{name} is null; '~models.{name}' takes a model away that the config has")
 
 
 def _without_empty_component(section: object) -> Any:

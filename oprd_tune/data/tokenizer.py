@@ -141,7 +141,7 @@ class HuggingFaceTokenizer:
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check that the chat template reads each given variable, and copy them."""
-        where = "tokenizer.chat_template_kwargs"
+        where = "chat_template_kwargs"
         if not isinstance(given, Mapping):
             raise ConfigError(f"{where} is {given!r}; give variables and values, such as {{enable_thinking: false}}")
         if self.chat_template is None:

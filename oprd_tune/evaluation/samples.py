@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SampleFile:
                 file.truncate(len(whole))
         return [Sample(**json.loads(line)) for line in whole.decode().split("\n") if line]
 
-    def append(self, samples: Iterable[Sample]) -> None:
-        """Write samples at the end of the file."""
+    def append(self, samples: Iterable[Sample], **shared: Any) -> None:
+        """Write samples at the end of the file. What they share, such as a step, stands first in each line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+            file.writelines(json.dumps({**shared, **asdict(sample)}, ensure_ascii=False) + "\n" for sample in samples)

@@ -19,7 +19,9 @@ class History:
     Attributes:
         teacher_accuracy: measured once; None if it was not measured.
         teacher_errors: the relative error of quantisation in each teacher layer's states; empty without quantisation.
-        evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}`, in order.
+        teacher_benchmarks: its Avg@k by benchmark, measured once; empty if it was not measured.
+        evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}`, in order. Where the
+            student has answered benchmarks, also `benchmarks`, its results by name, and `avg_at_k`, the mean over them.
         layers: the tapped student layers.
         cosines: for each step, the cosine of each tapped layer.
         max_logprob_gap: the largest gap between sampler and trainer at a token, in nats; None if never measured.
@@ -35,6 +37,7 @@ class History:
 
     teacher_accuracy: float | None = None
     teacher_errors: dict[int, float] = field(default_factory=dict)
+    teacher_benchmarks: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     cosines: dict[int, list[float]] = field(default_factory=dict)
@@ -73,12 +76,23 @@ class History:
             self.last_responses = [*self.last_responses, found][-WINDOW:]
 
     @property
+    def measured(self) -> tuple[str | None, list[dict[str, Any]]]:
+        """What tells good students from bad ones, and the evaluations that have it.
+
+        It is the first of accuracy, the mean Avg@k over benchmarks, and perplexity that was measured.
+        """
+        for name in ("accuracy", "avg_at_k", "perplexity"):
+            if rows := [e for e in self.evaluations if e.get(name) is not None]:
+                return name, rows
+        return None, []
+
+    @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest accuracy, or with the lowest perplexity if no accuracy was measured."""
-        if scored := [e for e in self.evaluations if e["accuracy"] is not None]:
-            return max(scored, key=lambda e: e["accuracy"])
-        measured = [e for e in self.evaluations if e["perplexity"] is not None]
-        return min(measured, key=lambda e: e["perplexity"], default=None)
+        """The evaluation with the highest accuracy or Avg@k, or with the lowest perplexity; see `measured`."""
+        name, rows = self.measured
+        if name == "perplexity":
+            return min(rows, key=lambda e: e["perplexity"])
+        return max(rows, key=lambda e: e[name or ""], default=None)
 
     def gap_closed(self, accuracy: float | None) -> float | None:
         """(accuracy − student before) / (teacher − student before); None if that is not defined."""

@@ -92,6 +92,12 @@ memory/peak | GiB | maximum since the start, over ranks | On CUDA what tensors t
 eval/accuracy | 1 | mean over held-out samples | Share of right answers, sampled at temperature 1.
 eval/teacher_accuracy | 1 | mean over held-out samples | The same of the teacher, measured once.
 eval/gap_closed | 1 | last | (student − student before) / (teacher − student before), in accuracy.
+eval/<set>/avg_at_k | 1 | mean over the benchmark's problems |
+    Avg@k of the section `eval`: the share of right answers among the k sampled to a problem.
+eval/<set>/best_at_k | 1 | mean over the benchmark's problems | Share of problems with a right answer among the k.
+eval/<set>/tokens | tokens | mean over the benchmark's answers | Length of an answer, EOS included.
+eval/<set>/truncated_share | 1 | mean over the benchmark's answers | Share of answers cut at `eval.max_new_tokens`.
+eval/<set>/teacher_avg_at_k | 1 | mean over the benchmark's problems | Avg@k of the teacher, measured once.
 eval/perplexity | 1 | over held-out answer tokens | exp of the mean −log p of the reference answers.
 """
 METRICS = [Metric(*row.split(" | ", 3)) for row in re.sub(r"\n +", " ", _TABLE).strip().splitlines()]

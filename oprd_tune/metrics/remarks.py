@@ -12,6 +12,7 @@ from oprd_tune.metrics.history import WINDOW, History
 _UNKNOWN_NOISE = 0.05  # of an accuracy whose number of graded answers is not known
 _PERPLEXITY_MARGIN = 0.01  # the same texts are read each time, so only rounding has to be allowed for
 _ENDLESS_SHARE = 0.9
+_LABELS = {"avg_at_k": "Avg@k"}
 _IN_A_ROW = 3  # evaluations; a student may get worse for a moment while its states begin to move
 _REPETITIVE, _REPETITION_MARGIN = 0.7, 0.2
 _LENGTH_FACTOR, _LENGTH_MARGIN = 2.0, 16  # below so many tokens a response is short, whatever the factor
@@ -31,15 +32,17 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
     distinct = [[row[2] for row in window if row[2:]] for window in (history.first_responses, history.last_responses)]
     latest = [*history.first_responses, *history.last_responses][-WINDOW:]
     truncated = [row[1] for row in latest] if ended or len(latest) == WINDOW else []
-    rows = history.evaluations
-    lasts = len(rows) > _IN_A_ROW and all(_measure(rows[0], row, graded) for row in rows[-_IN_A_ROW:])
+    (name, rows), best = history.measured, history.best
+    if name == "avg_at_k":  # answers to one problem are alike, so each problem counts once
+        graded = sum(one["problems"] for one in rows[0]["benchmarks"].values())
+    lasts = name and len(rows) > _IN_A_ROW and all(_is_worse(name, rows[0], row, graded) for row in rows[-_IN_A_ROW:])
     found = {
-        "worse": worse_than_before(rows, history.best, graded) if ended or lasts else None,
+        "worse": worse_than_before(name, rows, best, graded) if name and best and (ended or lasts) else None,
         "endless": never_ending(truncated, max_new_tokens),
         "skipped": skipped(history.not_finite_steps, history.skipped_steps - history.not_finite_steps),
         "length": length_change(*lengths),
         "repeats": repetition(*distinct),
-        "best": best_is_elsewhere(rows, history.best, graded) if ended else None,
+        "best": best_is_elsewhere(name, rows, best, graded) if name and best and ended else None,
     }
     return {kind: sentence for kind, sentence in found.items() if sentence is not None}
 
@@ -58,31 +61,31 @@ def falls(before: float, after: float, graded: int | None) -> bool:
 
 
 def worse_than_before(
-    evaluations: Sequence[dict[str, Any]], best: dict[str, Any] | None, graded: int | None
+    name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any], graded: int | None
 ) -> str | None:
-    """The last evaluation is worse than the first: in accuracy by `falls`, else in perplexity by more than 1 %."""
-    if best is None or not (name := _measure(evaluations[0], evaluations[-1], graded)):
+    """The last evaluation is worse than the first: in accuracy or Avg@k by `falls`, else in perplexity by over 1 %."""
+    if not _is_worse(name, rows[0], rows[-1], graded):
         return None
-    before, after = evaluations[0][name], evaluations[-1][name]
-    if best["step"] == evaluations[0]["step"]:
-        what = f": the best was step {best['step']} ({name} {_shown(before)}, now {_shown(after)})"
+    label, before, after = _LABELS.get(name, name), rows[0][name], rows[-1][name]
+    if best["step"] == rows[0]["step"]:
+        what = f": the best was step {best['step']} ({label} {_shown(before)}, now {_shown(after)})"
     else:
         what = (
-            f" ({name} {_shown(before)}, now {_shown(after)}); the best was step {best['step']} ({_shown(best[name])})"
+            f" ({label} {_shown(before)}, now {_shown(after)}); the best was step {best['step']} ({_shown(best[name])})"
         )
     return f"worse than at the start{what}; lower optimizer.lr"
 
 
 def best_is_elsewhere(
-    evaluations: Sequence[dict[str, Any]], best: dict[str, Any] | None, graded: int | None
+    name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any], graded: int | None
 ) -> str | None:
     """The last student is worse than the best trained one, beyond noise."""
-    if best is None or best["step"] == 0 or not (name := _measure(best, evaluations[-1], graded)):
+    last = rows[-1]
+    if best["step"] == 0 or not _is_worse(name, best, last, graded):
         return None
-    last = evaluations[-1]
     return (
-        f"the best student is in best/, not final/: step {best['step']} ({name} {_shown(best[name])}), against "
-        f"{_shown(last[name])} after step {last['step']}"
+        f"the best student is in best/, not final/: step {best['step']} ({_LABELS.get(name, name)} "
+        f"{_shown(best[name])}), against {_shown(last[name])} after step {last['step']}"
     )
 
 
@@ -133,13 +136,11 @@ def skipped(not_finite: int, empty: int) -> str | None:
     return "; ".join(said) or None
 
 
-def _measure(before: dict[str, Any], after: dict[str, Any], graded: int | None) -> str | None:
-    """The name of what is worse in a later evaluation; None if nothing is."""
-    if before["accuracy"] is not None and after["accuracy"] is not None:
-        return "accuracy" if falls(before["accuracy"], after["accuracy"], graded) else None
-    if before["perplexity"] is None or after["perplexity"] is None:
-        return None
-    return "perplexity" if after["perplexity"] > (1 + _PERPLEXITY_MARGIN) * before["perplexity"] else None
+def _is_worse(name: str, before: dict[str, Any], after: dict[str, Any], graded: int | None) -> bool:
+    """Whether a later evaluation is worse in the measure `name`, beyond noise."""
+    if name == "perplexity":
+        return after[name] > (1 + _PERPLEXITY_MARGIN) * before[name]
+    return falls(before[name], after[name], graded)
 
 
 def _shown(value: float) -> str:

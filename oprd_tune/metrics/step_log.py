@@ -31,12 +31,7 @@ class StepLog:
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         self._path = folder / FILE
-        if not self._path.exists():
-            return
-        kept = [text for text, line in _lines(self._path) if line is not None and line["step"] < first_step]
-        staged = self._path.with_name(f".{FILE}")
-        staged.write_text("".join(kept))
-        os.replace(staged, self._path)
+        remove_from_step(self._path, first_step)
 
     def add(self, step: int, metrics: Mapping[str, float], *, seconds: float, tokens: int) -> None:
         """Append a line."""
@@ -44,6 +39,16 @@ class StepLog:
         # Opened each time: nothing is left to close, however the run ends.
         with self._path.open("a") as file:
             file.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
+
+
+def remove_from_step(path: Path, first_step: int) -> None:
+    """Remove a file's lines of a step and of later ones, and damaged lines."""
+    if not path.exists():
+        return
+    kept = [text for text, line in _lines(path) if line is not None and line["step"] < first_step]
+    staged = path.with_name(f".{path.name}")
+    staged.write_text("".join(kept), encoding="utf-8")
+    os.replace(staged, path)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]] | None:
@@ -65,7 +70,7 @@ def read_log(folder: Path) -> list[dict[str, Any]] | None:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Each line's text with its content; the content is None if the line is damaged."""
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)

@@ -10,6 +10,7 @@ from oprd_tune.config.components import check_offers
 from oprd_tune.data import PromptStream, Reader
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.evaluation import ReferencePerplexity, TaskAccuracy
+from oprd_tune.evaluation.during_training import BenchmarkEval
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
@@ -30,6 +31,8 @@ class RunData:
         teacher_context: the number of tokens that the teacher can read.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
+        benchmarks: what the student answers while it trains; None if the config has no section `eval`.
+        teacher_benchmarks: the same for the teacher, in its own tokens; None if it is not to answer them.
     """
 
     tokenizer: Tokenizer
@@ -41,6 +44,8 @@ class RunData:
     teacher_context: int
     min_matched_share: float
     ranks: Ranks
+    benchmarks: BenchmarkEval | None = None
+    teacher_benchmarks: BenchmarkEval | None = None
 
     def read(self, rollout: Rollout, prompts: Prompts) -> Rollout:
         """Add the teacher's reading to a rollout if the teacher has another tokenizer. Every rank must call.
@@ -97,6 +102,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
             own = held_out.as_teacher_reads()
             teacher_accuracy = construct(parts.task_accuracy, own, teacher_tokenizer, **evaluator)
     _check_lengths(s, pair, accuracy, perplexity)
+    benchmarks, teacher_benchmarks = _open_benchmarks(parts, pair, tokenizer, teacher_tokenizer, ranks)
     return RunData(
         tokenizer=tokenizer,
         prompts=PromptStream(
@@ -109,7 +115,26 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
         teacher_context=pair.teacher_context,
         min_matched_share=s.min_matched_share,
         ranks=ranks,
+        benchmarks=benchmarks,
+        teacher_benchmarks=teacher_benchmarks,
     )
+
+
+def _open_benchmarks(
+    parts: Parts, pair: ModelPair, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer | None, ranks: Ranks
+) -> tuple[BenchmarkEval | None, BenchmarkEval | None]:
+    """The benchmarks of the section `eval` for the student and, if it is to answer them too, for the teacher."""
+    if parts.eval is None:
+        return None, None
+    found = BenchmarkEval.open(parts.eval, tokenizer, pair.vocabulary, ranks)
+    found.problems.check_fit("eval", vocabulary=pair.vocabulary, context=pair.context)
+    if not parts.eval.teacher:
+        return found, None
+    if teacher_tokenizer is None:
+        return found, found
+    own = BenchmarkEval.open(parts.eval, teacher_tokenizer, pair.teacher_vocabulary, ranks)
+    own.problems.check_fit("eval, for the teacher", vocabulary=pair.teacher_vocabulary, context=pair.teacher_context)
+    return found, own
 
 
 def _check_lengths(

@@ -26,6 +26,7 @@ from oprd_tune.preflight.memory import Memory, Plan, optimizer_bytes, predict_me
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import DecodesItself, RolloutEngine
 from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.native.sampler import sampling_bytes
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.torchtune_compat import folder_of
 
@@ -58,6 +59,7 @@ def preflight(
             ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
+            *_describe_benchmarks(data, engine, student, teacher, s.torch_dtype),
             *_describe_bridge(bridge, pair, data),
             *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
             ("disk", _describe_disk(s, student, memory, ranks)),
@@ -91,6 +93,9 @@ def _plan(
     held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=s.torch_dtype)
     if data.task_accuracy is not None:
         sampling = max(sampling, data.task_accuracy.memory_bytes(student, s.torch_dtype))
+    if data.benchmarks is not None:
+        more, for_benchmarks = _benchmark_bytes(data, engine, student, teacher, s.torch_dtype)
+        held, sampling = max(held, more), max(sampling, for_benchmarks)
     sizes = _bridge_sizes(pair)
     fitted_here = bridge is not None and torch.device(bridge.moments_device or ranks.device).type == ranks.device.type
     teacher_bytes, whole_teacher_bytes = _teacher_bytes(s, pair, data, loss, bridge, teacher)
@@ -117,6 +122,19 @@ def _plan(
     )
 
 
+def _benchmark_bytes(
+    data: RunData, engine: RolloutEngine, student: TransformerDecoder, teacher: TransformerDecoder, dtype: torch.dtype
+) -> tuple[int, int]:
+    """What the answers to benchmarks take: of the engine all the time, and while student or teacher samples."""
+    assert data.benchmarks is not None
+    size = {"rows": data.benchmarks.rows, "columns": data.benchmarks.request.longest_row}
+    held, sampling = engine.memory_bytes(student, **size, dtype=dtype)
+    if (own := data.teacher_benchmarks) is not None:
+        by_teacher = sampling_bytes(teacher, rows=own.rows, columns=own.request.longest_row, dtype=dtype)
+        sampling = max(sampling, by_teacher)
+    return held, sampling
+
+
 def _teacher_bytes(
     s: OPRDSettings,
     pair: ModelPair,
@@ -130,7 +148,8 @@ def _teacher_bytes(
     top = (None if keeps_head else pair.teacher_top(bridge)) or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
     kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
-    if not plan.sharded or not s.evaluate_teacher or data.teacher_accuracy is None:
+    is_measured = (s.evaluate_teacher and data.teacher_accuracy is not None) or data.teacher_benchmarks is not None
+    if not plan.sharded or not is_measured:
         return kept, 0
     gathered = replace(plan, placement="replicated")
     return kept, gathered.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
@@ -181,6 +200,23 @@ def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> list[tuple[
         ("batch", f"{s.prompts_per_step} prompts × {s.samples_per_prompt} = {responses} responses a step on {where}"),
         ("", f"at most {responses * s.max_new_tokens:,} response tokens a step"),
         ("steps", f"{s.max_steps:,}, {passes:,.2f} passes over {len(data.prompts):,} prompts"),
+    ]
+
+
+def _describe_benchmarks(
+    data: RunData, engine: RolloutEngine, student: TransformerDecoder, teacher: TransformerDecoder, dtype: torch.dtype
+) -> list[tuple[str, str]]:
+    """The section `eval`: what is answered, how often, and the memory that it takes."""
+    if (found := data.benchmarks) is None:
+        return []
+    k, every = found.request.samples_per_prompt, found.section.every_n_steps
+    sets = ", ".join(f"{name} {size} × {k}" for name, size in found.problems.sizes.items())
+    answers = sum(found.problems.sizes.values()) * k
+    _, sampling = _benchmark_bytes(data, engine, student, teacher, dtype)
+    most = f"{answers:,} answers of at most {found.request.max_new_tokens:,} tokens each time"
+    return [
+        ("benchmarks", f"{sets}, every {every} steps{'; once by the teacher' if data.teacher_benchmarks else ''}"),
+        ("", f"{most}; sampling {found.rows} at once takes {_size(sampling)}"),
     ]
 
 

@@ -20,7 +20,7 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.run.folder import read_config, write_config
 
 # These may change when an evaluation goes on: further models, and what concerns speed alone.
-_FREE = ("output_dir", "models", "problems_per_batch", "num_threads", "metric_logger")
+_FREE = ("output_dir", "models", "problems_per_batch", "num_threads", "metric_logger", "profile")
 
 
 def _place(sample: Sample) -> tuple[str, str, int, int]:

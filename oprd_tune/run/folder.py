@@ -4,6 +4,7 @@
     OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), and state.pt
     OUTPUT_DIR/best/, final/          Hugging Face folders
     OUTPUT_DIR/metrics.jsonl          the metrics of each logged step
+    OUTPUT_DIR/eval_samples.jsonl     answers to the benchmarks of the section `eval`
     OUTPUT_DIR/summary.json, accuracy.png, tensorboard/
 
 A folder is written beside its place and then renamed, so every folder in its place is complete.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
 from oprd_tune.config import OPRDSettings
+from oprd_tune.evaluation.during_training import metrics_of, results_of
+from oprd_tune.evaluation.samples import Sample, SampleFile
 from oprd_tune.evaluation.texts import differences_as_markdown, samples_as_markdown
 from oprd_tune.losses.diagnostics import DIFFERENCES
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
 from oprd_tune.metrics.remarks import remarks
 from oprd_tune.metrics.step import Metrics, StepResult, rollout_metrics, speed_metrics
-from oprd_tune.metrics.step_log import StepLog
+from oprd_tune.metrics.step_log import StepLog, remove_from_step
 from oprd_tune.preflight.data import RunData
 from oprd_tune.protocols import MetricLogger, RichLogger
 from oprd_tune.ranks import Ranks
@@ -23,6 +27,7 @@ from oprd_tune.run.summary import as_table, summarise, write_summary
 
 _GIB = 2**30
 _SAMPLES = 4  # responses that are logged as texts
+_ANSWERS = "eval_samples.jsonl"  # every answer to a benchmark, with its verdict and the step
 
 
 class Journal:
@@ -41,6 +46,8 @@ class Journal:
         self.logged: dict[str, float] = {}
         self._logger: MetricLogger | None = None
         self._log: StepLog | None = None
+        self._answers: SampleFile | None = None
+        self._teacher_answers: Sequence[Sample] = ()
         self._graded: int | None = None  # answers of an evaluation
         self._once: dict[str, float] = {}  # metrics that are logged with the first step only
 
@@ -57,6 +64,8 @@ class Journal:
         if self._ranks.first:
             folder = Path(self._settings.output_dir)
             self._log = StepLog(folder, first_step=first_step)
+            remove_from_step(folder / _ANSWERS, first_step)
+            self._answers = SampleFile(folder / _ANSWERS)
             if first_step == 0:
                 (folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, whose checkpoints are gone
         if isinstance(logger, RichLogger):
@@ -117,22 +126,42 @@ class Journal:
             f"{errors[worst]:.2%} (layer {worst})."
         )
 
-    def add_evaluation(self, step: int, accuracy: float | None, perplexity: float | None) -> bool:
+    def add_teacher_samples(self, samples: Sequence[Sample]) -> None:
+        """Record what the teacher has answered to benchmarks, before anything is trained."""
+        results = results_of(samples)
+        self.history.teacher_benchmarks = {name: one["avg_at_k"]["value"] for name, one in results.items()}
+        self._teacher_answers = samples
+
+    def add_evaluation(
+        self, step: int, accuracy: float | None, perplexity: float | None, samples: Sequence[Sample] = ()
+    ) -> bool:
         """Record and log an evaluation; returns whether the student has trained and is the best so far.
 
         Args:
             step: the number of finished optimizer steps.
             accuracy: a fraction, or None if not measured.
             perplexity: the perplexity of reference answers, or None if not measured.
+            samples: the student's answers to benchmarks, the same on all ranks; none if it was not asked.
         """
-        history = self.history
-        seconds = history.loop_seconds
-        history.evaluations.append({"step": step, "seconds": seconds, "accuracy": accuracy, "perplexity": perplexity})
-        measured = {
+        history, results = self.history, results_of(samples)
+        row: dict[str, Any] = {
+            "step": step,
+            "seconds": history.loop_seconds,
+            "accuracy": accuracy,
+            "perplexity": perplexity,
+        }
+        if results:
+            row |= {"benchmarks": results, "avg_at_k": fmean(one["avg_at_k"]["value"] for one in results.values())}
+            self._keep_answers(step, samples)
+        history.evaluations.append(row)
+        teachers = history.teacher_benchmarks
+        measured: dict[str, float | None] = {
             "eval/accuracy": accuracy,
             "eval/perplexity": perplexity,
             "eval/teacher_accuracy": history.teacher_accuracy,
             "eval/gap_closed": history.gap_closed(accuracy),
+            **metrics_of(results),
+            **{f"eval/{name}/teacher_avg_at_k": teachers.get(name) for name in results},
         }
         self._write({name: value for name, value in measured.items() if value is not None}, step)
         if history.cosines and isinstance(self._logger, RichLogger):
@@ -140,11 +169,18 @@ class Journal:
         self._warn(step)
         return step > 0 and history.best is history.evaluations[-1]
 
+    def _keep_answers(self, step: int, samples: Sequence[Sample]) -> None:
+        """Append answers to `eval_samples.jsonl`; the teacher's stand before the student's first ones."""
+        if self._answers is not None:
+            self._answers.append([*self._teacher_answers, *samples], step=step)
+        self._teacher_answers = ()
+
     def show(self, bar: Any, loss: float | None) -> None:
         """Advance the progress bar by the finished step."""
         last = self.history.evaluations[-1] if self.history.evaluations else {}
         shown = {"loss": "skipped" if loss is None else f"{loss:.3g}", "tok/s": f"{self.logged['speed/step']:.0f}"}
         shown |= {name: f"{last[name]:.4g}" for name in ("accuracy", "perplexity") if last.get(name) is not None}
+        shown |= {name: f"{one['avg_at_k']['value']:.3f}" for name, one in last.get("benchmarks", {}).items()}
         bar.set_postfix(shown, refresh=False)
         bar.update()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from tqdm import tqdm
 from oprd_tune.config import OPRDSettings, Parts
 from oprd_tune.config.components import check_offers
 from oprd_tune.errors import ConfigError
+from oprd_tune.evaluation.samples import Sample
 from oprd_tune.metrics.step import StepResult
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
+from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.run.folder import RunFolder, load_checkpoint, read_config
 from oprd_tune.run.journal import Journal
 from oprd_tune.run.launcher import StopSignals
@@ -69,6 +73,8 @@ class Run:
         """Construct the config's engine. What keeps it from working here is found before any model is loaded."""
         engine: RolloutEngine = self.parts.rollout()
         check_offers("rollout", engine, RolloutEngine)
+        if self.parts.eval is not None:
+            _check_takes_requests(engine)
         engine.check(self._ranks.device, self._ranks)
         return engine
 
@@ -78,22 +84,27 @@ class Run:
         self._folder.open(self.parts.record)
 
     def load_teacher(self, pair: ModelPair, data: RunData, *, top: int | None) -> TransformerDecoder:
-        """Load the teacher and record the error of its quantisation. A run that starts also measures its accuracy.
+        """Load the teacher and record the error of its quantisation. A run that starts also measures how good it is.
 
         `top` is the highest layer that the run reads; None stands for the whole teacher with its head.
         """
         s = self._settings
-        measure = data.teacher_accuracy if self.checkpoint is None and s.evaluate_teacher else None
+        starts = self.checkpoint is None
+        measure = data.teacher_accuracy if starts and s.evaluate_teacher else None
+        benchmarks = data.teacher_benchmarks if starts else None
         teacher, errors = TeacherPlan(s.teacher_placement, s.teacher_quantization, self._ranks).load(
             self.parts.teacher_model,
             pair.teacher_files,
             dtype=s.torch_dtype,
-            top=top if measure is None else None,
+            top=top if measure is None and benchmarks is None else None,
             prompts=data.prompts.at(range(_QUANTISATION_PROMPTS)).as_teacher_reads,
         )
         self.journal.add_teacher_errors(errors)
         if measure is not None:
             self.journal.history.teacher_accuracy = measure(teacher)
+        if benchmarks is not None:
+            sampler = Sampler(teacher, benchmarks.request, batch_size=benchmarks.rows)
+            self.journal.add_teacher_samples(benchmarks(sampler.sample, "teacher"))
         return teacher
 
     def begin(self, student: Student, data: RunData, engine: RolloutEngine, **stateful: Any) -> None:
@@ -129,7 +140,7 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as scope:
             scope.enter_context(closing(self._engine))
-            if self.step == 0 and not self.journal.history.evaluations:
+            if all(row["step"] != self.step for row in self.journal.history.evaluations):
                 self._evaluate()
             self._stop = scope.enter_context(StopSignals())
             name = self._recipe.partition("_")[0].upper()
@@ -154,8 +165,7 @@ class Run:
         self._student.finish_step(result.metrics)
         self.journal.finish_step(self.step, result)
         done = self.step == s.max_steps
-        if done or self.step % s.evaluate_every_n_steps == 0:
-            self._evaluate()
+        self._evaluate()
         if done or self.step % s.checkpoint_every_n_steps == 0:
             self._save()
         self.journal.show(self._bar, result.loss)
@@ -178,11 +188,21 @@ class Run:
         return 0
 
     def _evaluate(self) -> None:
-        """Measure the student, and export it if it is the best student so far."""
-        data, model = self._data, self._student.model
-        accuracy = data.task_accuracy(model) if data.task_accuracy else None
-        perplexity = data.reference_perplexity(model) if data.reference_perplexity else None
-        if self.journal.add_evaluation(self.step, accuracy, perplexity):
+        """Measure the student if it is time for that, and export it if it is the best student so far."""
+        data, model, done = self._data, self._student.model, self.step == self._settings.max_steps
+        held_out = done or self.step % self._settings.evaluate_every_n_steps == 0
+        benchmarks = data.benchmarks
+        if benchmarks is not None and not done and self.step % benchmarks.section.every_n_steps:
+            benchmarks = None
+        if not held_out and benchmarks is None:
+            return
+        accuracy = data.task_accuracy(model) if held_out and data.task_accuracy else None
+        perplexity = data.reference_perplexity(model) if held_out and data.reference_perplexity else None
+        samples: list[Sample] = []
+        if benchmarks is not None:
+            self._engine.sync_weights(self.step)
+            samples = benchmarks(partial(self._engine.generate, request=benchmarks.request), "student")
+        if self.journal.add_evaluation(self.step, accuracy, perplexity, samples):
             self._export("best")
 
     def _save(self) -> None:
@@ -192,3 +212,13 @@ class Run:
     def _export(self, name: str) -> Path:
         make_checkpointer = self.parts.checkpointer.plainly
         return self._folder.export(name, self._student.model, make_checkpointer, dtype=self._settings.torch_dtype)
+
+
+def _check_takes_requests(engine: RolloutEngine) -> None:
+    """Raise ConfigError if an engine, written before there were any, takes no further requests."""
+    asked, started = (signature(method).parameters for method in (engine.generate, engine.start))
+    if "request" not in asked or all(p.kind is not p.VAR_POSITIONAL for p in started.values()):
+        raise ConfigError(
+            f"eval: {type(engine).__name__} cannot answer benchmarks: its `generate` has to take a `request`, and its "
+            "`start` further ones; oprd_tune/protocols.py describes both"
+        )

@@ -34,9 +34,23 @@ def summarise(history: History, **facts: Any) -> dict[str, Any]:
         "skipped_steps": history.skipped_steps,
         "max_logprob_gap": history.max_logprob_gap,
         "teacher_errors": history.teacher_errors or None,
+        "benchmarks": _benchmarks(history),
         "evaluations": history.evaluations,
         **facts,
     }
+
+
+def _benchmarks(history: History) -> dict[str, Any] | None:
+    """For each benchmark the last results, Avg@k before training, and the teacher's; None if there is none."""
+    rows = [row["benchmarks"] for row in history.evaluations if "benchmarks" in row]
+    return {
+        name: {
+            **last,
+            "before": rows[0][name]["avg_at_k"]["value"] if name in rows[0] else None,
+            "teacher": history.teacher_benchmarks.get(name),
+        }
+        for name, last in (rows[-1].items() if rows else ())
+    } or None
 
 
 def write_summary(folder: Path, summary: dict[str, Any], history: History) -> None:
@@ -46,6 +60,18 @@ def write_summary(folder: Path, summary: dict[str, Any], history: History) -> No
         history.accuracy_figure().savefig(folder / "accuracy.png", dpi=150)
 
 
+def _rows_of(benchmarks: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """The rows of the benchmarks: Avg@k before, after with its interval, and the teacher's."""
+    rows: list[tuple[str, Any, str]] = []
+    for name, one in benchmarks.items():
+        after = one["avg_at_k"]
+        interval = f"{after['value']:.4f} ({after['low']:.4f} to {after['high']:.4f})"
+        rows.append((f"{name}, Avg@{one['k']}, student before", one["before"], "{:.4f}"))
+        rows.append((f"{name}, Avg@{one['k']}, student after", interval, "{}"))
+        rows.append((f"{name}, Avg@{one['k']}, teacher", one["teacher"], "{:.4f}"))
+    return rows
+
+
 def as_table(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal, without the rows that were not measured."""
     rows = [
@@ -53,6 +79,7 @@ def as_table(summary: dict[str, Any]) -> str:
         ("accuracy, student after", summary["student_after"], "{:.4f}"),
         ("accuracy, teacher", summary["teacher"], "{:.4f}"),
         ("share of the gap closed", summary["gap_closed"], "{:.1%}"),
+        *_rows_of(summary["benchmarks"] or {}),
         ("perplexity of reference answers, before", summary["perplexity_before"], "{:,.4g}"),
         ("perplexity of reference answers, after", summary["perplexity_after"], "{:,.4g}"),
         ("largest gap of sampler and trainer, nats", summary["max_logprob_gap"], "{:.2g}"),

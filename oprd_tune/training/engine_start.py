@@ -39,4 +39,4 @@ def start_engine(
         vocabulary=pair.vocabulary,
         top_k_ids=top_k_ids,
     )
-    engine.start(policy, request)
+    engine.start(policy, request, *([] if data.benchmarks is None else [data.benchmarks.request]))

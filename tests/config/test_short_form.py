@@ -98,6 +98,32 @@ def test_benchmarks_are_names_or_sections():
     assert found == {"mine": {"_component_": "oprd_tune.data.prompt_dataset", "source": "x.jsonl"}, "own": OWN}
 
 
+def test_a_profile_fills_in_what_an_evaluation_leaves_out():
+    mine = {"mine": {"source": "x.jsonl"}, "own": OWN, "told": {"source": "x", "instruction": "none"}}
+    given = {"models": {"me": "x"}, "benchmarks": mine, "profile": "paper"}
+    found = expand(given)
+    assert found["samples_per_problem"] == 16
+    assert found["rollout"] == {"_component_": "oprd_tune.rollout.NativeEngine", "temperature": 0.7}
+    assert found["benchmarks"]["mine"]["instruction"] == "boxed"
+    assert (found["benchmarks"]["own"], found["benchmarks"]["told"]["instruction"]) == (OWN, "none")
+    assert "instruction" not in expand({**given, "benchmarks": ["aime24"]})["benchmarks"]["aime24"]  # has its own
+    found = expand({**given, "profile": "greedy", "samples_per_problem": 4, "rollout": {"batch_size": 2}})
+    assert (found["samples_per_problem"], found["rollout"]["temperature"]) == (4, 0.0)
+    assert found["rollout"]["batch_size"] == 2
+    assert "instruction" not in found["benchmarks"]["mine"]
+    assert expand({**given, "rollout": {"temperature": 1.0}})["rollout"]["temperature"] == 1.0
+    found = expand({"eval": {"benchmarks": ["math500"], "profile": "greedy", "samples_per_problem": 2}})["eval"]
+    assert (found["temperature"], found["samples_per_problem"]) == (0.0, 2)
+    with pytest.raises(ConfigError, match="profile is 'papers'; allowed are paper, greedy"):
+        expand({**given, "profile": "papers"})
+
+
+def test_a_model_of_an_evaluation_cannot_be_null():
+    for nothing in (None, {"_component_": None}):  # what torchtune makes of `models.base=null`
+        with pytest.raises(ConfigError, match="models.base is null; '~models.base' takes a model away"):
+            expand({"models": {"me": "x", "base": nothing}})
+
+
 def test_lora_adds_adapters_to_the_student():
     assert expand(TINY | {"lora": {"rank": 4}})["model"]["lora"] == {"rank": 4}
     with pytest.raises(ConfigError, match="lora adds adapters to `student`"):

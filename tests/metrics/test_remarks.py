@@ -56,6 +56,34 @@ def test_worse_than_at_the_start():
     assert said(run(perplexities=(1.5, 1234.4))) == [perplexity]
 
 
+def test_avg_at_k_is_the_measure_where_there_is_no_accuracy():
+    history = run(perplexities=(2.0, 1.0, 1.0))
+    for row, score in zip(history.evaluations, (0.4, 0.9, 0.2), strict=True):
+        row |= {"avg_at_k": score, "benchmarks": {"one": {"problems": 150}, "two": {"problems": 50}}}
+    assert history.best["step"] == 10
+    assert said(history, graded=None) == [
+        "worse than at the start (Avg@k 0.400, now 0.200); the best was step 10 (0.900); lower optimizer.lr",
+        "the best student is in best/, not final/: step 10 (Avg@k 0.900), against 0.200 after step 20",
+    ]
+    for row in history.evaluations:
+        row["benchmarks"] = {"one": {"problems": 15}}
+    history.evaluations[2]["avg_at_k"] = 0.3
+    assert "worse than at the start" not in str(said(history, graded=None))  # 15 problems cannot tell
+    history.evaluations[2]["avg_at_k"] = None  # not asked there
+    assert said(history) == []
+    history.evaluations[0]["accuracy"] = 0.5
+    assert history.measured[0] == "accuracy"
+
+
+def test_a_checkpoint_from_before_benchmarks_still_loads():
+    state = run(0.4, 0.6).state_dict()
+    del state["teacher_benchmarks"]
+    history = History()
+    history.load_state_dict(state)
+    assert history.best["step"] == 10
+    assert history.teacher_benchmarks == {}
+
+
 def test_during_training_three_evaluations_in_a_row_have_to_be_worse():
     assert said(run(0.4, 0.2, 0.2), ended=False) == []
     assert said(run(0.4, 0.2, 0.4, 0.2), ended=False) == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -150,6 +151,32 @@ def test_greedy_answers_are_all_the_same(out):
     assert all(len(responses) == 1 for responses in by_problem.values())
 
 
+def test_a_profile_says_how_to_ask(out, tmp_path):
+    cfg = load_config("tiny/eval", output_dir=out, **SMALL, profile="greedy")
+    del cfg.samples_per_problem, cfg.rollout
+    assert launch(recipe_class(NAME), cfg) == 0
+    assert len(samples(out)) == 2 * 20
+    assert evaluate(tmp_path / "same", samples_per_problem=1, **{"rollout.temperature": 0}) == 0
+    assert samples(tmp_path / "same") == samples(out)
+
+
+def test_variables_of_the_chat_template_reach_every_model(out, tmp_path, capsys):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinks is defined and not thinks %}+{% endif %}"
+    folder = shutil.copytree(find_folder("x", "tiny/student"), tmp_path / "chats")
+    (folder / "chat_template.jinja").write_text(template)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "12", "answer": "3"}\n')
+    cfg = load_config("tiny/eval", output_dir=out, chat_template_kwargs="{thinks: false}")
+    cfg.models, cfg.benchmarks = {"mine": str(folder)}, {"rows": {"source": str(tmp_path / "rows.jsonl")}}
+    cfg.benchmarks.rows.answer_column = "answer"
+    assert launch(recipe_class(NAME), cfg) == 0
+    assert {one["prompt"] for one in samples(out)} == {"12+"}
+    cfg.output_dir, cfg.chat_template_kwargs = str(tmp_path / "other"), {"thinking": False}
+    assert launch(recipe_class(NAME), cfg) == 2
+    assert "models.mine: chat_template_kwargs: the chat template has no variable thinking; it has thinks" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_model_that_only_transformers_has_is_evaluated_too(out, tmp_path):
     folder = tmp_path / "gemma"
     save_model(folder, "gemma3", vocab_size=len(SYMBOLS), max_position_embeddings=MAX_SEQ_LEN)
@@ -169,6 +196,10 @@ def test_a_model_that_only_transformers_has_is_evaluated_too(out, tmp_path):
         ({"benchmarks": "null"}, "the config lacks benchmarks"),
         ({"samples_per_problem": 0}, "samples_per_problem is 0; it must be a whole number, at least 1"),
         ({"rollout.temperature": -1}, "rollout.temperature is -1"),
+        ({"profile": "papers"}, "profile is 'papers'; allowed are paper, greedy"),
+        ({"models.student": "null"}, "models.student is null; '~models.student' takes a model away"),
+        ({"chat_template_kwargs": "thinks"}, "chat_template_kwargs is 'thinks'; it must be a section of names and"),
+        ({"chat_template_kwargs": "{a: 1}"}, "models.student: chat_template_kwargs is given, but the folder has no"),
     ],
 )
 def test_mistakes_are_explained_before_a_model_is_loaded(overrides, message, out, capsys):

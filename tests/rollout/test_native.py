@@ -259,6 +259,22 @@ def test_the_engine_samples_what_is_asked_for_under_the_version_of_the_last_sync
     assert not torch.equal(engine.generate(prompts, stream=8).tokens_BS, wanted.tokens_BS)
 
 
+def test_a_call_may_bring_a_request_of_its_own_and_changes_no_later_one():
+    model, prompts = make_model(), make_prompts()
+    other = request(samples_per_prompt=3, seed=9, max_new_tokens=11, temperature=0.25)
+    engine = NativeEngine(temperature=0.5)
+    engine.start(policy(model), request(seed=3, top_k_ids=2), other)
+    before = engine.generate(prompts, stream=7)
+    found = engine.generate(prompts, request=other)
+    wanted = sampler(model, temperature=0.25, samples_per_prompt=3, seed=9, max_new_tokens=11).sample(prompts)
+    assert torch.equal(found.tokens_BS, wanted.tokens_BS)
+    assert found.sampler_top_ids_BSK is None
+    own = request(samples_per_prompt=3, seed=9, max_new_tokens=11)
+    warmer = engine.generate(prompts, request=own)  # at the engine's own temperature
+    assert not torch.equal(warmer.tokens_BS, wanted.tokens_BS)
+    assert torch.equal(engine.generate(prompts, stream=7).tokens_BS, before.tokens_BS)
+
+
 def test_the_engine_holds_nothing_and_takes_as_much_as_its_rows_at_once():
     shape = {"columns": 20, "dtype": torch.float32}
     model, few = make_model(), NativeEngine(batch_size=4)

@@ -42,6 +42,17 @@ def test_runs_streams_and_samples_each_have_seeds_of_their_own():
     assert 0 <= min(found) < 2**60 < 2**62 < max(found) < 2**63
 
 
+def test_a_request_may_have_a_temperature_and_other_lengths():
+    own = sampling(temperature=1.0)
+    assert own.of(None) is own
+    for temperature, expected in ((0.25, 0.25), (0.0, 0.0), (None, 1.0)):
+        other = own.of(request(max_new_tokens=77, samples_per_prompt=2, temperature=temperature))
+        asked = other.requests(make_prompts(), 0)
+        assert {parameters["temperature"] for _, parameters in asked} == {expected}
+        assert {parameters["max_tokens"] for _, parameters in asked} == {77}
+        assert len(asked) == 2 * len(make_prompts())
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_ask_for_what_one_process_would(world_size):
     whole, own = make_prompts(first_position=40), sampling(samples_per_prompt=2, seed=3)

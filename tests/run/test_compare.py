@@ -174,6 +174,47 @@ def test_only_what_was_measured_is_drawn(tmp_path, against):
     assert [text.get_text() for text in legend.get_texts()] == ["a … b  (n = 2)", "teacher"]
 
 
+def answered(folder, after, *, name="math500", teacher=0.9, **changes):
+    """A run that has also answered a benchmark."""
+    past(folder, **changes)
+    log = StepLog(folder, first_step=100)
+    for step, score in ((0, 0.25), (4, after)):
+        told = {f"eval/{name}/avg_at_k": score, f"eval/{name}/teacher_avg_at_k": teacher}
+        log.add(step, {**told, f"eval/{name}/best_at_k": 1.0}, seconds=step / 2, tokens=0)
+    return folder
+
+
+def test_each_benchmark_has_rows_and_a_panel(tmp_path):
+    folders = [answered(tmp_path / "a", 0.5), answered(tmp_path / "b", 0.75, seed=1)]
+    folders.append(answered(tmp_path / "c", 0.3, name="accuracy", max_steps=9))
+    groups = group_by_seed(read_runs([*folders, past(tmp_path / "d", optimizer={"lr": 1})]))
+    table = {row[0]: row[1:] for row in results(groups)}
+    assert table["math500, Avg@k before"] == ["0.250", "–", "–"]
+    assert table["math500, Avg@k after"] == ["0.625 (0.500–0.750)", "–", "–"]
+    assert table["math500, Avg@k teacher"] == ["0.900", "–", "–"]
+    assert table["accuracy, Avg@k after"] == ["–", "0.300", "–"]
+    assert table["accuracy after"] == ["0.750", "0.750", "0.750"]  # held-out accuracy is something else
+    figure = draw(groups)
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert list(panels)[:4] == [
+        "held-out accuracy",
+        "math500, Avg@k",
+        "accuracy, Avg@k",
+        "perplexity of reference answers",
+    ]
+    dashed = [line for line in panels["math500, Avg@k"].lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [0.9]
+
+
+def test_benchmarks_are_read_from_a_summary_too(tmp_path):
+    rows = [{**row, "benchmarks": {"sums": {"avg_at_k": {"value": 0.5}}}} for row in SUMMARY["evaluations"]]
+    folder = past(tmp_path / "old", summary=SUMMARY | {"evaluations": rows})
+    (folder / "metrics.jsonl").unlink()
+    (run,) = read_runs([folder])
+    assert run.benchmarks == ["sums"]
+    assert run.values()["sums_avg_at_k_after"] == 0.5
+
+
 def spoil(folder, name, text):
     past(folder, summary=SUMMARY)
     (folder / name).write_text(text)

@@ -76,7 +76,7 @@ def test_what_was_learned_until_an_engine_is_lost_is_saved(when, out, monkeypatc
     generate = NativeEngine.generate
 
     def lose(self, prompts, *, stream=0):
-        if self._policy_version == steps and self._sampler._request.samples_per_prompt == 2:
+        if self._policy_version == steps and self._request.samples_per_prompt == 2:
             raise RolloutError("the rollout of this step is not the student's")
         return generate(self, prompts, stream=stream)
 

@@ -20,5 +20,6 @@ def test_summary_has_every_key_and_null_where_nothing_was_measured(tmp_path):
     assert math.isclose(read["gap_closed"], 0.5)
     assert read["perplexity_before"] is None
     assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert read["benchmarks"] is None
     assert "50.0%" in as_table(summary)
     assert "perplexity" not in as_table(summary)

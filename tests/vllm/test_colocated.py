@@ -9,9 +9,10 @@ import torch
 from oprd_tune.errors import RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import VLLMColocated
+from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.types import Prompts
 from tests.distributed.spawn import run_ranks
-from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, started
+from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, request, started
 
 pytest.importorskip("vllm")
 CACHE = {"kv_cache_gib": 0.125}
@@ -94,6 +95,17 @@ def on_one_rank(rank, folder):
     torch.save([engine.generate(PROMPTS, stream=s) for s in (1, 1, 2)], folder / "sampled.pt")
     torch.save(native(policy.model, samples_per_prompt=500, max_new_tokens=1).sample(PROMPTS), folder / "native.pt")
     engine.close()
+    mine = request(vocabulary=16, samples_per_prompt=3, seed=7, top_k_ids=3)
+    longer = request(vocabulary=16, max_new_tokens=40, samples_per_prompt=2, temperature=0.0, stop_tokens=[])
+    engine = VLLMColocated(**CACHE)
+    engine.start(policy, mine, longer)
+    engine.sync_weights(4)
+    rollouts = [engine.generate(PROMPTS, request=longer), engine.generate(PROMPTS, stream=1)]
+    rollouts += [engine.generate(PROMPTS, request=longer), Sampler(policy.model, longer).sample(PROMPTS)]
+    torch.save(rollouts, folder / "asked.pt")
+    engine._has_forgotten = move(policy.model, "q_proj.bias") > 0  # as on a GPU, where the engine slept in between
+    results["forgotten"] = message(lambda: engine.generate(PROMPTS, request=longer))
+    engine.close()
     results["process"] = [torch.set_num_threads is threads, torch.equal(noise, torch.get_rng_state())]
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -127,6 +139,21 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("colocated")
     run_ranks(on_one_rank, 1, folder, folder)
     return folder
+
+
+def test_a_call_may_bring_a_longer_request_of_its_own(folder):
+    asked, training, again, wanted = torch.load(folder / "asked.pt", weights_only=False)
+    assert torch.equal(asked.tokens_BS, wanted.tokens_BS)
+    assert torch.equal(asked.tokens_BS, again.tokens_BS)
+    assert asked.response_mask_BS.sum(1).tolist() == [40] * 8
+    assert asked.sampler_top_ids_BSK is None
+    before = torch.load(folder / "sampled.pt", weights_only=False)[0]
+    assert torch.equal(training.tokens_BS, before.tokens_BS)
+    assert torch.equal(training.sampler_logprobs_BS, before.sampler_logprobs_BS)
+
+
+def test_weights_that_an_engine_lost_in_its_sleep_are_sent_again(single):
+    assert single["forgotten"] == ""
 
 
 @pytest.fixture(scope="module")

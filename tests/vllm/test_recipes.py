@@ -43,6 +43,25 @@ def test_closes_the_gap_as_with_the_native_engine(out):
     assert "largest gap of sampler and trainer" in done.stdout
 
 
+def test_answers_to_benchmarks_are_sampled_by_vllm_and_leave_training_alone(out, tmp_path):
+    vllm = {"rollout._component_": "oprd_tune.rollout.VLLMColocated", "rollout.kv_cache_gib": 0.25}
+    held_out = {"_component_": "oprd_tune.tiny.addition", "split": "held_out", "count": 12}
+    own = {f"eval.benchmarks.sums.{key}": value for key, value in held_out.items()}
+    own |= {"eval.grader": "oprd_tune.grading.exact_match", "eval.max_new_tokens": 40, "eval.every_n_steps": 2}
+    for folder, extra in ((out, own), (tmp_path / "without", {})):
+        done = run(folder, **STEADY, **vllm, **extra)
+        assert done.returncode == 0, done.stderr
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, tmp_path / "without")
+    ]
+    losses = [[line["loss/total"] for line in own if "loss/total" in line] for own in lines]
+    assert losses[0] == losses[1]
+    assert [line["step"] for line in lines[0] if "eval/sums/avg_at_k" in line] == [0, 2, 4]
+    answers = [json.loads(line) for line in (out / "eval_samples.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 * 12 * 4
+
+
 def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out):
     extra = {"dtype": "bf16", "master_dtype": "fp32"}
     recipe, config = "opd_topk_distributed", "tiny/opd_topk"

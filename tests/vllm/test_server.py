@@ -16,7 +16,7 @@ from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer
 from oprd_tune.types import Prompts, SamplingRequest
 from tests.distributed.spawn import run_ranks
-from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, started
+from tests.vllm.students import GROUPS, PROMPTS, make_student, move, native, request, started
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -38,7 +38,8 @@ def server(tmp_path_factory):
 def make_engine(server, tmp_path):
     def make(kind="tied", **kwargs):
         policy = make_student(kind, tmp_path / kind)
-        asked = {name: kwargs.pop(name) for name in list(kwargs) if name in SamplingRequest.__dataclass_fields__}
+        fields = {*SamplingRequest.__dataclass_fields__} - {"temperature"}  # which is the engine's here
+        asked = {name: kwargs.pop(name) for name in set(kwargs) & fields}
         engine = VLLMServer(**{"addresses": [server.address], **ENGINE, **kwargs})
         return policy.model, started(engine, policy, **asked)
 
@@ -103,6 +104,23 @@ def test_samples_do_not_depend_on_how_requests_are_spread(make_engine, server):
     assert (one.sampler_logprobs_BS.exp()[at] <= 1).all()
     assert one.sampler_top_ids_BSK.shape[-1] == 3
     assert not torch.equal(one.tokens_BS, engine.generate(PROMPTS, stream=6).tokens_BS)
+
+
+def test_a_call_may_bring_a_request_of_its_own(make_engine):
+    model, engine = make_engine(temperature=1.0)
+    engine.sync_weights(0)
+    before = engine.generate(PROMPTS, stream=5)
+    own = {"max_new_tokens": 4, "samples_per_prompt": 2, "vocabulary": 16, "temperature": 0.0}
+    found, wanted = engine.generate(PROMPTS, request=request(**own)), native(model, **own).sample(PROMPTS)
+    assert torch.equal(found.tokens_BS, wanted.tokens_BS)
+    assert torch.equal(engine.generate(PROMPTS, stream=5).tokens_BS, before.tokens_BS)
+
+
+def test_a_server_has_to_hold_the_longest_row_of_all_requests(server, tmp_path):
+    engine = VLLMServer(addresses=[server.address], **ENGINE)
+    policy = make_student("tied", tmp_path / "student")
+    with pytest.raises(ConfigError, match="max_model_len is 24, below 56"):
+        engine.start(policy, request(vocabulary=16), request(vocabulary=16, max_new_tokens=40))
 
 
 @pytest.mark.parametrize(

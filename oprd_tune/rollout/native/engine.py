@@ -49,17 +49,19 @@ class NativeEngine:
         rows_at_once = min(rows, self.batch_size or rows)
         return 0, sampling_bytes(model, rows=rows_at_once, columns=columns, dtype=dtype)
 
-    def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Make a sampler from the student."""
-        self._sampler = Sampler(policy.model, request, temperature=self.temperature, batch_size=self.batch_size)
+    def start(self, policy: Policy, request: SamplingRequest, *others: SamplingRequest) -> None:
+        """Keep the student and the request. Other requests need no preparation."""
+        self._model, self._request = policy.model, request
 
     def sync_weights(self, policy_version: int) -> None:
         """Note the version. The weights are the trainer's own."""
         self._policy_version = policy_version
 
-    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+    def generate(self, prompts: Prompts, *, stream: int = 0, request: SamplingRequest | None = None) -> Rollout:
         """Sample responses. All ranks must call, since a sharded student is gathered for it."""
-        return self._sampler.sample(prompts, stream=stream, policy_version=self._policy_version)
+        asked = request or self._request
+        sampler = Sampler(self._model, asked, temperature=self.temperature, batch_size=self.batch_size)
+        return sampler.sample(prompts, stream=stream, policy_version=self._policy_version)
 
     def close(self) -> None:
         """Do nothing: this engine holds nothing between rollouts."""

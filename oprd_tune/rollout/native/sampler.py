@@ -37,7 +37,8 @@ class Sampler:
     Args:
         model: any decoder that the taps work with. A sharded model is gathered while it samples. So all ranks must call
             `sample` together, each with its own prompts.
-        temperature: 0 is greedy. Log-probabilities are always those at temperature 1.
+        temperature: 0 is greedy; that of the request, if it has one, goes before it. Log-probabilities are always those
+            at temperature 1.
         batch_size: the most rows decoded at once; None decodes all rows at once.
     """
 
@@ -50,7 +51,8 @@ class Sampler:
         batch_size: int | None = None,
     ) -> None:
         self._model, self._request = model, request
-        self._temperature, self._batch_size = temperature, batch_size
+        self._temperature = temperature if request.temperature is None else request.temperature
+        self._batch_size = batch_size
         self._device = device_of(model)
         self._stop_tokens = torch.tensor(sorted(request.stop_tokens), device=self._device)
 

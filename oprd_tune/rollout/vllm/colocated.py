@@ -123,8 +123,8 @@ class VLLMColocated:
             return 0, share if self.kv_cache_gib is None else own + int(self.kv_cache_gib * GIB)
         return own + int((self.kv_cache_gib or CPU_CACHE_GIB) * GIB), 0
 
-    def start(self, policy: Policy, request: SamplingRequest) -> None:
-        """Construct vLLM's engine, without weights."""
+    def start(self, policy: Policy, request: SamplingRequest, *others: SamplingRequest) -> None:
+        """Construct vLLM's engine, without weights, for rows as long as the longest of all requests."""
         self._weights = weights = PolicyWeights(policy)
         self._sampling = Sampling(request, weights.vocabulary, self.temperature)
         self._parallel = self._sharing(weights.ranks)
@@ -144,9 +144,9 @@ class VLLMColocated:
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # take no settings, such as a temperature, from the model's folder
                     dtype=weights.dtype,
-                    max_model_len=request.max_prompt_tokens + request.max_new_tokens,
+                    max_model_len=max(one.longest_row for one in (request, *others)),
                     max_num_seqs=self.max_num_seqs,
-                    max_logprobs=self._sampling.logprobs,
+                    max_logprobs=max(self._sampling.of(one).logprobs for one in (request, *others)),
                     gpu_memory_utilization=self.gpu_memory_utilization,
                     kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
                     tensor_parallel_size=self.tensor_parallel_size,
@@ -158,7 +158,7 @@ class VLLMColocated:
                 )
         except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"rollout: vLLM did not start: {error}") from error
-        self._policy_version = -1
+        self._policy_version, self._has_forgotten = -1, False
         self._sleep()
 
     def _sharing(self, ranks: Ranks) -> range:
@@ -180,7 +180,7 @@ class VLLMColocated:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         self._weights.ranks.agree(lambda: self._check_sync(sent))
         self._llm.update_weight_version(str(policy_version))
-        self._policy_version = policy_version
+        self._policy_version, self._has_forgotten = policy_version, False
 
     def _check_sync(self, sent: Fingerprints) -> None:
         if not self._llm.reset_prefix_cache():
@@ -189,26 +189,29 @@ class VLLMColocated:
             (found,) = self._llm.apply_model(partial(fingerprints_of, dtype=self._weights.dtype))
             check_arrived(sent.by_name, found, "vLLM")
 
-    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+    def generate(self, prompts: Prompts, *, stream: int = 0, request: SamplingRequest | None = None) -> Rollout:
         """Sample with vLLM and prove that the responses are on-policy."""
-        ranks = self._weights.ranks
+        ranks, sampling = self._weights.ranks, self._sampling.of(request)
+        if self._has_forgotten:  # a second call after one sync
+            self.sync_weights(self._policy_version)
         together = [prompts]
         if len(self._parallel) > 1:
             everybody = ranks.collect(prompts)
             together = [everybody[rank] for rank in self._parallel]
-        requests = [request for part in together for request in self._sampling.requests(part, stream)]
+        requests = [one for part in together for one in sampling.requests(part, stream)]
         outputs = ranks.agree(lambda: self._sample(requests))
         self._sleep()
+        self._has_forgotten = self._on_cuda
         before = sum(len(part) for part in together[: self._parallel.index(ranks.rank)])
-        n = self._sampling.request.samples_per_prompt
+        n = sampling.request.samples_per_prompt
         own = [output.outputs[0] for output in outputs[before * n : (before + len(prompts)) * n]]
         versions = {span.version for o in own for span in o.weight_versions}
         ranks.agree(lambda: check_versions(versions, str(self._policy_version), "vLLM"))
         responses = [
-            self._sampling.response(o.token_ids, [{i: p.logprob for i, p in by_id.items()} for by_id in o.logprobs])
+            sampling.response(o.token_ids, [{i: p.logprob for i, p in by_id.items()} for by_id in o.logprobs])
             for o in own
         ]
-        rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
+        rollout = sampling.pack(prompts, responses, self._policy_version, self._weights.device)
         return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def _sample(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Sampling:
     vocabulary: int
     temperature: float
 
+    def of(self, request: SamplingRequest | None) -> Sampling:
+        """The same for another request; itself for None."""
+        return self if request is None else replace(self, request=request)
+
     @property
     def logprobs(self) -> int:
         """How many log-probabilities to request at each token. One is extra: servers count the sampled token too."""
@@ -58,8 +62,9 @@ class Sampling:
         Each has its own seed, made from the run's seed, the stream and the sample. So the order of requests and the
         server that answers do not matter.
         """
+        own = self.request.temperature
         shared = {
-            "temperature": self.temperature,
+            "temperature": self.temperature if own is None else own,
             "max_tokens": self.request.max_new_tokens,
             "stop_token_ids": sorted(token for token in self.request.stop_tokens if token < self.vocabulary),
             "ignore_eos": True,  # the run's stop tokens count, not those of the model's config

@@ -110,15 +110,16 @@ class VLLMServer:
         """Zero, since servers have devices of their own."""
         return 0, 0
 
-    def start(self, policy: Policy, request: SamplingRequest) -> None:
+    def start(self, policy: Policy, request: SamplingRequest, *others: SamplingRequest) -> None:
         """Start a server, or wait for those at the addresses. Raises ConfigError if a server does not fit the run."""
         self._weights, self._ranks = PolicyWeights(policy), policy.ranks
         self._sampling = Sampling(request, policy.vocabulary, self.temperature)
         self._run, self._syncs = self._ranks.collect(uuid.uuid4().hex[:8])[0], 0
         self._label, self._policy_version = "", -1
         nccl = (self.transfer or ("nccl" if self._weights.device.type == "cuda" else "folder")) == "nccl"
-        length = request.max_prompt_tokens + request.max_new_tokens
-        fit = ServerFit(self._weights, length, self._sampling.logprobs, nccl, checksums=self.checksum_every_n_syncs > 0)
+        length = max(one.longest_row for one in (request, *others))
+        logprobs = max(self._sampling.of(one).logprobs for one in (request, *others))
+        fit = ServerFit(self._weights, length, logprobs, nccl, checksums=self.checksum_every_n_syncs > 0)
         folder = policy.folder.resolve()  # a server's working directory may be another
         shared = self.shared_folder
         place = Path(shared).expanduser().resolve() / self._run if shared else folder
@@ -174,11 +175,12 @@ class VLLMServer:
         self._syncs += 1
         self._label, self._policy_version = label, policy_version
 
-    def generate(self, prompts: Prompts, *, stream: int = 0) -> Rollout:
+    def generate(self, prompts: Prompts, *, stream: int = 0, request: SamplingRequest | None = None) -> Rollout:
         """Have servers sample, and prove that the responses are on-policy."""
-        requests = self._sampling.requests(prompts, stream)
-        responses = self._together(lambda: self._ask_all(requests))
-        rollout = self._sampling.pack(prompts, responses, self._policy_version, self._weights.device)
+        sampling = self._sampling.of(request)
+        requests = sampling.requests(prompts, stream)
+        responses = self._together(lambda: self._ask_all(requests, sampling))
+        rollout = sampling.pack(prompts, responses, self._policy_version, self._weights.device)
         return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def close(self) -> None:
@@ -197,7 +199,7 @@ class VLLMServer:
             raise RolloutError("no vLLM server is left that all processes can reach")
         return result
 
-    def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Response]:
+    def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]], sampling: Sampling) -> list[Response]:
         """Send all requests, and return the responses in their order."""
         answers: dict[int, Answer] = {}
         pool = ThreadPoolExecutor(min(len(requests), self.requests_in_flight * len(self._servers)))
@@ -214,7 +216,7 @@ class VLLMServer:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         try:
-            return [self._sampling.response(answers[i].tokens, answers[i].logprobs) for i in range(len(requests))]
+            return [sampling.response(answers[i].tokens, answers[i].logprobs) for i in range(len(requests))]
         except (KeyError, ValueError) as error:
             raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
 
