@@ -19,6 +19,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_names, start_adapters
 from oprd_tune.modeling.families import STATED, family_of, transformers_config
 from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
+from oprd_tune.modeling.finite import check_finite
 from oprd_tune.modeling.folders import model_folder, read_config, stored_shapes
 from oprd_tune.modeling.from_folder import can_build
 from oprd_tune.protocols import DecodesItself, TeacherFiles
@@ -216,10 +217,10 @@ def load_weights(
         on_block: called with each block's number, from 1, and the loaded block. The block that it returns is used.
 
     Raises:
-        ConfigError: if the weights do not fit.
+        ConfigError: if the weights do not fit, or if one is not finite.
     """
-    weights = checkpointer.load_checkpoint()[MODEL_KEY]
-    fill = partial(_fill, dtype=dtype, trained_dtype=trained_dtype or dtype, device=device)
+    weights, files = checkpointer.load_checkpoint()[MODEL_KEY], weight_files_of(checkpointer)
+    fill = partial(_fill, files=files, dtype=dtype, trained_dtype=trained_dtype or dtype, device=device)
     blocks, model.layers = model.layers, nn.ModuleList()
     fill(model, weights)
     for number, block in enumerate(blocks, start=1):
@@ -233,6 +234,7 @@ def _fill(
     module: nn.Module,
     weights: dict[str, Tensor],
     *,
+    files: Sequence[Path],
     dtype: torch.dtype,
     trained_dtype: torch.dtype,
     device: torch.device,
@@ -246,6 +248,7 @@ def _fill(
             wanted = trained_dtype if parameter.requires_grad else dtype
             # Always a copy, because a mapped file that is rewritten later would crash the run.
             loaded[name] = weights[name].to(device=device, dtype=wanted, copy=True)
+    check_finite(loaded.items(), files)
     try:
         module.load_state_dict(loaded, strict=False, assign=True)
     except RuntimeError as error:

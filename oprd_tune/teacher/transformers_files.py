@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.finite import check_finite
 from oprd_tune.modeling.folders import model_folder
 from oprd_tune.modeling.weights import read_headers
 from oprd_tune.teacher.block_placement import BlockPlacement, Placing
@@ -166,6 +167,7 @@ class TransformersFiles:
                 f"{self.folder} lacks {len(missing)} weights that its config.json asks for, such as "
                 f"{', '.join(missing[:_SHOWN])}; they would be random. Fetch the folder again"
             )
+        check_finite(model.named_parameters(), self.weight_files)
         return model, report["unexpected_keys"]
 
 
