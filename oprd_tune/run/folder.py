@@ -1,7 +1,7 @@
 """The folder of a run: Hugging Face exports, and checkpoints that survive a crash in the middle of a save.
 
     OUTPUT_DIR/config.yaml            the config, overrides included
-    OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), and state.pt
+    OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), state.pt and manifest.json
     OUTPUT_DIR/best/, final/          Hugging Face folders
     OUTPUT_DIR/metrics.jsonl          the metrics of each logged step
     OUTPUT_DIR/summary.json, accuracy.png, tensorboard/
@@ -12,7 +12,7 @@ A folder is written beside its place and then renamed, so every folder in its pl
 from __future__ import annotations
 
 import os
-import random
+import re
 import shutil
 import sys
 import threading
@@ -23,33 +23,29 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torchtune import training
 
-from oprd_tune.errors import CheckpointError, ConfigError
+from oprd_tune.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from oprd_tune.ranks import PATIENCE, Ranks
-from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
-from oprd_tune.training.schedules import restore_schedule
+from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove, remove_leftovers
+from oprd_tune.run.manifest import check_whole, write_manifest
+from oprd_tune.run.records import write_config
+from oprd_tune.run.restore import TRAINED, rng_state
 
 # The background thread of a single process prints this warning, so `quiet` cannot catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
 
 class RunFolder:
@@ -67,29 +63,62 @@ class RunFolder:
         self._ranks = ranks or Ranks()
         self._group: dist.ProcessGroup | None = None
         self._saved_step: int | None = None
+        self._damaged: list[Path] = []
         self._pending: _PendingCheckpoint | None = None
 
     def check(self, *, resume: bool) -> Path | None:
         """Check, before anything is loaded, whether the run may start here; returns the checkpoint to resume from.
 
+        That is the newest whole one. Damaged ones are named.
+
         Raises:
-            ConfigError: if the ranks see different folders, or if `resume` is false and the folder has a checkpoint.
+            ConfigError: if the ranks see different folders; if `resume` is false and the folder has a checkpoint; or if
+                all checkpoints are damaged.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_shared()
         except OSError as error:
             raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
-        latest = self._ranks.collect(self.latest())[0]
-        if latest is not None and not resume:
-            raise ConfigError(
-                f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
-            )
-        if latest is not None:
-            self._saved_step = int(latest.name.removeprefix("step_"))
+        found, refused = self._ranks.collect(self._may_start(resume=resume))[0]
+        if refused:
+            raise ConfigError(refused)
+        if found is not None:
+            self._saved_step = step_of(found)
         elif resume:
             print(f"resume: {self.path} has no checkpoint yet, so the run starts at step 0")
-        return latest
+        return found
+
+    def _may_start(self, *, resume: bool) -> tuple[Path | None, str | None]:
+        """The checkpoint to resume from, and why the run may not start, as the first rank finds them."""
+        if not self._ranks.first:
+            return None, None
+        if not resume and self.latest() is not None:
+            told = f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
+            return None, told
+        try:
+            return (self._newest_whole() if resume else None), None
+        except ConfigError as error:
+            return None, str(error)
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint that is as it was written; None if there are none at all."""
+        told = ""
+        for checkpoint in reversed(checkpoints_in(self._checkpoints)):
+            try:
+                check_whole(checkpoint)
+            except DamagedCheckpoint as damage:
+                told = told or str(damage)
+                self._damaged.append(checkpoint)
+                print(f"resume: {damage}. It will be set aside; the one before is tried", file=sys.stderr)
+                continue
+            return checkpoint
+        if told:
+            raise ConfigError(
+                f"resume: no checkpoint in {self._checkpoints} is whole. {told}. Bring one back from a copy, or start "
+                "again in another output_dir"
+            )
+        return None
 
     def open(self, record: Mapping[str, Any]) -> None:
         """Write the run's config, as plain values, into the folder. Remove what an interrupted save left there.
@@ -102,6 +131,8 @@ class RunFolder:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
             remove_leftovers(self._checkpoints)
+            for checkpoint in self._damaged:  # the run will come to these steps again
+                _set_aside(checkpoint)
             write_config(record, self.path)
 
     def _check_shared(self) -> None:
@@ -120,8 +151,8 @@ class RunFolder:
             mark.unlink()
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        return max(self._checkpoints.glob("step_*"), default=None)
+        """The newest checkpoint, or None. It may have been damaged since."""
+        return next(reversed(checkpoints_in(self._checkpoints)), None)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, parts: Mapping[str, Any]) -> None:
         """Copy the trained parameters and the optimizer's state to CPU memory, and write them in the background.
@@ -143,7 +174,7 @@ class RunFolder:
         self._saved_step = step
         target = self._checkpoints / f"step_{step:08d}"
         staged = target.with_name(STAGED + target.name)
-        generators = self._ranks.collect(_rng_state())
+        generators = self._ranks.collect(rng_state())
         if self._ranks.first:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
@@ -154,7 +185,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         self._ranks.wait()
-        weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+        weights, moments = get_state_dict(model, optimizer, options=TRAINED)
         with quiet():
             # Training communicates while checkpoints are written, so checkpoints need a group of their own. A single
             # process needs one if a library such as vLLM has made a group for GPUs only: `async_save` refuses that one.
@@ -192,7 +223,7 @@ class _PendingCheckpoint:
 
     def __init__(self, written: Future[Any], staged: Path, target: Path, keep: int | None) -> None:
         self._written, self._staged, self._target, self._keep = written, staged, target, keep
-        self._lock = threading.Lock()
+        self._lock, self._is_published = threading.Lock(), False
         if keep is not None:
             written.add_done_callback(lambda done: self._publish() if done.exception() is None else None)
 
@@ -206,81 +237,32 @@ class _PendingCheckpoint:
 
     def _publish(self) -> None:
         with self._lock:
-            if self._target.exists():  # the callback or `wait` has published it already
-                shutil.rmtree(self._staged, ignore_errors=True)
+            if self._is_published:  # the callback and `wait` both come here
                 return
+            write_manifest(self._staged)
+            if os.path.lexists(self._target):  # a file or a link of that name
+                _set_aside(self._target)
             os.replace(self._staged, self._target)
-            for old in sorted(self._target.parent.glob("step_*"))[: -self._keep]:  # type: ignore[operator]
+            self._is_published = True
+            for old in checkpoints_in(self._target.parent)[: -self._keep]:  # type: ignore[operator]
                 doomed = old.with_name(STAGED + old.name)  # a crash then leaves no half-removed checkpoint
                 os.replace(old, doomed)
                 shutil.rmtree(doomed)
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    parts: Mapping[str, Any],
-    *,
-    seed: int,
-    ranks: Ranks | None = None,
-) -> int:
-    """Load a checkpoint; returns the number of finished optimizer steps. Call it when everything is set up.
-
-    Args:
-        checkpoint: a folder that `RunFolder.save` wrote, on any number of ranks.
-        model: the student, wrapped as it trains.
-        optimizer: the optimizer of the student's trainable parameters.
-        parts: the same objects as those that were saved.
-        seed: seeds the random numbers if the number of ranks has changed, since no saved state fits then. Shuffling and
-            sampling do not depend on that state: they follow from the run's seed and the step.
-    """
-    ranks = ranks or Ranks()
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    saved: dict[str, Any] = {"model": weights, "optimizer": moments}
-    with quiet():
-        load_tensors(saved, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=_TRAINED
-    )
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        if isinstance(part, LRScheduler):
-            restore_schedule(part, state["parts"][name])
-        elif part is not None:
-            part.load_state_dict(state["parts"][name])
-    if len(state["rng"]) == ranks.world_size:
-        _restore_rng(state["rng"][ranks.rank])
-    else:
-        training.set_seed(seed)
-    print(f"Resuming after step {state['step']}, from {checkpoint}")
-    return state["step"]
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders that look exactly like a checkpoint of ours, the oldest first. Copies, archives and links do not."""
+    found = [entry for entry in folder.glob("step_*") if _NAME.fullmatch(entry.name)]
+    return sorted((entry for entry in found if entry.is_dir() and not entry.is_symlink()), key=step_of)
 
 
-def _restore_rng(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _set_aside(path: Path) -> None:
+    """Rename what stands in the place of a checkpoint, so that it does not count and can still be looked at."""
+    aside = path.with_name(f"{path.name}.set_aside")
+    remove(aside)
+    os.replace(path, aside)
 
 
-def _rng_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config of the run that wrote a folder."""
-    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-
-
-def write_config(record: Mapping[str, Any], folder: Path) -> None:
-    """Write a config's plain values as `config.yaml`."""
-    OmegaConf.save(OmegaConf.create(dict(record)), folder / "config.yaml")
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step_"))
