@@ -4,6 +4,7 @@
     OUTPUT_DIR/checkpoints/step_…/    model and optimizer (torch.distributed.checkpoint), state.pt and manifest.json
     OUTPUT_DIR/best/, final/          Hugging Face folders
     OUTPUT_DIR/metrics.jsonl          the metrics of each logged step
+    OUTPUT_DIR/run.lock               names the process that runs here
     OUTPUT_DIR/summary.json, accuracy.png, tensorboard/
 
 A folder is written beside its place and then renamed, so every folder in its place is complete.
@@ -38,6 +39,7 @@ from torch.optim import Optimizer
 from oprd_tune.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from oprd_tune.ranks import PATIENCE, Ranks
 from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove, remove_leftovers
+from oprd_tune.run.folder_lock import FolderLock
 from oprd_tune.run.manifest import check_whole, write_manifest
 from oprd_tune.run.records import write_config
 from oprd_tune.run.restore import TRAINED, rng_state
@@ -46,6 +48,8 @@ from oprd_tune.run.restore import TRAINED, rng_state
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
+
+_RESULTS = ("final", "summary.json")  # what a finished run leaves, and the next one in its folder would overwrite
 
 
 class RunFolder:
@@ -64,6 +68,7 @@ class RunFolder:
         self._group: dist.ProcessGroup | None = None
         self._saved_step: int | None = None
         self._damaged: list[Path] = []
+        self._lock = FolderLock(self.path)
         self._pending: _PendingCheckpoint | None = None
 
     def check(self, *, resume: bool) -> Path | None:
@@ -72,8 +77,8 @@ class RunFolder:
         That is the newest whole one. Damaged ones are named.
 
         Raises:
-            ConfigError: if the ranks see different folders; if `resume` is false and the folder has a checkpoint; or if
-                all checkpoints are damaged.
+            ConfigError: if the ranks see different folders; if another process runs here; if the folder has the results
+                of a run that this one does not resume; or if all checkpoints are damaged.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -93,13 +98,31 @@ class RunFolder:
         """The checkpoint to resume from, and why the run may not start, as the first rank finds them."""
         if not self._ranks.first:
             return None, None
-        if not resume and self.latest() is not None:
-            told = f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
-            return None, told
         try:
-            return (self._newest_whole() if resume else None), None
+            if holder := self._lock.take():
+                raise ConfigError(
+                    f"output_dir {self.path} is in use by another run, {holder}; stop that one, or give another folder"
+                )
+            return self._own_checkpoint(resume=resume), None
+        except OSError as error:
+            return None, f"output_dir {self.path} cannot be used: {error}"
         except ConfigError as error:
             return None, str(error)
+
+    def _own_checkpoint(self, *, resume: bool) -> Path | None:
+        """The checkpoint to resume from; raises ConfigError if what lies here belongs to another run."""
+        if self.latest() is None:
+            for name in _RESULTS:
+                if (self.path / name).exists() and not (self.path / name).is_symlink():
+                    raise ConfigError(
+                        f"output_dir {self.path} holds another run: there is {name}, and no checkpoint with which "
+                        "resume=true could continue it; give another folder"
+                    )
+        elif not resume:
+            raise ConfigError(
+                f"output_dir {self.path} holds another run; continue it with resume=true, or give another folder"
+            )
+        return self._newest_whole() if resume else None
 
     def _newest_whole(self) -> Path | None:
         """The newest checkpoint that is as it was written; None if there are none at all."""
@@ -205,6 +228,11 @@ class RunFolder:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
+
+    def release(self) -> None:
+        """Let other runs use the folder. The end of the process does the same."""
+        if self._ranks.first:
+            self._lock.release()
 
     def export(
         self, name: str, model: nn.Module, make_checkpointer: CheckpointerFactory, *, dtype: torch.dtype

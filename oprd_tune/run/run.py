@@ -173,10 +173,12 @@ class Run:
             self.save()
             print(f"Stopped after step {self.step}; everything is saved. Continue with resume=true.")
             self.journal.close()
+            self._folder.release()
             return 128 + self._stopped
         final = self._export("final")
         self._folder.wait()
         self.journal.finish(final, recipe=self._recipe, steps=self.step)
+        self._folder.release()
         return 0
 
     def _evaluate(self) -> None:
