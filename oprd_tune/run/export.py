@@ -161,7 +161,11 @@ def staged(target: Path) -> Iterator[Path]:
     for leftover in (staged, replaced):
         remove(leftover)
     staged.mkdir()
-    yield staged
+    try:
+        yield staged
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)  # its space may be what the disk lacks
+        raise
     if os.path.lexists(target):  # a link to a folder that is gone is in the way too
         os.replace(target, replaced)
     os.replace(staged, target)

@@ -13,10 +13,8 @@ A folder is written beside its place and then renamed, so every folder in its pl
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
-import threading
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -26,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -38,16 +36,17 @@ from torch.optim import Optimizer
 
 from oprd_tune.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from oprd_tune.ranks import PATIENCE, Ranks
-from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove, remove_leftovers
+from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
 from oprd_tune.run.folder_lock import FolderLock
-from oprd_tune.run.manifest import check_whole, write_manifest
+from oprd_tune.run.manifest import check_whole
+from oprd_tune.run.publishing import ADVICE, PendingCheckpoint, checkpoints_in, set_aside, step_of
 from oprd_tune.run.records import write_config
 from oprd_tune.run.restore import TRAINED, rng_state
+from oprd_tune.run.safe_reading import STATE, why
 
 # The background thread of a single process prints this warning, so `quiet` cannot catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
 _RESULTS = ("final", "summary.json")  # what a finished run leaves, and the next one in its folder would overwrite
 
@@ -69,7 +68,7 @@ class RunFolder:
         self._saved_step: int | None = None
         self._damaged: list[Path] = []
         self._lock = FolderLock(self.path)
-        self._pending: _PendingCheckpoint | None = None
+        self._pending: PendingCheckpoint | None = None
 
     def check(self, *, resume: bool) -> Path | None:
         """Check, before anything is loaded, whether the run may start here; returns the checkpoint to resume from.
@@ -155,7 +154,7 @@ class RunFolder:
             remove_leftovers(self.path)
             remove_leftovers(self._checkpoints)
             for checkpoint in self._damaged:  # the run will come to these steps again
-                _set_aside(checkpoint)
+                set_aside(checkpoint)
             write_config(record, self.path)
 
     def _check_shared(self) -> None:
@@ -197,31 +196,43 @@ class RunFolder:
         self._saved_step = step
         target = self._checkpoints / f"step_{step:08d}"
         staged = target.with_name(STAGED + target.name)
-        generators = self._ranks.collect(rng_state())
-        if self._ranks.first:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir()
-            write_config(self._record, staged)
-            with open(staged / "state.pt", "wb") as file:
-                state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-                torch.save({"step": step, "rng": generators, "parts": state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        self._ranks.wait()
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        begun = self._begin(staged, {"step": step, "rng": self._ranks.collect(rng_state()), "parts": state})
+        if (failed := self._ranks.collect(begun)[0]) is not None:
+            written: Future[Any] = Future()
+            written.set_exception(OSError(failed))
+            self._pending = PendingCheckpoint(written, staged, target, self._keep if self._ranks.first else None)
+            return
         weights, moments = get_state_dict(model, optimizer, options=TRAINED)
         with quiet():
             # Training communicates while checkpoints are written, so checkpoints need a group of their own. A single
             # process needs one if a library such as vLLM has made a group for GPUs only: `async_save` refuses that one.
             if self._group is None and dist.is_initialized():
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-            written = async_save(
+            saved = async_save(
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=staged,
                 process_group=self._group,
                 no_dist=self._ranks.world_size == 1,
             )
-        assert isinstance(written, Future)
-        self._pending = _PendingCheckpoint(written, staged, target, self._keep if self._ranks.first else None)
+        assert isinstance(saved, Future)
+        self._pending = PendingCheckpoint(saved, staged, target, self._keep if self._ranks.first else None)
+
+    def _begin(self, staged: Path, state: Mapping[str, Any]) -> str | None:
+        """Write what only the first rank writes; returns why it could not."""
+        if not self._ranks.first:
+            return None
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            write_config(self._record, staged)
+            with open(staged / STATE, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's own, where its writer meets a full disk
+            return why(error)
+        return None
 
     def wait(self) -> None:
         """Wait until the last checkpoint is complete; raise CheckpointError if it could not be written."""
@@ -240,57 +251,12 @@ class RunFolder:
         """Write the model as a Hugging Face folder, OUTPUT_DIR/`name`, in `dtype`. Every rank must call."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=whole)  # complete on the first rank
+        failed = None
         if self._ranks.first:
-            export_model(weights, model, make_checkpointer, self.path / name, dtype=dtype)
-        self._ranks.wait()
+            try:
+                export_model(weights, model, make_checkpointer, self.path / name, dtype=dtype)
+            except (OSError, SafetensorError) as error:
+                failed = why(error)
+        if (failed := self._ranks.collect(failed)[0]) is not None:
+            raise CheckpointError(f"{self.path / name} could not be written: {failed}. {ADVICE}")
         return self.path / name
-
-
-class _PendingCheckpoint:
-    """A checkpoint that is being written. The first rank renames it once all ranks have written their parts."""
-
-    def __init__(self, written: Future[Any], staged: Path, target: Path, keep: int | None) -> None:
-        self._written, self._staged, self._target, self._keep = written, staged, target, keep
-        self._lock, self._is_published = threading.Lock(), False
-        if keep is not None:
-            written.add_done_callback(lambda done: self._publish() if done.exception() is None else None)
-
-    def wait(self) -> None:
-        try:
-            self._written.result()
-            if self._keep is not None:
-                self._publish()
-        except (Exception, CheckpointException) as error:  # the library's own exception does not derive from Exception
-            raise CheckpointError(f"{self._target} could not be written: {error}") from error
-
-    def _publish(self) -> None:
-        with self._lock:
-            if self._is_published:  # the callback and `wait` both come here
-                return
-            write_manifest(self._staged)
-            if os.path.lexists(self._target):  # a file or a link of that name
-                _set_aside(self._target)
-            os.replace(self._staged, self._target)
-            self._is_published = True
-            for old in checkpoints_in(self._target.parent)[: -self._keep]:  # type: ignore[operator]
-                doomed = old.with_name(STAGED + old.name)  # a crash then leaves no half-removed checkpoint
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The folders that look exactly like a checkpoint of ours, the oldest first. Copies, archives and links do not."""
-    found = [entry for entry in folder.glob("step_*") if _NAME.fullmatch(entry.name)]
-    return sorted((entry for entry in found if entry.is_dir() and not entry.is_symlink()), key=step_of)
-
-
-def _set_aside(path: Path) -> None:
-    """Rename what stands in the place of a checkpoint, so that it does not count and can still be looked at."""
-    aside = path.with_name(f"{path.name}.set_aside")
-    remove(aside)
-    os.replace(path, aside)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of optimizer steps after which a checkpoint was written."""
-    return int(checkpoint.name.removeprefix("step_"))

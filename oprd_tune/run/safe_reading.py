@@ -90,7 +90,7 @@ class SafeReader(FileSystemReader):
                 "Take the checkpoint from someone you trust"
             ) from None
         except Exception as error:  # whatever bytes that are no pickle lead to
-            raise DamagedCheckpoint(f"{path} is missing or damaged: {_first_line(error)}") from error
+            raise DamagedCheckpoint(f"{path} is missing or damaged: {why(error)}") from error
         if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
             raise DamagedCheckpoint(f"{path} is damaged: it does not describe a checkpoint")
         _check_places(path, found.storage_data)
@@ -124,7 +124,7 @@ def load_tensors(into: dict[str, Any], checkpoint: Path, *, no_dist: bool) -> No
     try:
         load(into, storage_reader=reader, planner=_SafePlanner(), no_dist=no_dist)
     except CheckpointException as error:
-        raise DamagedCheckpoint(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
+        raise DamagedCheckpoint(f"{checkpoint} cannot be loaded: {why(error)}") from error
 
 
 def load_state(checkpoint: Path) -> Mapping[str, Any]:
@@ -134,10 +134,10 @@ def load_state(checkpoint: Path) -> Mapping[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it names {named[1]}" if named else _first_line(error)
-        raise ConfigError(f"{path} holds more than plain values ({why}), so it is not read; nothing was run") from error
+        reason = f"it names {named[1]}" if named else why(error)
+        raise ConfigError(f"{path} holds more than plain values ({reason}); it is not read, and nothing ran") from error
     except Exception as error:  # whatever damaged bytes lead to
-        raise DamagedCheckpoint(f"{path} is missing or damaged: {_first_line(error)}") from error
+        raise DamagedCheckpoint(f"{path} is missing or damaged: {why(error)}") from error
     if not isinstance(state, Mapping) or not {"step", "rng", "parts"} <= state.keys():
         raise DamagedCheckpoint(f"{path} is damaged: it lacks step, rng or parts")
     return cast(Mapping[str, Any], state)
@@ -173,11 +173,8 @@ def _check_places(path: Path, stored: Mapping[Any, Any]) -> None:
             raise DamagedCheckpoint(f"{path} is damaged: it does not say where {name} has its tensors")
 
 
-def _reason(error: CheckpointException) -> str:
-    """The first rank's own reason, in one line."""
-    reasons = [reason for reason, _ in error.failures.values()]
-    return _first_line(reasons[0]) if reasons else "the library gives no reason"
-
-
-def _first_line(error: BaseException) -> str:
+def why(error: BaseException) -> str:
+    """An error's reason in one line: the first rank's, if the library has collected those of all ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

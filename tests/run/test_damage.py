@@ -1,16 +1,19 @@
 """Checkpoints that a disk, a copy or a full quota has damaged, and things beside them that only look like one."""
 
 import os
+import resource
 import shutil
 import tarfile
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from oprd_tune.errors import ConfigError
-from oprd_tune.run.folder import RunFolder, checkpoints_in
+from oprd_tune.errors import CheckpointError, ConfigError
+from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.run.manifest import MANIFEST, check_whole
+from oprd_tune.run.publishing import checkpoints_in
 from tests.conftest import SMALL, load_config, make_model, recipe_class, run_recipe, weights
 
 NAME, CONFIG = "oprd_distributed", "tiny/oprd"
@@ -141,3 +144,41 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(out, capsys):
     assert "step_00000004 is damaged: __0_0.distcp has" in said.err
     assert "Resuming after step 2" in said.out
     check_whole(out / "checkpoints" / "step_00000004")
+
+
+@contextmanager
+def files_of_at_most(count):
+    """Within the scope, no file may grow beyond a size: a write ends in its middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [300, 20_000], ids=["state", "tensors"])
+def test_a_save_that_finds_no_room_keeps_the_last_checkpoint_and_leaves_nothing(saved, room, capsys):
+    out, model, optimizer = saved
+    folder = RunFolder(str(out), keep=2)
+    folder.open({"seed": 0})
+    with files_of_at_most(room):
+        folder.save(6, model, optimizer, {})
+        with pytest.raises(CheckpointError) as failed:
+            folder.wait()
+    told = str(failed.value)
+    assert "step_00000006 could not be written: " in told
+    assert told.endswith("free some space, or lower keep_checkpoints, and continue with resume=true")
+    assert len(told.splitlines()) == 1
+    left = sorted(entry.name for entry in (out / "checkpoints").iterdir())
+    assert left == ["step_00000002", "step_00000004"]
+    check_whole(folder.latest())
+
+
+def test_a_student_that_finds_no_room_is_told_and_leaves_nothing(out, capsys):
+    recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **{**SMALL, "max_steps": 1}))
+    recipe.setup()
+    with files_of_at_most(20_000), pytest.raises(CheckpointError, match="final could not be written: .*resume=true$"):
+        recipe.run._export("final")
+    assert not [entry.name for entry in out.iterdir() if entry.name.startswith(".") or entry.name == "final"]
+    recipe.engine.close()
