@@ -125,20 +125,21 @@ class RunFolder:
 
     def _newest_whole(self) -> Path | None:
         """The newest checkpoint that is as it was written; None if there are none at all."""
-        told = ""
+        damages: dict[Path, str] = {}
         for checkpoint in reversed(checkpoints_in(self._checkpoints)):
             try:
                 check_whole(checkpoint)
             except DamagedCheckpoint as damage:
-                told = told or str(damage)
-                self._damaged.append(checkpoint)
-                print(f"resume: {damage}. It will be set aside; the one before is tried", file=sys.stderr)
+                damages[checkpoint] = str(damage)
                 continue
+            for told in damages.values():
+                print(f"resume: {told}; it is set aside, and the run goes on from {checkpoint.name}", file=sys.stderr)
+            self._damaged = list(damages)
             return checkpoint
-        if told:
+        if damages:
             raise ConfigError(
-                f"resume: no checkpoint in {self._checkpoints} is whole. {told}. Bring one back from a copy, or start "
-                "again in another output_dir"
+                f"resume: no checkpoint in {self._checkpoints} is whole: {'; '.join(damages.values())}. Bring one "
+                "back from a copy, or start again in another output_dir"
             )
         return None
 

@@ -81,14 +81,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saved, case, man
     assert (out / "checkpoints" / "step_00000004.set_aside").is_dir()
 
 
-def test_if_none_is_whole_a_run_says_so_and_does_not_start_again(saved):
+def test_if_none_is_whole_a_run_says_so_and_does_not_start_again(saved, capsys):
     out, _, _ = saved
     for checkpoint in (out / "checkpoints").iterdir():
         cut(checkpoint / "state.pt")
     with pytest.raises(ConfigError) as refused:
         RunFolder(str(out), keep=2).check(resume=True)
     assert "step_00000004 is damaged: state.pt has" in str(refused.value)
+    assert "step_00000002 is damaged: state.pt has" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+    assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError, match="holds another run"):
         RunFolder(str(out), keep=2).check(resume=False)
 
