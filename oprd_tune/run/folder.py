@@ -197,8 +197,7 @@ class RunFolder:
         self._saved_step = step
         target = self._checkpoints / f"step_{step:08d}"
         staged = target.with_name(STAGED + target.name)
-        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        begun = self._begin(staged, {"step": step, "rng": self._ranks.collect(rng_state()), "parts": state})
+        begun = self._begin(staged, {"step": step, "rng": self._ranks.collect(rng_state())}, parts)
         if (failed := self._ranks.collect(begun)[0]) is not None:
             written: Future[Any] = Future()
             written.set_exception(OSError(failed))
@@ -219,16 +218,17 @@ class RunFolder:
         assert isinstance(saved, Future)
         self._pending = PendingCheckpoint(saved, staged, target, self._keep if self._ranks.first else None)
 
-    def _begin(self, staged: Path, state: Mapping[str, Any]) -> str | None:
+    def _begin(self, staged: Path, facts: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
         """Write what only the first rank writes; returns why it could not."""
         if not self._ranks.first:
             return None
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
         try:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
             write_config(self._record, staged)
             with open(staged / STATE, "wb") as file:
-                torch.save(state, file)
+                torch.save({**facts, "parts": state}, file)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch's own, where its writer meets a full disk

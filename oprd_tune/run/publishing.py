@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class PendingCheckpoint:
         self._written, self._staged, self._target, self._keep = written, staged, target, keep
         self._lock, self._is_published = threading.Lock(), False
         if keep is not None:
-            written.add_done_callback(lambda done: self._publish() if done.exception() is None else None)
+            written.add_done_callback(self._publish_in_background)
 
     def wait(self) -> None:
         """Wait until the checkpoint is in its place; raise CheckpointError, and remove it, if it cannot get there."""
@@ -47,6 +48,11 @@ class PendingCheckpoint:
             if self._keep is not None:
                 shutil.rmtree(self._staged, ignore_errors=True)
             raise CheckpointError(f"{self._target} could not be written: {why(error)}. {ADVICE}") from error
+
+    def _publish_in_background(self, written: Future[Any]) -> None:
+        if written.exception() is None:
+            with suppress(OSError):  # `wait` tries again, and tells
+                self._publish()
 
     def _publish(self) -> None:
         with self._lock:

@@ -177,6 +177,22 @@ def test_a_save_that_finds_no_room_keeps_the_last_checkpoint_and_leaves_nothing(
     check_whole(folder.latest())
 
 
+def test_a_manifest_that_finds_no_room_is_told_alike(saved, monkeypatch, capfd):
+    out, model, optimizer = saved
+    folder = RunFolder(str(out), keep=2)
+    folder.open({"seed": 0})
+
+    def no_room(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("oprd_tune.run.publishing.write_manifest", no_room)
+    folder.save(6, model, optimizer, {})
+    with pytest.raises(CheckpointError, match="step_00000006 could not be written: .*No space left on device"):
+        folder.wait()
+    assert capfd.readouterr().err == ""
+    assert sorted(entry.name for entry in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+
+
 def test_a_student_that_finds_no_room_is_told_and_leaves_nothing(out, capsys):
     recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **{**SMALL, "max_steps": 1}))
     recipe.setup()
