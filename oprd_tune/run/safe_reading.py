@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,21 +38,31 @@ _CLASSES = (
 )
 
 
+def _place(*parts: str) -> str:
+    """The folder where a checkpoint was written, which nobody reads."""
+    return "/".join(map(str, parts))
+
+
+def _layout(name: str) -> torch.layout:
+    """A memory layout by its name, such as `torch.strided`."""
+    found = vars(torch).get(str(name).removeprefix("torch."))
+    if not isinstance(found, torch.layout):
+        raise ValueError(f"{name!r} is no layout")
+    return found
+
+
 def _allowed() -> dict[tuple[str, str], Any]:
     """What a `.metadata` file may name, by module and name: only what builds plain data."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-    from torch.serialization import _get_layout
 
-    classes = (*_CLASSES, _StorageInfo, _StoragePrefix, _MEM_FORMAT_ENCODING, _get_layout)
+    classes = (*_CLASSES, _StorageInfo, _StoragePrefix, _MEM_FORMAT_ENCODING)
     found: dict[tuple[str, str], Any] = {(each.__module__, each.__qualname__): each for each in classes}
     found |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    # The place where a checkpoint was written. A pure path touches no file.
-    paths = {(module, name): PurePosixPath for module in ("pathlib", "pathlib._local") for name in _PATHS}
-    return found | paths | {("torch", "Size"): torch.Size, ("collections", "OrderedDict"): dict}
-
-
-_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    found |= {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _layout}
+    # Ours in the place of library classes: a pickle may also change the attributes of what it names.
+    paths = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    return found | {(module, name): _place for module in ("pathlib", "pathlib._local") for name in paths}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
