@@ -84,6 +84,15 @@ def test_private_parts_of_torchtune_are_touched_in_one_room(path):
     assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & PRIVATE
 
 
+@pytest.mark.parametrize("path", LIBRARY + RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_read_runs_no_code(path):
+    """`torch.load` takes plain values only, and one file reads pickles, name by name."""
+    assert path.name == "safe_reading.py" or not {"pickle", "dill", "cloudpickle"} & set(imports(path))
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) == "torch.load":
+            assert "weights_only=True" in map(ast.unparse, call.keywords)
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_config_stops_at_the_recipe(path):
     if path.parent.name != "config" and path.name != "launcher.py":  # which hands it to the recipe

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from oprd_tune.config.checks import check_not_negative, check_whole
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.bridge_file import FORMAT, read_bridge
 from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.modeling.projectors import BASES, LayerFit, Projectors
 from oprd_tune.types import LayerPair
-
-_FORMAT = "oprd-tune bridge 1"
 
 
 @dataclass(frozen=True)
@@ -199,33 +197,25 @@ class Bridge:
             "report": {layer: vars(fit) for layer, fit in self.report.items()},
         }
         staged = path.with_name(f".{path.name}.staged")
-        save_file(tensors, staged, metadata={"format": _FORMAT, "bridge": json.dumps(facts)})
+        save_file(tensors, staged, metadata={"format": FORMAT, "bridge": json.dumps(facts)})
         staged.replace(path)
 
     @classmethod
     def load(cls, path: Path, *, device: torch.device) -> Bridge:
-        """Read a saved bridge. Raises ConfigError if the file is damaged or holds something else."""
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ConfigError(f"bridge.file: {path} holds no bridge of this version ({_FORMAT})")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"bridge.file: {path} is damaged or incomplete: {error}") from error
-        facts = json.loads(metadata["bridge"])
+        """Read a saved bridge. Raises ConfigError if the file is damaged or holds anything else than a bridge."""
+        facts, tensors = read_bridge(path, device=device)
         layers = {
-            student: _LayerProjection(
-                **{name: tensors[f"layers.{student}.{name}"] for name in _LayerProjection.__dataclass_fields__}
+            pair.student: _LayerProjection(
+                **{name: tensors[f"layers.{pair.student}.{name}"] for name in _LayerProjection.__dataclass_fields__}
             )
-            for student, _ in facts["pairs"]
+            for pair in facts["pairs"]
         }
         return cls(
-            pairs=[LayerPair(*pair) for pair in facts["pairs"]],
+            pairs=facts["pairs"],
             rank=facts["rank"],
             plan=facts["plan"],
             belongs=Belonging(facts["student"], facts["teacher"], facts["conventions"]),
-            report={int(layer): _as_fit(fit) for layer, fit in facts["report"].items()},
+            report=facts["report"],
             _layers=layers,
         )
 
@@ -247,11 +237,3 @@ class Bridge:
 def _project(state_TA: Tensor, mean_A: Tensor, projector_RA: Tensor) -> Tensor:
     wide_TA = state_TA if state_TA.dtype == torch.float64 else state_TA.float()
     return (wide_TA - mean_A) @ projector_RA.to(wide_TA.dtype).T
-
-
-def _as_fit(facts: Mapping[str, Any]) -> LayerFit:
-    by_rank = {
-        name: {int(rank): value for rank, value in facts[name].items()}
-        for name in ("cosine_by_rank", "r_squared_by_rank")
-    }
-    return LayerFit(**{**facts, **by_rank})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config import OPRDSettings, Parts
 from oprd_tune.data.tokenizer_files import conventions
-from oprd_tune.errors import NothingLeftToDo
+from oprd_tune.errors import ConfigError, NothingLeftToDo
 from oprd_tune.losses.composite import Composite, as_composite
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
 from oprd_tune.losses.masking import StateSelector
@@ -45,6 +45,7 @@ def preflight(
     """Print models, conventions, batch, memory and disk as a short table; returns the memory of one rank.
 
     Raises:
+        ConfigError: if the run's files will not fit on the disk, unless the setting `preflight` is false.
         NothingLeftToDo: if the setting `preflight` is `only`.
     """
     s, ranks, loss = settings, data.ranks, as_composite(loss)
@@ -54,6 +55,7 @@ def preflight(
     plan = _plan(parts, s, pair, data, loss, engine, bridge, student=student, teacher=teacher)
     memory = predict_memory(student, parts.model, plan)
     if s.preflight:
+        disk = _predict_disk(s, student, memory, ranks)
         rows = [
             ("student", _describe(student)),
             ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
@@ -62,10 +64,15 @@ def preflight(
             *_describe_benchmarks(data, engine, student, teacher, s.torch_dtype),
             *_describe_bridge(bridge, pair, data),
             *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
-            ("disk", _describe_disk(s, student, memory, ranks)),
+            ("disk", disk.text + ("" if disk.fits else ". This will not fit")),
         ]
         wide = max(len(name) for name, _ in rows)
         print("\n" + "\n".join(f"  {name:<{wide}}  {text}" for name, text in rows) + "\n")
+        if not disk.fits and s.preflight != "only":
+            raise ConfigError(
+                f"what the run writes to {s.output_dir} will not fit ({disk.text}): lower keep_checkpoints, or give "
+                "another output_dir; preflight=false starts all the same"
+            )
     if s.preflight == "only":
         raise NothingLeftToDo("preflight=only: nothing was loaded or started")
     return memory
@@ -270,11 +277,27 @@ def _free_bytes(ranks: Ranks) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 // here
 
 
-def _describe_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> str:
+@dataclass(frozen=True)
+class _Disk:
+    text: str
+    fits: bool
+
+
+def _predict_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> _Disk:
+    """What the run will write at most, and whether there is room. What it replaces as it goes on counts as room."""
     checkpoint = memory.checkpoint * ranks.world_size
     export = sum(p.numel() for p in student.parameters()) * s.torch_dtype.itemsize
     # One more checkpoint while a new one is written; `final`, `best`, and the old `best` until it is replaced.
     needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export
-    free = shutil.disk_usage(s.output_dir).free
+    free, kept = ranks.collect(_room(Path(s.output_dir)))[0]  # so that all ranks find the same
     text = f"up to {_size(needed)} of {_size(free)} free; a checkpoint takes {_size(checkpoint)}"
-    return text + ("" if needed < free else ". This will not fit: lower keep_checkpoints, or give another output_dir")
+    if kept:
+        text += f"; {_size(kept)} are there already"
+    return _Disk(text, needed < free + kept)
+
+
+def _room(folder: Path) -> tuple[int, int]:
+    """Free bytes, and those that the checkpoints and exports of a run that resumes take already."""
+    places = [*(folder / "checkpoints").glob("step_*"), folder / "best", folder / "final"]
+    files = [file for place in places if not place.is_symlink() for file in place.glob("*")]
+    return shutil.disk_usage(folder).free, sum(file.stat().st_size for file in files if file.is_file())

@@ -24,9 +24,17 @@ def choose_engine(parts: PartsT, saved: str | None, device: torch.device, ranks:
     """Replace `auto` by a real engine, and print its name. All ranks must call. Any other engine is kept.
 
     A run that resumes keeps the engine `saved` in its checkpoint; for a new run, `saved` is None.
+
+    Raises:
+        ConfigError: if a checkpoint names an engine that `auto` never chooses: it may come from someone else.
     """
     if parts.rollout.path != AUTO:
         return parts
+    if saved not in (None, _VLLM, _NATIVE):
+        raise ConfigError(
+            f"resume: the checkpoint's config.yaml names the engine {saved!r}, which {AUTO} never chooses; if you "
+            "trust it, name it yourself in rollout._component_"
+        )
     chosen, why = best_engine(device, ranks) if saved is None else (saved, "as before")
     print(f"rollout: {chosen.rpartition('.')[2]} ({why})")
     return parts.with_rollout(chosen)

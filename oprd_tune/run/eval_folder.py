@@ -17,7 +17,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation.outcome import as_figure, as_markdown, flat, outcome_of
 from oprd_tune.evaluation.samples import Sample, SampleFile
 from oprd_tune.ranks import Ranks
-from oprd_tune.run.folder import read_config, write_config
+from oprd_tune.run.records import read_config, write_config
 
 # These may change when an evaluation goes on: further models, and what concerns speed alone.
 _FREE = ("output_dir", "models", "problems_per_batch", "num_threads", "metric_logger", "profile")

@@ -8,27 +8,27 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torchtune.modules.peft import set_trainable_params
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, FullModelHFCheckpointer
 
-from oprd_tune.config import Component
 from oprd_tune.config.settings import DTYPES
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
 from oprd_tune.modeling.families import family_of
 from oprd_tune.modeling.weights import build_on_meta, load_weights
+from oprd_tune.run.manifest import check_whole
+from oprd_tune.run.records import read_config
+from oprd_tune.run.safe_reading import load_tensors, read_metadata
+from oprd_tune.run.trusted import find_trusted
 from oprd_tune.torchtune_compat import config_of, folder_of
 
 STAGED = ".staged-"
@@ -91,39 +91,66 @@ def _state_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def export_checkpoint(checkpoint: str, target: str) -> Path:
+def export_checkpoint(checkpoint: str, target: str, trust: Collection[str] = ()) -> Path:
     """Write a training checkpoint, a folder `checkpoints/step_…`, as the Hugging Face folder `target`.
 
+    Nothing that lies in the checkpoint runs. Its config names the builder of the model and the reader of its weights;
+    these must be ours or torchtune's.
+
+    Args:
+        checkpoint: the folder to read.
+        target: the folder to write.
+        trust: dotted paths of further components that the checkpoint's config may name.
+
     Raises:
-        ConfigError: if `checkpoint` is not a checkpoint, or if `target` exists.
+        ConfigError: if `checkpoint` is not a whole checkpoint, names other components, or if `target` exists.
     """
     folder = Path(checkpoint)
     if not (folder / "state.pt").is_file():
         raise ConfigError(f"{folder} is no checkpoint; give a folder OUTPUT_DIR/checkpoints/step_…")
     if Path(target).exists():
         raise ConfigError(f"{target} exists already; give a folder that does not")
-    record: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    make_checkpointer = Component.find("checkpointer", record["checkpointer"])
-    build = Component.find("model", record["model"])
-    dtype = DTYPES[record.get("dtype", "bf16")]
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    check_whole(folder)
+    record = read_config(folder)
+    make_checkpointer = find_trusted("checkpointer", record.get("checkpointer"), trust)
+    build = find_trusted("model", record.get("model"), trust)
+    dtype = _dtype_of(record)
+    saved = read_metadata(folder).state_dict_metadata
     with tempfile.TemporaryDirectory() as scratch, quiet():
         files = make_checkpointer(output_dir=scratch)
         model = build_on_meta(build)
         if adapters := adapter_names(model):
             set_trainable_params(model, adapters)
-        trained = DTYPES[record.get("master_dtype") or record.get("dtype", "bf16")]
+        trained = _dtype_of(record, trained=True)
         load_weights(model, files, dtype=dtype, device=torch.device("cpu"), trained_dtype=trained)
         weights = get_model_state_dict(model)
         own = {name: weight for name, weight in weights.items() if f"model.{name}" in saved}
-        load_tensors({"model": own}, checkpoint_id=folder, no_dist=True)
+        load_tensors({"model": own}, folder, no_dist=True)
         return export_model(weights, model, make_checkpointer, Path(target), dtype=dtype)
+
+
+def _dtype_of(record: Mapping[str, Any], *, trained: bool = False) -> torch.dtype:
+    """The dtype of a run's weights, or of those of them that it trained."""
+    name = record.get("dtype", "bf16")
+    if trained:
+        name = record.get("master_dtype") or name
+    if name not in DTYPES:
+        raise ConfigError(f"the checkpoint's config.yaml gives the dtype {name!r}; allowed are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the folders that an interrupted write has left in a folder."""
     for leftover in folder.glob(f"{STAGED}*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with its content, a file, or a link but not what it leads to; or nothing, if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -132,13 +159,17 @@ def staged(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staged, replaced = target.with_name(STAGED + target.name), target.with_name(_REPLACED + target.name)
     for leftover in (staged, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     staged.mkdir()
-    yield staged
-    if target.exists():
+    try:
+        yield staged
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)  # its space may be what the disk lacks
+        raise
+    if os.path.lexists(target):  # a link to a folder that is gone is in the way too
         os.replace(target, replaced)
     os.replace(staged, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 @contextmanager

@@ -23,9 +23,11 @@ from oprd_tune.protocols import RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
 from oprd_tune.rollout.native.sampler import Sampler
-from oprd_tune.run.folder import RunFolder, load_checkpoint, read_config
+from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.journal import Journal
 from oprd_tune.run.launcher import StopSignals
+from oprd_tune.run.records import read_config
+from oprd_tune.run.restore import load_checkpoint
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.training.student import Student
 
@@ -61,7 +63,7 @@ class Run:
         self._has_begun = False
         self.checkpoint = self._folder.check(resume=s.resume)
         saved = None if self.checkpoint is None else read_config(self.checkpoint)
-        engine = None if saved is None else saved["rollout"]["_component_"]
+        engine = None if saved is None else str(saved.get("rollout", {}).get("_component_"))
         self.parts = choose_engine(parts, engine, ranks.device, ranks)
         if saved is not None and (changed := self.parts.differences(saved, type(s))):
             raise ConfigError(
@@ -181,10 +183,12 @@ class Run:
             self.save()
             print(f"Stopped after step {self.step}; everything is saved. Continue with resume=true.")
             self.journal.close()
+            self._folder.release()
             return 128 + self._stopped
         final = self._export("final")
         self._folder.wait()
         self.journal.finish(final, recipe=self._recipe, steps=self.step)
+        self._folder.release()
         return 0
 
     def _evaluate(self) -> None:

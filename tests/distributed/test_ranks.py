@@ -1,14 +1,16 @@
 """What only several ranks can get wrong."""
 
+import os
 import sys
 
 import pytest
 import torch
 
-from oprd_tune.errors import ConfigError, RolloutError
+from oprd_tune.errors import CheckpointError, ConfigError, RolloutError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.auto import best_engine
 from oprd_tune.run.folder import RunFolder
+from oprd_tune.run.folder_lock import FolderLock
 from oprd_tune.training.drift import TiedHeadDrift
 from tests.conftest import SMALL, load_config, make_model, recipe_class
 from tests.distributed.spawn import run_ranks
@@ -42,6 +44,44 @@ def check_folder(rank, folder):
     # The first rank goes on, to the end of this check and to the search for a checkpoint.
     torch.distributed.barrier()
     Ranks(rank, 2).collect(None)
+
+
+def check_folders(rank, folder, holder):
+    """What the first rank finds out about a folder, all ranks are told, so that none waits for the others."""
+    ranks = Ranks(rank, 2)
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match=f"is in use by another run, process {holder} on host"):
+            RunFolder(str(folder / "busy"), 1, ranks).check(resume=resume)
+    own = RunFolder(str(folder / "full"), 2, ranks)
+    assert own.check(resume=False) is None
+    own.open({"seed": 0})
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    own.save(1, model, optimizer, {})
+    own.wait()
+    module = sys.modules["oprd_tune.run.folder"]
+    write = module.write_config
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    module.write_config = no_room
+    own.save(2, model, optimizer, {})
+    module.write_config = write
+    with pytest.raises(CheckpointError, match="step_00000002 could not be written: .*No space left on device"):
+        own.wait()
+    own.save(3, model, optimizer, {})
+    own.wait()
+    ranks.wait()
+    newest = own.latest()
+    assert newest.name == "step_00000003"
+    ranks.wait()
+    if rank == 0:
+        (newest / "__1_0.distcp").unlink()
+    ranks.wait()
+    assert RunFolder(str(folder / "full"), 2, ranks).check(resume=True).name == "step_00000001"
 
 
 def check_numbers(rank):
@@ -117,6 +157,14 @@ def check_everything(rank, folder):
 
 def test_numbers_drift_and_evaluation_are_those_of_all_ranks(tmp_path):
     run_ranks(check_everything, 2, tmp_path / "ranks", tmp_path)
+
+
+def test_a_folder_that_cannot_be_used_is_told_to_all_ranks(tmp_path):
+    (tmp_path / "busy").mkdir()
+    lock = FolderLock(tmp_path / "busy")
+    assert lock.take() is None
+    run_ranks(check_folders, 2, tmp_path / "ranks", tmp_path, os.getpid())
+    lock.release()
 
 
 def test_hosts_that_see_different_folders_are_told(tmp_path):

@@ -130,6 +130,47 @@ def test_files_that_hold_no_bridge_are_refused(file, tmp_path):
             Bridge.load(path, device=CPU)
 
 
+def edited(file, *, metadata=None, facts=None, **tensors):
+    """The file with other metadata, facts or tensors; None removes one."""
+    with safe_open(file, framework="pt") as opened:
+        kept = {**opened.metadata(), **(metadata or {})}
+    if facts is not None:
+        kept["bridge"] = json.dumps({k: v for k, v in {**json.loads(kept["bridge"]), **facts}.items() if v is not None})
+    given = {f"layers.3.{name}": tensor for name, tensor in tensors.items()}
+    found = {name: tensor for name, tensor in {**load_file(file), **given}.items() if tensor is not None}
+    save_file(found, file, metadata={name: text for name, text in kept.items() if text is not None})
+
+
+BROKEN = {
+    "no facts": ({"metadata": {"bridge": None}}, "its metadata has no readable entry `bridge`"),
+    "no JSON": ({"metadata": {"bridge": "{"}}, "its metadata has no readable entry `bridge`"),
+    "another kind": ({"metadata": {"bridge": "[]"}}, "its metadata lacks 'pairs', or it is no list"),
+    "no rank": ({"facts": {"rank": None}}, "its metadata lacks 'rank', or it is no int"),
+    "rank as text": ({"facts": {"rank": "3"}}, "its metadata lacks 'rank', or it is no int"),
+    "no student": ({"facts": {"student": None}}, "its metadata lacks 'student', or it is no dict"),
+    "no width": ({"facts": {"teacher": {"name": "x"}}}, "its metadata is not what this version writes: KeyError"),
+    "no pairs": ({"facts": {"pairs": []}}, "it has rank 3 and 0 layer pairs; at least 1 of each"),
+    "half a pair": ({"facts": {"pairs": [[1]]}}, "its metadata is not what this version writes: ValueError"),
+    "another report": ({"facts": {"report": {"1": {}}}}, "its metadata is not what this version writes: KeyError"),
+    "no tensor": ({"student_RD": None}, "it lacks layers.3.student_RD"),
+    "shape": ({"teacher_RC": torch.ones(3, 5)}, "layers.3.teacher_RC is [3, 5] in float32, not [3, 7] in float32"),
+    "dtype": ({"variance": torch.tensor(1.0).half()}, "layers.3.variance is [] in float16, not [] in float32"),
+    "infinite": ({"student_mean_D": torch.full((5,), torch.inf)}, "layers.3.student_mean_D has values that are not"),
+    "undefined": ({"variance": torch.tensor(torch.nan)}, "layers.3.variance has values that are not finite"),
+    "no variance": ({"variance": torch.tensor(0.0)}, "layers.3.variance is not positive"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_with_anything_wrong_in_it_is_refused_in_one_line(file, case):
+    changes, message = BROKEN[case]
+    edited(file, **changes)
+    with pytest.raises(ConfigError) as refused:
+        Bridge.load(file, device=CPU)
+    assert f"bridge.file: {file} is no bridge that can be used: {message}" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_a_bridge_serves_its_own_run_and_fewer_layers_of_it(file):
     bridge = Bridge.load(file, device=CPU)
     bridge.check(PAIRS, BELONGS, PLAN)

@@ -74,7 +74,7 @@ def test_preflight_only_reads_no_weights_and_starts_nothing(recipe, config, out,
     assert "4 prompts × 1 = 4 responses a step on one process" in told
     assert "at most 32 response tokens a step" in told
     assert "a checkpoint takes 9.0 MiB" in told
-    assert not list(out.iterdir())
+    assert [entry.name for entry in out.iterdir()] == ["run.lock"]
     assert not torch.distributed.is_initialized()
 
 
@@ -111,6 +111,21 @@ def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
     cfg = load_config("tiny/oprd", output_dir=out, preflight="only", **SMALL)
     assert launch(recipe_class("oprd_distributed"), cfg) == 0
     assert capsys.readouterr().out.count("This will not fit") == 2
+
+
+def test_a_disk_without_room_stops_the_run_before_weights_are_read(out, monkeypatch, capsys):
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
+    usage = shutil._ntuple_diskusage(2**30, 2**30, 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    cfg = load_config("tiny/oprd", output_dir=out, **SMALL)
+    assert launch(recipe_class("oprd_distributed"), cfg) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: what the run writes to {out} will not fit (up to 36.2 MiB of 1.0 MiB free" in told
+    assert told.endswith("preflight=false starts all the same")
+    monkeypatch.undo()
+    (out / "checkpoints" / "step_00000004").mkdir(parents=True)  # of a run that resumes: room that it has already
+    (out / "checkpoints" / "step_00000004" / "x").write_bytes(bytes(100))
+    assert module._room(out)[1] == 100
 
 
 @pytest.mark.parametrize(

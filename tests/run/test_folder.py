@@ -8,7 +8,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from oprd_tune.errors import CheckpointError, ConfigError
 from oprd_tune.run.export import export_checkpoint
-from oprd_tune.run.folder import RunFolder, load_checkpoint, read_config
+from oprd_tune.run.folder import RunFolder
+from oprd_tune.run.records import read_config
+from oprd_tune.run.restore import load_checkpoint
 from oprd_tune.training.gradients import FiniteGuard
 from tests.conftest import make_model
 

@@ -1,0 +1,70 @@
+"""One run in one folder: a lock that lives and dies with the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+FILE = "run.lock"
+# Descriptors of this process by path. The system drops a lock as soon as its process closes any descriptor of the file.
+_OPEN: dict[Path, int] = {}
+
+
+class FolderLock:
+    """A lock on a folder, held from `take` to `release` or to the end of this process, however it ends.
+
+    It is a POSIX lock on a file that stays. NFS knows such locks, and child processes that outlive a run do not hold
+    it. A process may take its own lock again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+
+    def take(self) -> str | None:
+        """Take the lock; returns who else holds it, such as `process 17 on host a`, or None if it is ours now.
+
+        Where the file system has no locks, it is said on stderr and the run goes on. Raises OSError if the file cannot
+        be written.
+        """
+        where = self._path.resolve()
+        if where in _OPEN:
+            return None
+        descriptor = os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                return holder
+            print(f"{self._path} cannot be locked ({error}), so a second run there goes unseen", file=sys.stderr)
+            os.close(descriptor)
+            return None
+        me = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        _OPEN[where] = descriptor
+        return None
+
+    def release(self) -> None:
+        """Let others take the lock. The file stays, empty."""
+        descriptor = _OPEN.pop(self._path.resolve(), None)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {found['process']} on host {found['host']}, since {found['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
