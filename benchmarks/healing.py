@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+")
     parser.add_argument("--rates", type=float, nargs="+", help="one grid for all; each has its own by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--prompts-per-step", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of a response, at most")
     parser.add_argument("--answers", type=int, default=16, help="held-out answers whose perplexity is measured")
