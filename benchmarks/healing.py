@@ -4,10 +4,10 @@
     python benchmarks/healing.py width --jobs 2     the same model with half of its channels and a third of its heads
 
 Each takes less than thirty minutes on two cores. Model and prompts come from the hub, unless --model names a folder and
---prompts a file. `python -m oprd_tune prune` makes the student, if it is not in --work yet. Every objective runs at
-each learning rate of its grid on the first seed, and at the best of them on the other seeds; each run is a process of
-its own, on one thread. What counts is the perplexity of reference answers that no run has trained on. Writes a table,
-the numbers and a picture to benchmarks/results/.
+--prompts a file. `python -m oprd_tune prune` makes the student. Every objective runs at each learning rate of its grid
+on the first seed, and at the best of them on the other seeds; each run is a process of its own, on one thread. What
+counts is the perplexity of reference answers that no run has trained on. Student and finished runs are kept in --work,
+so a command that was stopped goes on. Writes a table, the numbers and a picture to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.folders import find_folder
-from oprd_tune.registry import recipe_files
+from oprd_tune.registry import config_files, recipe_files
 
 MODEL, PROMPTS = "HuggingFaceTB/SmolLM2-135M-Instruct", "openai/gsm8k"
 CALIBRATION = "train[100:164]"  # rows that `prune` measures on; the first 100 are held out
@@ -132,18 +133,32 @@ def overrides(case: Case, student: Path, args: argparse.Namespace) -> tuple[str,
     return (*case.overrides, *words, *args.overrides)
 
 
-def run(case: Case, rate: float, seed: int, steps: int, words: list[str]) -> dict[str, Any]:
-    """One training run: its evaluations, and its losses at each step, also if it diverged."""
+def run(case: Case, rate: float, seed: int, steps: int, words: list[str], kept: Path) -> dict[str, Any]:
+    """One training run: its evaluations, and its losses at each step, also if it diverged. A finished one is kept."""
+    settings = [
+        config_files()[case.config].read_text(),
+        str(case),
+        str(rate),
+        str(seed),
+        str(steps),
+        *(word for word in words if "bridge.file" not in word),
+    ]
+    done = kept / f"{sha256(chr(10).join(settings).encode()).hexdigest()[:16]}.json"
+    if done.is_file():
+        return json.loads(done.read_text())
     with tempfile.TemporaryDirectory() as name:
         folder, start = Path(name) / "run", time.perf_counter()
         finite = launch(case, rate, seed, steps, folder, words)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [row for row in rows if "eval/perplexity" in row]
     evaluations = [{"step": row["step"], "perplexity": row["eval/perplexity"]} for row in evaluated]
-    parts = ("loss/total", "token/kl", "loss/bridge", "loss/oprd", "optimizer/grad_norm")
+    parts = ("loss/total", "token/kl", "loss/bridge", "loss/oprd", "optimizer/grad_norm", "rollout/entropy")
     losses = {part: values for part in parts if (values := [row[part] for row in rows if part in row])}
     times = {"loop_seconds": rows[-1]["seconds"], "seconds": time.perf_counter() - start}
-    return {"rate": rate, "seed": seed, "finite": finite, "evaluations": evaluations, "steps": losses, **times}
+    found = {"rate": rate, "seed": seed, "finite": finite, "evaluations": evaluations, "steps": losses, **times}
+    kept.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(found))
+    return found
 
 
 def after(one: dict[str, Any]) -> float:
@@ -175,14 +190,14 @@ def measure(kind: Kind, args: argparse.Namespace) -> dict[str, Any]:
         def one(name: str, rate: float, seed: int) -> dict[str, Any]:
             bridged = bool(kind.bridged) and "~bridge" not in cases[name].overrides
             words = [f"bridge.file={bridges[seed] / 'bridge.safetensors'}"] if bridged else []
-            done = run(cases[name], rate, seed, args.steps, words)
+            done = run(cases[name], rate, seed, args.steps, words, args.work / "runs")
             course = ", ".join(f"{e['step']}: {shown(e['perplexity'])}" for e in done["evaluations"])
             bar.write(f"{name}, rate {rate:g}, seed {seed}: perplexity {course}")
             bar.update()
             return done
 
         def teacher() -> dict[str, Any]:
-            return run(cases["full KL"], 0.0, first, 1, [f"student={args.model}"])
+            return run(cases["full KL"], 0.0, first, 1, [f"student={args.model}"], args.work / "runs")
 
         whole = pool.submit(teacher)
         list(pool.map(fit, bridges))
