@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,7 +84,7 @@ KINDS = {
             "bridge": Case(
                 WIDTH,
                 RATES,
-                (f"{LOSS}BridgedMSE", "loss.normalisation=variance", *NO_PARTS, "recipe=oprd_distributed"),
+                (f"{LOSS}BridgedMSE", "loss.normalisation=l2", *NO_PARTS, "recipe=oprd_distributed"),
                 OPRD,
             ),
             "full KL + bridge": Case(WIDTH, RATES),
@@ -133,17 +134,15 @@ def overrides(case: Case, student: Path, args: argparse.Namespace) -> tuple[str,
     return (*case.overrides, *words, *args.overrides)
 
 
+def key(case: Case, *settings: Any) -> str:
+    """A name for what comes of a case with further settings."""
+    words = [config_files()[case.config].read_text(), case, *settings]
+    return sha256("\n".join(map(str, words)).encode()).hexdigest()[:16]
+
+
 def run(case: Case, rate: float, seed: int, steps: int, words: list[str], kept: Path) -> dict[str, Any]:
     """One training run: its evaluations, and its losses at each step, also if it diverged. A finished one is kept."""
-    settings = [
-        config_files()[case.config].read_text(),
-        str(case),
-        str(rate),
-        str(seed),
-        str(steps),
-        *(word for word in words if "bridge.file" not in word),
-    ]
-    done = kept / f"{sha256(chr(10).join(settings).encode()).hexdigest()[:16]}.json"
+    done = kept / f"{key(case, rate, seed, steps, words)}.json"
     if done.is_file():
         return json.loads(done.read_text())
     with tempfile.TemporaryDirectory() as name:
@@ -156,7 +155,6 @@ def run(case: Case, rate: float, seed: int, steps: int, words: list[str], kept: 
     losses = {part: values for part in parts if (values := [row[part] for row in rows if part in row])}
     times = {"loop_seconds": rows[-1]["seconds"], "seconds": time.perf_counter() - start}
     found = {"rate": rate, "seed": seed, "finite": finite, "evaluations": evaluations, "steps": losses, **times}
-    kept.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(found))
     return found
 
@@ -179,25 +177,31 @@ def measure(kind: Kind, args: argparse.Namespace) -> dict[str, Any]:
     cases = {name: replace(case, overrides=overrides(case, student, args)) for name, case in kind.cases.items()}
     grids = {name: tuple(args.rates or cases[name].rates) for name in args.objectives or cases}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in grids}
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool, tqdm(unit="run") as bar:
+    kept = args.work / "runs"
+    kept.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(unit="run") as bar:
         bar.reset(total=sum(len(rates) + len(args.seeds) - 1 for rates in grids.values()))
-        bridges = {seed: Path(scratch) / str(seed) for seed in args.seeds if kind.bridged}
+        fitting = cases.get(kind.bridged)
+        bridges = {seed: kept / f"{key(fitting, seed)}.safetensors" for seed in args.seeds} if fitting else {}
 
         def fit(seed: int) -> None:
-            bar.write(f"seed {seed}: the bridge is fitted")
-            launch(cases[kind.bridged], 0.0, seed, args.steps, bridges[seed], ["bridge.fit_only=true"])
+            if fitting and not bridges[seed].is_file():
+                bar.write(f"seed {seed}: a bridge is fitted")
+                with tempfile.TemporaryDirectory() as folder:
+                    launch(fitting, 0.0, seed, args.steps, Path(folder) / "run", ["bridge.fit_only=true"])
+                    shutil.move(Path(folder) / "run" / "bridge.safetensors", bridges[seed])
 
         def one(name: str, rate: float, seed: int) -> dict[str, Any]:
-            bridged = bool(kind.bridged) and "~bridge" not in cases[name].overrides
-            words = [f"bridge.file={bridges[seed] / 'bridge.safetensors'}"] if bridged else []
-            done = run(cases[name], rate, seed, args.steps, words, args.work / "runs")
+            bridged = bool(bridges) and "~bridge" not in cases[name].overrides
+            words = [f"bridge.file={bridges[seed]}"] if bridged else []
+            done = run(cases[name], rate, seed, args.steps, words, kept)
             course = ", ".join(f"{e['step']}: {shown(e['perplexity'])}" for e in done["evaluations"])
             bar.write(f"{name}, rate {rate:g}, seed {seed}: perplexity {course}")
             bar.update()
             return done
 
         def teacher() -> dict[str, Any]:
-            return run(cases["full KL"], 0.0, first, 1, [f"student={args.model}"], args.work / "runs")
+            return run(cases["full KL"], 0.0, first, 1, [f"student={args.model}"], kept)
 
         whole = pool.submit(teacher)
         list(pool.map(fit, bridges))
