@@ -63,7 +63,6 @@ class Kind:
     bridged: str = ""
 
 
-RATES = (1e-4, 3e-4, 1e-3)
 TOKENS = ("recipe=opd_topk_distributed", "~loss.normalisation")
 COMPOSITE = (f"{LOSS}Composite", f"loss.parts.opd._component_={FULL_KL}", "loss.weights.opd=1")
 STATES = ("loss.parts.oprd._component_=oprd_tune.losses.HiddenStateMSE", "loss.parts.oprd.normalisation=rms")
@@ -72,22 +71,22 @@ KINDS = {
     "depth": Kind(
         "--drop-blocks 19,21,23,25,27,28",
         {
-            "full KL": Case(DEPTH, RATES, (*TOKENS, f"loss._component_={FULL_KL}", "~layer_pairs"), OPD),
-            "OPRD": Case(DEPTH, RATES),
-            "full KL + 30 OPRD": Case(DEPTH, RATES, (*TOKENS, *COMPOSITE, *STATES, "loss.weights.oprd=30"), OPD),
+            "full KL": Case(DEPTH, (3e-4, 1e-3), (*TOKENS, f"loss._component_={FULL_KL}", "~layer_pairs"), OPD),
+            "OPRD": Case(DEPTH, (3e-4, 1e-3)),
+            "full KL + 30 OPRD": Case(DEPTH, (3e-4, 1e-3), (*TOKENS, *COMPOSITE, *STATES, "loss.weights.oprd=30"), OPD),
         },
     ),
     "width": Kind(
         "--width 288 --heads 3",
         {
-            "full KL": Case(WIDTH, RATES, (f"loss._component_={FULL_KL}", *NO_PARTS, "~bridge")),
+            "full KL": Case(WIDTH, (1e-4, 3e-4), (f"loss._component_={FULL_KL}", *NO_PARTS, "~bridge")),
             "bridge": Case(
                 WIDTH,
-                RATES,
+                (1e-4, 3e-4),
                 (f"{LOSS}BridgedMSE", "loss.normalisation=l2", *NO_PARTS, "recipe=oprd_distributed"),
                 OPRD,
             ),
-            "full KL + bridge": Case(WIDTH, RATES),
+            "full KL + bridge": Case(WIDTH, (1e-4, 3e-4)),
         },
         bridged="full KL + bridge",
     ),
@@ -239,11 +238,10 @@ def as_table(found: dict[str, Any], facts: dict[str, Any]) -> str:
         f"Of {before:,.3g} million parameters {left:,.3g} are left. {facts['steps']} steps of "
         f"{facts['prompts_per_step']} responses to prompts of {facts['prompts']}, of at most {facts['tokens']} tokens. "
         f"Perplexity of {facts['answers']} held-out reference answers: student at the start {shown(start)}, teacher "
-        f"{shown(found['teacher'])}. {facts['seconds'] / 60:.0f} minutes, {facts['jobs']} runs at a time. "
-        f"`{facts['command']}`",
+        f"{shown(found['teacher'])}. `{facts['command']}`",
         "",
-        f"| objective | rate | seed | perplexity | KL, first step | KL, last {LAST} steps | loop seconds |",
-        "|---|---|---|---|---|---|---|",
+        f"| objective | rate | seed | perplexity | KL, first step | KL, last {LAST} steps |",
+        "|---|---|---|---|---|---|",
     ]
     for name in order:
         best = at_best_rate(runs[name], first)
@@ -251,41 +249,49 @@ def as_table(found: dict[str, Any], facts: dict[str, Any]) -> str:
             end = ("**{}**" if one in best else "{}").format(shown(after(one)))
             kl = one["steps"].get("token/kl")
             kls = f"{kl[0]:.2f} | {statistics.fmean(kl[-LAST:]):.2f}" if kl else "– | –"
-            lines.append(f"| {name} | {one['rate']:g} | {one['seed']} | {end} | {kls} | {one['loop_seconds']:.0f} |")
-    lines += ["", "Bold: the best rate of an objective, which the other seed was given too. KL is that of student and"]
-    lines += ["teacher on the student's own responses, in nats a token."]
+            lines.append(f"| {name} | {one['rate']:g} | {one['seed']} | {end} | {kls} |")
+    lines += [
+        "",
+        "Bold: the best rate of an objective, the only one that other seeds were given. KL is that of student",
+    ]
+    lines += ["and teacher on the student's own responses, in nats a token."]
     return "\n".join(lines) + "\n"
 
 
 def plot(found: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
-    """Perplexity against steps: an axis for each objective, a colour for each rate, a cross where it got worse."""
+    """Perplexity, and below it each run's own loss: a column for each objective, a colour for each rate."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     runs, first = found["runs"], facts["seeds"][0]
     rates = sorted({one["rate"] for name in runs for one in runs[name]})
-    colours = {rate: colormaps["viridis"](0.85 * place / max(1, len(rates) - 1)) for place, rate in enumerate(rates)}
-    figure = Figure(figsize=(4 * len(runs) + 1.5, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    colours = {rate: colormaps["viridis"](0.75 * place / max(1, len(rates) - 1)) for place, rate in enumerate(rates)}
+    figure = Figure(figsize=(3.6 * len(runs) + 1.5, 5.6), layout="constrained")
+    rows = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=(5, 2))
     start = next(iter(runs.values()))[0]["evaluations"][0]["perplexity"]
-    for axes, name in zip(panels, runs, strict=True):
+    for (axes, below), name in zip(rows.T, runs, strict=True):
         for value, style, label in ((start, ":", "pruned"), (found["teacher"], "--", "teacher")):
             axes.axhline(value, color="black", linestyle=style, linewidth=1)
             axes.annotate(f"{label} {shown(value)}", (0, value), (3, 3), textcoords="offset points", fontsize=8)
         for one in runs[name]:
+            style = {"color": colours[one["rate"]], "linestyle": "-" if one["seed"] == first else "--"}
             points = [(e["step"], e["perplexity"]) for e in one["evaluations"] if e["perplexity"] is not None]
-            line = "-" if one["seed"] == first else "--"
-            axes.plot(*zip(*points, strict=True), line, color=colours[one["rate"]], marker="o", markersize=3)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
             if after(one) > start:
                 axes.plot(*points[-1], "X", color="red", markersize=9)
             if one["seed"] == first:
-                axes.annotate(shown(points[-1][1]), points[-1], (6, -3), textcoords="offset points", fontsize=8)
-        axes.set(title=name, xlabel="optimizer steps", yscale="log", xlim=(0, facts["steps"] * 1.2))
+                axes.annotate(shown(points[-1][1]), points[-1], (7, -3), textcoords="offset points", fontsize=8)
+            loss = one["steps"]["loss/total"]
+            below.plot(range(1, len(loss) + 1), [value / loss[0] for value in loss], **style)
+        axes.set(title=name, yscale="log", xlim=(0, facts["steps"] * 1.25))
+        below.set(xlabel="optimizer steps", ylim=0)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("perplexity of held-out reference answers")
-    handles = [panels[0].plot([], [], color=colours[rate], label=f"rate {rate:g}")[0] for rate in rates]
-    handles += panels[0].plot([], [], "--", color="grey", label="another seed")
-    handles += panels[0].plot([], [], "X", color="red", label="worse than pruned")
+        below.grid(alpha=0.3)
+    rows[0, 0].set_ylabel("perplexity of held-out answers")
+    rows[1, 0].set_ylabel("its own loss,\nfirst step = 1")
+    handles = [rows[0, 0].plot([], [], color=colours[rate], label=f"rate {rate:g}")[0] for rate in rates]
+    handles += rows[0, 0].plot([], [], "--", color="grey", label="another seed")
+    handles += rows[0, 0].plot([], [], "X", color="red", label="worse than pruned")
     figure.legend(handles=handles, fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=130)
 
@@ -321,7 +327,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+")
     parser.add_argument("--rates", type=float, nargs="+", help="one grid for all; each has its own by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--prompts-per-step", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of a response, at most")
     parser.add_argument("--answers", type=int, default=16, help="held-out answers whose perplexity is measured")
