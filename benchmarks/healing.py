@@ -284,10 +284,11 @@ def plot(found: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
             loss = one["steps"]["loss/total"]
             below.plot(range(1, len(loss) + 1), [value / loss[0] for value in loss], **style)
         axes.set(title=name, yscale="log", xlim=(0, facts["steps"] * 1.25))
-        below.set(xlabel="optimizer steps", ylim=0)
+        below.set(xlabel="optimizer steps")
         axes.grid(alpha=0.3)
         below.grid(alpha=0.3)
     rows[0, 0].set_ylabel("perplexity of held-out answers")
+    rows[1, 0].set_ylim(bottom=0)
     rows[1, 0].set_ylabel("its own loss,\nfirst step = 1")
     handles = [rows[0, 0].plot([], [], color=colours[rate], label=f"rate {rate:g}")[0] for rate in rates]
     handles += rows[0, 0].plot([], [], "--", color="grey", label="another seed")
