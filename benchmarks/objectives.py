@@ -93,6 +93,12 @@ def _one_after_the_other(first: dict[str, Any], second: dict[str, Any]) -> dict[
 
 
 def _train(case: Case, rate: float, seed: int, steps: int, folder: Path, words: list[str]) -> dict[str, Any]:
+    finite = launch(case, rate, seed, steps, folder, words)
+    return json.loads((folder / "summary.json").read_text()) if finite else DIVERGED
+
+
+def launch(case: Case, rate: float, seed: int, steps: int, folder: Path, words: list[str]) -> bool:
+    """Run a case, with `words` after its overrides, in `folder`; False if too many steps were not finite."""
     config = config_files()[case.config]
     words = [*case.overrides, *words, f"output_dir={folder}", f"optimizer.lr={rate}", f"seed={seed}"]
     words += [f"max_steps={steps}", f"checkpoint_every_n_steps={steps}", f"metric_logger.log_dir={folder}"]
@@ -102,10 +108,10 @@ def _train(case: Case, rate: float, seed: int, steps: int, folder: Path, words: 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": own_modules}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if "not finite" in result.stderr:
-        return DIVERGED
+        return False
     if result.returncode:
         sys.exit(result.stderr)
-    return json.loads((folder / "summary.json").read_text())
+    return True
 
 
 def measure(cases: Mapping[str, Case], args: argparse.Namespace) -> dict[str, Any]:

@@ -45,6 +45,7 @@ R1_DISTILL_1_5B = {"vocab_size": 151_936, "num_layers": 28, "num_heads": 12, "nu
 R1_DISTILL_1_5B |= {"intermediate_dim": 8960, "max_seq_len": 131_072, "norm_eps": 1e-6, "rope_base": 1e4}
 SMOLLM2 = {"vocab_size": 49_152, "num_heads": 9, "num_kv_heads": 3, "embed_dim": 576, "intermediate_dim": 1536}
 SMOLLM2 |= {"max_seq_len": 8192, "norm_eps": 1e-5, "rope_base": 1e5, "tie_word_embeddings": True}
+SMOLLM2_NARROW = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 64, "embed_dim": 288}
 # The shapes of the shipped configs' models, by the names that the configs give.
 SHAPES = {
     "Qwen/Qwen2.5-0.5B": qwen2_5.qwen2_5_0_5b,
@@ -61,6 +62,7 @@ SHAPES = {
     "hbx/JustRL-DeepSeek-1.5B": partial(qwen2, **R1_DISTILL_1_5B),
     "HuggingFaceTB/SmolLM2-135M-Instruct": partial(llama, num_layers=30, **SMOLLM2),
     "/tmp/SmolLM2-135M-Instruct-24-blocks": partial(llama, num_layers=24, **SMOLLM2),
+    "/tmp/SmolLM2-135M-Instruct-288-channels": partial(llama, num_layers=30, **SMOLLM2 | SMOLLM2_NARROW),
 }
 
 

@@ -10,11 +10,24 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(name, folder, *words):
+def run(name, folder, *words, writes=None):
     command = [sys.executable, str(BENCHMARKS / name), "--out", str(folder), *words]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return json.loads((folder / name).with_suffix(".json").read_text())
+    return json.loads((folder / (writes or name)).with_suffix(".json").read_text())
+
+
+def heal(tmp_path, kind, *words):
+    """The healing of a part of the embedded teacher."""
+    sums = [{"question": f"{a}+{a % 7 + 3}=", "answer": str(a + a % 7 + 3)} for a in range(10, 200)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    words = (*words, "--model", "tiny/teacher", "--prompts", str(tmp_path / "sums.jsonl"), "--template", "{prompt}")
+    words = (*words, "--work", str(tmp_path / "work"), "--rates", "1e-3", "--steps", "2", "--tokens", "8")
+    found = run("healing.py", tmp_path, kind, *words, "--jobs", "2", "max_prompt_tokens=16", writes=f"healing_{kind}")
+    assert 1 <= found["teacher"] < 1.1
+    assert "tmp" not in found["facts"]["command"]
+    assert (tmp_path / f"healing_{kind}.png").exists()
+    return found["runs"], (tmp_path / f"healing_{kind}.md").read_text()
 
 
 @pytest.mark.slow
@@ -74,3 +87,20 @@ def test_healthy_and_sick(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "rate too high: " in done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"reading_curves.png", "reading_heatmaps.png"}
+
+
+@pytest.mark.slow
+def test_healing_of_width(tmp_path):
+    name = "full KL + 100 bridge"
+    runs, table = heal(tmp_path, "width", "--cut=--width 64 --heads 2", "--seeds", "0", "--objectives", name)
+    assert [e["step"] for e in runs[name][0]["evaluations"]] == [0, 2]
+    assert len(runs[name][0]["steps"]["loss/bridge"]) == 2
+    assert f"| {name} | 0.001 | 0 |" in table
+
+
+@pytest.mark.slow
+def test_healing_of_depth(tmp_path):
+    runs, table = heal(tmp_path, "depth", "--cut=--drop-blocks 2", "--seeds", "0")
+    assert set(runs) == {"full KL", "OPRD", "full KL + 30 OPRD"}
+    assert [(one["rate"], one["seed"]) for one in runs["OPRD"]] == [(1e-3, 0)]
+    assert "| OPRD | 0.001 | 0 |" in table
