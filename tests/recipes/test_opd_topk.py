@@ -236,7 +236,11 @@ BAD_INPUTS = {
     ),
     "off-policy sampling": ("tiny/vopd", {"rollout.temperature": 0.7}, "unbiased only where they are equal"),
     "needless ratio": ("tiny/opd_sampled", {"loss.importance_ratio_cap": 2.0}, "trainer's own model samples"),
-    "head": ("tiny/opd_full", {"model._component_": f"{MODELS}.biased_tiny_qwen2"}, "its LM head is Linear with a bias; token losses need"),
+    "head": (
+        "tiny/opd_full",
+        {"model._component_": f"{MODELS}.biased_tiny_qwen2"},
+        "its LM head is Linear with a bias; token losses need",
+    ),
     "diagnostics": ("tiny/opd_full", {"diagnostics_k": 0}, "diagnostics_k is 0; it must be a whole number, at least 1"),
     "widths of a hidden part": (
         "tiny/oprd_plus_opd",

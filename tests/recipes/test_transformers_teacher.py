@@ -86,6 +86,8 @@ def test_a_scaled_head_is_not_compared_in_a_run_on_states(tmp_path, capsys):
     write_tokenizer(folder)
     changed = {"diagnostics_every_n_steps": 1, "max_steps": 1}
     logged = run("oprd_distributed", "tiny/bridge", folder, tmp_path / "out", **changed).run.journal.logged
-    assert "No diagnostics of next tokens, since the teacher's logits are a product changed by" in capsys.readouterr().out
+    assert (
+        "No diagnostics of next tokens, since the teacher's logits are a product changed by" in capsys.readouterr().out
+    )
     assert logged["loss/total"] > 0
     assert not any(name.startswith("diagnostics") for name in logged)
