@@ -22,8 +22,9 @@ from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.sharding import choose_sharding
 from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
-from oprd_tune.preflight.memory import Memory, Plan, optimizer_bytes, predict_memory
+from oprd_tune.preflight.memory import Memory, Plan, predict_memory
 from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.trial import try_optimizer
 from oprd_tune.protocols import DecodesItself, RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher import TeacherPlan
@@ -44,6 +45,7 @@ def preflight(
     """Print models, conventions, batch, memory and disk as a short table; returns the memory of one rank.
 
     Raises:
+        ConfigError: if the optimizer or the schedule fails a trial.
         NothingLeftToDo: if the setting `preflight` is `only`.
     """
     s, ranks, loss = settings, data.ranks, as_composite(loss)
@@ -59,7 +61,7 @@ def preflight(
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
             *_describe_bridge(bridge, pair, data),
-            *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
+            *_describe_memory(memory, ranks),
             ("disk", _describe_disk(s, student, memory, ranks)),
         ]
         wide = max(len(name) for name, _ in rows)
@@ -107,7 +109,13 @@ def _plan(
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=sampling,
         engine_bytes=held,
-        optimizer_bytes=optimizer_bytes(parts.optimizer, s.torch_master_dtype, ranks.device),
+        optimizer_bytes=try_optimizer(
+            parts.optimizer,
+            parts.lr_scheduler,
+            max_steps=s.max_steps,
+            dtype=s.torch_master_dtype,
+            device=ranks.device,
+        ),
         teacher_bytes=teacher_bytes,
         whole_teacher_bytes=whole_teacher_bytes,
         teacher_width=pair.teacher_width,
@@ -184,7 +192,7 @@ def _describe_batch(s: OPRDSettings, data: RunData, ranks: Ranks) -> list[tuple[
     ]
 
 
-def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> list[tuple[str, str]]:
+def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
     always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
     always |= {"sampling engine": memory.engine} if memory.engine else {}
     listed = ", ".join(f"{name} {_size(size)}" for name, size in always.items())
@@ -194,8 +202,6 @@ def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> 
         ("", f"{listed}; besides sampling {_size(memory.sampling)}, or training {_size(memory.training)}"),
         ("CPU memory", f"{_size(memory.cpu)} a process while a checkpoint is written"),
     ]
-    if not optimizer_known:
-        rows.append(("", "The optimizer's state is not counted: it takes no trial step."))
     if free is not None and memory.peak > free:
         rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
     return rows

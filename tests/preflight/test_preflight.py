@@ -17,14 +17,14 @@ from oprd_tune.modeling.families.llama import llama
 from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.preflight import report as module
-from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
+from oprd_tune.preflight.memory import Plan, predict_memory
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from tests.conftest import SMALL, load_config, recipe_class
 
 SETTINGS = OPRDSettings(
-    output_dir="", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, dtype="fp32", sync_every_micro_batch=True
+    output_dir="out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, dtype="fp32", sync_every_micro_batch=True
 )
 PLAN = Plan(
     settings=SETTINGS,
@@ -111,19 +111,6 @@ def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
     cfg = load_config("tiny/oprd", output_dir=out, preflight="only", **SMALL)
     assert launch(recipe_class("oprd_distributed"), cfg) == 0
     assert capsys.readouterr().out.count("This will not fit") == 2
-
-
-@pytest.mark.parametrize(
-    ("make", "dtype", "expected"),
-    [
-        (torch.optim.AdamW, torch.float32, 8),
-        (torch.optim.AdamW, torch.bfloat16, 4),
-        (lambda p: torch.optim.SGD(p, lr=0.1), torch.float32, 0),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.float32, 4),
-    ],
-)
-def test_optimizers_are_asked_for_what_they_keep(make, dtype, expected):
-    assert optimizer_bytes(make, dtype, torch.device("cpu")) == expected
 
 
 LLAMA = {"vocab_size": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128}
