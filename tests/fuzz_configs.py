@@ -94,7 +94,7 @@ def _keys(config: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - not an error
     """Weights would be read now."""
 
 

@@ -72,6 +72,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
     """
     s = settings
     tokenizer, teacher_tokenizer = parts.tokenizer(), construct(parts.teacher_tokenizer)
+    check_offers("tokenizer", tokenizer, Tokenizer)
     given: dict[str, Any] = {"max_prompt_tokens": s.max_prompt_tokens}
     given |= {} if teacher_tokenizer is None else {"teacher_tokenizer": teacher_tokenizer}
     train: PromptSource = parts.dataset(tokenizer, **given)
@@ -86,11 +87,16 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
     evaluator = {"vocabulary": pair.vocabulary, "ranks": ranks}
     accuracy = construct(parts.task_accuracy, held_out, tokenizer, **evaluator)
     perplexity = construct(parts.reference_perplexity, held_out, tokenizer, **evaluator)
+    if accuracy is not None:
+        check_offers("task_accuracy", accuracy, TaskAccuracy)
+    if perplexity is not None:
+        check_offers("reference_perplexity", perplexity, ReferencePerplexity)
     reader, teacher_accuracy = None, accuracy
     if parts.reader is not None and teacher_tokenizer is None:
         raise ConfigError("reader aligns a teacher's own tokens with the student's; give teacher_tokenizer too")
     if teacher_tokenizer is not None:
         reader = construct(parts.reader, tokenizer, teacher_tokenizer) or Reader(tokenizer, teacher_tokenizer)
+        check_offers("reader", reader, Reader)
         pair.check_teacher_tokens(teacher_tokenizer, train)
         if held_out is not None:
             evaluator["vocabulary"] = pair.teacher_vocabulary

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.config import OPRDSettings, Parts
+from oprd_tune.config import Component, OPRDSettings, Parts
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.data.vocabularies import check_same_tokens
 from oprd_tune.errors import ConfigError
@@ -17,7 +17,7 @@ from oprd_tune.modeling.bridge import BridgePlan
 from oprd_tune.modeling.heads import LMHead, why_no_matrix
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkpointer, width_of
-from oprd_tune.protocols import PromptSource, Tokenizer
+from oprd_tune.protocols import DecodesItself, PromptSource, TeacherFiles, Tokenizer
 from oprd_tune.torchtune_compat import folder_of
 from oprd_tune.types import LayerPair
 
@@ -100,9 +100,9 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
             "token by token. Take a teacher with the student's tokens, or compare hidden states alone, by "
             "oprd_distributed"
         )
-    student_files = open_checkpointer(parts.checkpointer, settings.output_dir)
-    teacher_files = open_checkpointer(parts.teacher_checkpointer, settings.output_dir)
-    student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
+    student_files = _opened(parts.checkpointer, settings.output_dir)
+    teacher_files = _opened(parts.teacher_checkpointer, settings.output_dir)
+    student, teacher = _built(parts.model), _built(parts.teacher_model)
     check_adapters("model", student)
     if settings.activation_checkpointing > len(student.layers):
         raise ConfigError(
@@ -139,6 +139,27 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
         diagnosed=not token_loss and _diagnosed(settings, student, teacher, own_tokens=own_tokens),
     )
+
+
+def _opened(component: Component, output_dir: str) -> FullModelHFCheckpointer:
+    """An opened checkpointer. Raises ConfigError if the component gives anything else."""
+    files = open_checkpointer(component, output_dir)
+    if not isinstance(files, (FullModelHFCheckpointer, TeacherFiles)):
+        raise ConfigError(
+            f"{component.name}: {component.path} gives a {type(files).__name__}; it must give torchtune's "
+            "FullModelHFCheckpointer"
+        )
+    return files
+
+
+def _built(build: Component) -> TransformerDecoder:
+    """A model on the meta device. Raises ConfigError if the component builds anything else."""
+    model = build_on_meta(build)
+    if not isinstance(model, (TransformerDecoder, DecodesItself)):
+        raise ConfigError(
+            f"{build.name}: {build.path} gives a {type(model).__name__}; it must give torchtune's TransformerDecoder"
+        )
+    return model
 
 
 def _diagnosed(

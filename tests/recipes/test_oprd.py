@@ -223,7 +223,7 @@ BAD_INPUTS = {
         "max_prompt_tokens + task_accuracy.max_new_tokens = 216 exceeds",
     ),
     "device": ({"device": "cuda" if not torch.cuda.is_available() else "xpu"}, "cannot be used"),
-    "component's argument": ({"dataset.count": "many"}, "dataset: oprd_tune.tiny.addition cannot be constructed"),
+    "component's argument": ({"dataset.count": "many"}, "dataset.count is 'many'; it must be a whole number"),
     "no component": ({"dataset": "null"}, "the config lacks dataset"),
     "foreign tokenizer": ({"tokenizer._component_": "tests.recipes.models.foreign_tokenizer"}, "uses id 99"),
     "another architecture": (
