@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class RunData:
         teacher_context: the number of tokens that the teacher can read.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
+        counts: by the config key of a data set, how many of its prompts are used, and how many were dropped.
     """
 
     tokenizer: Tokenizer
@@ -41,6 +43,7 @@ class RunData:
     teacher_context: int
     min_matched_share: float
     ranks: Ranks
+    counts: Mapping[str, Mapping[str, int]]
 
     def read(self, rollout: Rollout, prompts: Prompts) -> Rollout:
         """Add the teacher's reading to a rollout if the teacher has another tokenizer. Every rank must call.
@@ -84,6 +87,8 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
             total, limit = dataset.dropped + len(dataset), s.max_prompt_tokens
             print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")
     pair.check_tokens(tokenizer, list(datasets.values()))
+    if held_out is not None and held_out.has_answers and (parts.task_accuracy or parts.reference_perplexity):
+        pair.check_answers(held_out)
     evaluator = {"vocabulary": pair.vocabulary, "ranks": ranks}
     accuracy = construct(parts.task_accuracy, held_out, tokenizer, **evaluator)
     perplexity = construct(parts.reference_perplexity, held_out, tokenizer, **evaluator)
@@ -115,6 +120,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
         teacher_context=pair.teacher_context,
         min_matched_share=s.min_matched_share,
         ranks=ranks,
+        counts={name: {"used": len(dataset), "dropped": dataset.dropped} for name, dataset in datasets.items()},
     )
 
 

@@ -68,6 +68,16 @@ class ModelPair:
                 "the models' own tokenizer"
             )
 
+    def check_answers(self, dataset: PromptSource) -> None:
+        """Raise ConfigError if a held-out reference answer has a token that a model does not know, nor can say."""
+        for i in range(len(dataset)):
+            if (largest := max(dataset.answer_tokens(i))) >= self.vocabulary:
+                raise ConfigError(
+                    f"eval_dataset: the reference answer {dataset[i][1]!r} has the token {largest}, but the models' "
+                    f"vocabulary ends at {self.vocabulary - 1}, so no response could be it; take such rows out, or "
+                    "give the models' own tokenizer"
+                )
+
     def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptSource) -> None:
         """Raise ConfigError if the teacher lacks an id of its own tokenizer, or cannot read the longest prompt."""
         largest = len(tokenizer.token_bytes.pieces) - 1
@@ -125,6 +135,11 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
     check_weights("checkpointer", student_files, student)
     check_weights("teacher_checkpointer", teacher_files, teacher)
     read_same = [student] if own_tokens else [student, teacher]
+    vocabulary = min(model.tok_embeddings.num_embeddings for model in read_same)
+    if settings.diagnostics_every_n_steps is not None and not own_tokens and settings.diagnostics_k > vocabulary:
+        raise ConfigError(
+            f"diagnostics_k is {settings.diagnostics_k}, but the models share {vocabulary} tokens; lower it"
+        )
     return ModelPair(
         layers=pairs,
         depth=len(student.layers),
@@ -135,7 +150,7 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         teacher_width=width_of(teacher),
         context=min(model.max_seq_len for model in read_same),
         teacher_context=teacher.max_seq_len,
-        vocabulary=min(model.tok_embeddings.num_embeddings for model in read_same),
+        vocabulary=vocabulary,
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
         diagnosed=not token_loss and _diagnosed(settings, student, teacher, own_tokens=own_tokens),
     )

@@ -198,6 +198,22 @@ def test_bf16_and_compile_run(out, monkeypatch):
     assert 0 < recipe.run.journal.logged["loss/total"] < 10
 
 
+@pytest.mark.parametrize("without", ["task_accuracy", "reference_perplexity"])
+def test_an_answer_that_no_response_can_be_is_told(without, out, tmp_path, monkeypatch, capsys):
+    """A tokenizer with more tokens than the smaller model."""
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1=", "answer": "2"}\n{"question": "2+9=", "answer": "11"}\n')
+    data = {"_component_": "oprd_tune.data.prompt_dataset", "source": str(rows), "prompt_template": "{prompt}"}
+    cfg = load_config(CONFIG, output_dir=out, **SMALL, **{without: "null"})
+    cfg.tokenizer = {"_component_": "oprd_tune.tiny.tokenizer", "name": "teens_teacher"}
+    cfg.dataset, cfg.eval_dataset = data, {**data, "answer_column": "answer"}
+    assert launch(recipe_class(NAME), cfg) == 2
+    assert (
+        "the reference answer '11' has the token 17, but the models' vocabulary ends at 15" in capsys.readouterr().err
+    )
+
+
 BAD_INPUTS = {
     "unknown key": ({"max_step": 3}, "did you mean 'max_steps'"),
     "positions": ({"positions": "tail"}, "allowed are all, last, first_k, last_k"),
