@@ -142,8 +142,8 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         number += 1
         if len(line) > _LONGEST_LINE:
             raise ConfigError(
-                f"{path}, line {number} has more than {_LONGEST_LINE // 2**20} MiB; a line holds one row, with a prompt "
-                "and an answer. Is this the right file?"
+                f"{path}, line {number} has more than {_LONGEST_LINE // 2**20} MiB; a line holds one row, with a "
+                "prompt and an answer. Is this the right file?"
             )
         if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, line.removesuffix(b"\n")

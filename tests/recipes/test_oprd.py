@@ -31,6 +31,8 @@ def test_the_student_approaches_its_teacher(out):
     assert summary["perplexity_after"] < 0.85 * summary["perplexity_before"]
     assert summary["teacher"] > 0.99
     assert summary["steps"] == 60
+    used = {"dataset": 5000, "eval_dataset": 400}
+    assert summary["prompts"] == {name: {"used": count, "dropped": 0} for name, count in used.items()}
     history = recipe.run.journal.history
     first, last = (history.cosines[step] for step in (1, 60))
     assert all(after > before for before, after in zip(first, last, strict=True))
