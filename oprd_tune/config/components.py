@@ -63,14 +63,20 @@ class Component:
         """Construct the object from the section's arguments and those that the recipe adds.
 
         Raises:
-            ConfigError: if the component refuses its arguments. The message starts with the section's key.
+            ConfigError: if the component refuses its arguments, or gives nothing. The message starts with the section's
+                key.
         """
         try:
-            return self.plainly(*args, **added)
+            made = self.plainly(*args, **added)
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(f"{self.name}: {self.path} cannot be constructed: {in_one_line(error)}") from error
+        if made is None:
+            raise ConfigError(
+                f"{self.name}: {self.path} gives nothing; name a class, or a function that returns an object"
+            )
+        return made
 
     def plainly(self, *args: Any, **added: Any) -> Any:
         """Construct the object, but do not translate its errors. The caller explains them better."""

@@ -10,6 +10,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -61,10 +62,10 @@ def try_optimizer(
         try:
             _save_and_load(trained, made, *_start(optimizer, dtype, device))
         except (Exception, CheckpointException) as error:  # the library's own one does not derive from Exception
-            told = " ".join(str(error).split())
+            told = shorten(" ".join(str(error).split()), 120, placeholder=" …")
             raise ConfigError(
                 f"optimizer: the state of {optimizer.path} cannot be saved in a checkpoint ({type(error).__name__}: "
-                f"{told[:300]}), so nothing of the run would be kept; give one whose state is plain tensors, such as "
+                f"{told}), so nothing of the run would be kept; give one whose state is plain tensors, such as "
                 "torch.optim.AdamW"
             ) from error
     return state_bytes(made, trained["matrix"])

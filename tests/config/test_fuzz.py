@@ -36,6 +36,7 @@ NONSENSE = {
     "model={_component_: torch.nn.Identity}": "model: torch.nn.Identity gives a Identity; it must give torchtune's",
     "checkpointer={_component_: torch.nn.Identity}": "it must give torchtune's FullModelHFCheckpointer",
     "tokenizer={_component_: torch.nn.Identity}": "tokenizer: Identity lacks decode, encode, eos_id",
+    "tokenizer={_component_: builtins.print}": "tokenizer: builtins.print gives nothing",
     "dataset._component_=builtins.len": "builtins.len takes no argument dataset.",
     "metric_logger=3": "metric_logger must be a component",
     "metric_logger.log_dir=/proc/nowhere": "metric_logger: oprd_tune.metrics.TensorBoardLogger cannot be constructed",
