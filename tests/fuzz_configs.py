@@ -105,7 +105,7 @@ class _TooLong(BaseException):
 def run(variant: Variant, folder: Path, *, train: bool = False) -> tuple[str, str]:
     """Run a variant in an empty folder; returns `refused`, `accepted`, `late` or `failed`, and what was said.
 
-    `late` is a message after weights were read.
+    `late` is a message after weights were read, as for responses of a student that diverges.
     """
     given = OmegaConf.to_container(OmegaConf.load(config_files()[variant.config]))
     quick = [f"{key}={value}" for key, value in QUICK.items() if key.partition(".")[0] in given]
@@ -132,7 +132,7 @@ def run(variant: Variant, folder: Path, *, train: bool = False) -> tuple[str, st
         return "failed", f"no end within {SECONDS} seconds"
     except BaseException:
         return "failed", traceback.format_exc(limit=-6)
-    if status == 2:
+    if status == 2 or (status == 1 and "\nerror: " in f"\n{said.getvalue()}"):
         return ("late" if reached[0] else "refused"), said.getvalue()
     return ("accepted" if status == 0 else "failed"), said.getvalue()
 

@@ -34,8 +34,8 @@ def check_argument(name: str, value: Any, hint: Any, *, path: str, default: Any 
     Args:
         name: the config key.
         value: plain values. Components within are not looked at: nobody knows yet what they give.
-        hint: the parameter's annotation. What is no plain kind, such as a class, takes any value, except in this
-            package: there, only a component makes an object.
+        hint: the parameter's annotation. What is no plain kind, such as a class, takes any value but true and
+            false. In this package it takes none: there, only a component makes an object.
         path: the component's dotted path.
         default: the parameter's default, which is always fine.
     """
@@ -68,7 +68,7 @@ def _fits(value: Any, hint: Any, *, ours: bool) -> bool:
         return isinstance(value, Mapping) and (
             len(inner) < 2 or all(_fits(item, inner[1], ours=ours) for item in value.values())
         )
-    return not (ours and inspect.isclass(kind))
+    return not inspect.isclass(kind) or not (ours or isinstance(value, bool))
 
 
 def _items_fit(value: list[Any], kind: Any, inner: tuple[Any, ...], *, ours: bool) -> bool:

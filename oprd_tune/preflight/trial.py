@@ -27,6 +27,7 @@ from oprd_tune.config.components import Component, in_one_line
 from oprd_tune.errors import ConfigError
 
 _STEPS = 3
+_GRADIENT, _LARGEST = 0.01, 10_000  # larger weights after so few steps are nonsense, or not finite
 _WIDTH = 64  # 8-bit optimizers quantise the state of matrices that are at least that large
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # as checkpoints have them
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -44,8 +45,8 @@ def try_optimizer(
         dtype: the precision in which parameters are trained.
 
     Raises:
-        ConfigError: if the optimizer or the schedule cannot be made, takes no step, makes numbers that are not finite,
-            or has a state that no checkpoint can hold.
+        ConfigError: if the optimizer or the schedule cannot be made, takes no step, makes numbers that are huge or
+            not finite, or has a state that no checkpoint can hold.
     """
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -88,7 +89,7 @@ def _start(make: Component, dtype: torch.dtype, device: torch.device) -> tuple[n
 
 def _step(make: Component, trained: nn.ParameterDict, optimizer: Optimizer) -> None:
     for parameter in trained.values():
-        parameter.grad = torch.full_like(parameter, 1e-2)
+        parameter.grad = torch.full_like(parameter, _GRADIENT)
     try:
         optimizer.step()
     except Exception as error:
@@ -96,8 +97,12 @@ def _step(make: Component, trained: nn.ParameterDict, optimizer: Optimizer) -> N
             f"optimizer: {make.path} takes no step as runs do it, without a closure: {in_one_line(error)}"
         ) from error
     optimizer.zero_grad(set_to_none=True)
-    if not all(parameter.isfinite().all() for parameter in trained.values()):
-        raise ConfigError(f"optimizer: a step of {make.path} with these arguments makes numbers that are not finite")
+    largest = max(parameter.abs().max().item() for parameter in trained.values())
+    if not largest < _LARGEST:
+        raise ConfigError(
+            f"optimizer: steps of {make.path} with these arguments turn a weight of 1, with a gradient of {_GRADIENT}, "
+            f"into {largest:.3g}; lower lr or weight_decay"
+        )
 
 
 def _advance(schedule: LRScheduler) -> None:
