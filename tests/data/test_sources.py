@@ -116,6 +116,15 @@ def test_long_whole_numbers_and_numbers_in_quotes_stay(tmp_path):
     assert [as_answer(a, "") for a in read(table)["answer"]] == ["42", "2.5", "007", "2.50", "null"]
 
 
+def test_a_field_of_a_struct_is_named_by_a_dot(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "1", "info": {"answer": "007"}}')
+    given = {"source": str(path), "prompt_column": "q", "prompt_template": "{prompt}"}
+    with pytest.raises(ConfigError, match="or name a field of it by a dot, as in `COLUMN.answer`"):
+        prompt_dataset(tokenizer(), answer_column="info", **given)
+    assert prompt_dataset(tokenizer(), answer_column="info.answer", **given)[0][1] == "007"
+
+
 @pytest.mark.parametrize("value", ['["42"]', '{"answer": "42"}', '[{"role": "user"}]'])
 def test_a_list_or_a_struct_is_no_answer(tmp_path, value):
     path = tmp_path / "a.jsonl"
