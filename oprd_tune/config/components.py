@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from oprd_tune.config.kinds import annotations_of, check_argument
 from oprd_tune.errors import ConfigError
 from oprd_tune.torchtune_compat import component_at
 
@@ -33,15 +35,16 @@ class Component:
         """Find the component of a section of plain values; `name` is the section's key.
 
         Raises:
-            ConfigError: if the component does not exist, or if it does not take one of the arguments.
+            ConfigError: if the component does not exist, or if it does not take one of the arguments, or if one is of
+                another type than the component's annotations say.
         """
         if not isinstance(section, Mapping) or "_component_" not in section:
-            raise ConfigError(f"{name} must be a component: give it a `_component_` with a dotted path")
+            raise ConfigError(f"{name} must be a component, with a dotted path in `_component_`; it is {section!r}")
         path = str(section["_component_"])
         try:
             target = component_at(path)
             taken = inspect.signature(target).parameters
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # the path may name a module that fails while it is imported
             raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
         given = {str(key): value for key, value in section.items() if key != "_component_"}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
@@ -50,20 +53,30 @@ class Component:
                 raise ConfigError(
                     f"{path} takes no argument {name}.{key} ('~{name}.{key}' takes it away){nearest(key, taken)}"
                 )
-        return cls(name, path, target, {key: _find_within(f"{name}.{key}", value) for key, value in given.items()})
+        found = {key: _find_within(f"{name}.{key}", value) for key, value in given.items()}
+        hints = annotations_of(target)
+        for key in hints.keys() & found.keys() & taken.keys():
+            check_argument(f"{name}.{key}", found[key], hints[key], path=path, default=taken[key].default)
+        return cls(name, path, target, found)
 
     def __call__(self, *args: Any, **added: Any) -> Any:
         """Construct the object from the section's arguments and those that the recipe adds.
 
         Raises:
-            ConfigError: if the component refuses its arguments. The message starts with the section's key.
+            ConfigError: if the component refuses its arguments, or gives nothing. The message starts with the section's
+                key.
         """
         try:
-            return self.plainly(*args, **added)
+            made = self.plainly(*args, **added)
         except ConfigError:
             raise
-        except (TypeError, ValueError, OSError, ImportError) as error:
-            raise ConfigError(f"{self.name}: {self.path} cannot be constructed: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"{self.name}: {self.path} cannot be constructed: {in_one_line(error)}") from error
+        if made is None:
+            raise ConfigError(
+                f"{self.name}: {self.path} gives nothing; name a class, or a function that returns an object"
+            )
+        return made
 
     def plainly(self, *args: Any, **added: Any) -> Any:
         """Construct the object, but do not translate its errors. The caller explains them better."""
@@ -82,11 +95,20 @@ def construct(component: Component | None, *args: Any, **added: Any) -> Any:
     return None if component is None else component(*args, **added)
 
 
+def in_one_line(error: Exception) -> str:
+    """An error as one line. One that no constructor raises on purpose comes with its type and its place."""
+    said = " ".join(str(error).split())
+    if isinstance(error, (TypeError, ValueError, OSError, ImportError)) and said:
+        return said
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {said} ({where.filename}, line {where.lineno})"
+
+
 def takes(path: str, argument: str) -> bool:
     """Whether the class or function at a dotted path has an argument of this name; false if it cannot be found."""
     try:
         return argument in inspect.signature(component_at(path)).parameters
-    except (ValueError, TypeError):
+    except Exception:  # whatever it is, constructing the component says so
         return False
 
 
@@ -95,7 +117,7 @@ def find_function(name: str, function: Callable[..., Any] | str) -> Callable[...
     if isinstance(function, str):
         try:
             function = component_at(function)
-        except ValueError as error:
+        except Exception as error:  # the path may name a module that fails while it is imported
             raise ConfigError(f"{name} {function!r} cannot be found: {error}") from error
     if not callable(function):
         raise ConfigError(f"{name} {function!r} is no function; give the dotted path of one")
@@ -107,7 +129,7 @@ def check_offers(name: str, found: object, protocol: type) -> None:
     members = {*vars(protocol), *vars(protocol).get("__annotations__", {})}
     if missing := sorted(member for member in members if member[0] != "_" and not hasattr(found, member)):
         raise ConfigError(
-            f"{name}: {type(found).__name__} lacks {', '.join(missing)}; oprd_tune/protocols.py says what "
+            f"{name}: {type(found).__name__} lacks {', '.join(missing)}; {protocol.__module__} says what "
             f"{protocol.__name__} has to offer"
         )
 

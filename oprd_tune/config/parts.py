@@ -117,11 +117,11 @@ def resolve(
         ConfigError: if the config belongs to another recipe; if it has an unknown key, also inside a component; if a
             key is missing; or if a value has the wrong type.
     """
-    _check_recipe(cfg, recipe)
     try:
         given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the config cannot be resolved: {error}") from error
+        raise ConfigError(f"the config cannot be resolved: {' '.join(str(error).split())}") from error
+    _check_recipe(given, recipe)
     values = expand(given)
     scalar_fields = {f.name: f for f in fields(settings)}  # type: ignore[arg-type]
     part_fields = {f.name: f for f in fields(parts) if f.metadata.get("key", True)}
@@ -142,8 +142,10 @@ def resolve(
     return settings(**scalars), parts(record={**values, "recipe": recipe}, **found)
 
 
-def _check_recipe(cfg: DictConfig, recipe: str) -> None:
-    named = cfg.get("recipe") or recipe_of_running_config()
+def _check_recipe(given: Mapping[str, Any], recipe: str) -> None:
+    named = given.get("recipe") or recipe_of_running_config()
+    if not isinstance(named, str | None):
+        raise ConfigError(f"recipe is {named!r}; give the name of a recipe, such as {recipe}")
     if named is None:
         raise ConfigError(f"this config has no `recipe` key; write `recipe: {recipe}` if it was made for that recipe")
     if full_name(named) != recipe:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from oprd_tune.config.checks import check_whole
+from oprd_tune.config.checks import check_seed, check_share, check_whole
 from oprd_tune.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_MOST_THREADS = 4096  # the system refuses more at some point, and that ends the process without a message
 # Marks a field that may change when a run resumes. Such a field decides where the run ends, what it logs, where things
 # are kept or how work is divided. Every other field decides what is computed, and must stay the same.
 FREE_ON_RESUME = {"free_on_resume": True}
@@ -95,15 +96,13 @@ class OPRDSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(first)} and {last}")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm}; give a positive number, or null for none")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; it must lie within 0 and 2**32 - 1")
+        check_machine(self.output_dir, self.num_threads, self.seed)
         if self.activation_checkpointing < 0:
             raise ConfigError(
                 f"activation_checkpointing is {self.activation_checkpointing}; allowed are true, false, and n for "
                 "every n-th block"
             )
-        if not 0 <= self.min_matched_share <= 1:
-            raise ConfigError(f"min_matched_share is {self.min_matched_share}; it must lie within 0 and 1")
+        check_share("min_matched_share", self.min_matched_share)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -136,6 +135,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples_per_problem", "problems_per_batch"):
             check_whole(name, getattr(self, name))
+        check_machine(self.output_dir, self.num_threads, self.seed)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; allowed are {' and '.join(DTYPES)}")
         if not self.models:
@@ -148,3 +148,12 @@ class EvalSettings:
     def torch_dtype(self) -> torch.dtype:
         """The precision in which models compute."""
         return DTYPES[self.dtype]
+
+
+def check_machine(output_dir: str, num_threads: int | None, seed: int) -> None:
+    """Raise ConfigError for a folder, a number of threads or a seed that no run can have."""
+    if not output_dir.strip() or "\0" in output_dir:
+        raise ConfigError(f"output_dir is {output_dir!r}; give the path of a folder for this run")
+    if num_threads is not None:
+        check_whole("num_threads", num_threads, at_most=_MOST_THREADS)
+    check_seed("seed", seed)

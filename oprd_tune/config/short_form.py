@@ -51,10 +51,12 @@ def expand(values: Mapping[str, Any]) -> Values:
     """
     found = {key: _without_empty_component(value) for key, value in values.items()}
     student, teacher, lora = (found.pop(name, None) for name in NAMES)
-    logger = {"_component_": _USUAL["metric_logger"], **(found.get("metric_logger") or {})}
-    if takes(str(logger["_component_"]), "log_dir"):
-        logger = {"log_dir": f"{found.get('output_dir')}/tensorboard", **logger}
-    found["metric_logger"] = logger
+    logger = {} if found.get("metric_logger") is None else found["metric_logger"]
+    if isinstance(logger, Mapping):
+        logger = {"_component_": _USUAL["metric_logger"], **logger}
+        if takes(str(logger["_component_"]), "log_dir"):
+            logger = {"log_dir": f"{found.get('output_dir')}/tensorboard", **logger}
+        found["metric_logger"] = logger
     implied: dict[str, Values] = {"rollout": {}}
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
         if name is not None:

@@ -75,7 +75,10 @@ def as_answer(value: Any, where: str) -> str | None:
         if value != value:
             return None
         return str(int(value)) if value.is_integer() and abs(value) < _EXACT else repr(value)
-    raise ConfigError(f"{where} is {_kind(value)}; allowed are text, numbers, true and false. Store it as text")
+    instead = "Store it as text"
+    if isinstance(value, Mapping) and value:
+        instead += f", or name a field of it by a dot, as in `COLUMN.{next(iter(value))}`"
+    raise ConfigError(f"{where} is {_kind(value)}; allowed are text, numbers, true and false. {instead}")
 
 
 def with_system(prompt: str | Messages, system_prompt: str | None, where: str) -> Messages:

@@ -79,6 +79,8 @@ class PromptDataset:
         if teacher_tokenizer is not None:
             self._readers["teacher_tokens"] = (teacher_tokenizer, teacher_template)
         self._system_prompt = system_prompt
+        for own, template in self._readers.values():
+            _tell_of_beginning(own, template)
         rows = list(rows)
         prompts = [as_prompt(row["prompt"], _row(i)) for i, row in enumerate(rows)]
         answers = [as_answer(row.get("answer"), f"the answer of row {i}") for i, row in enumerate(rows)]
@@ -159,6 +161,16 @@ def _fill(template: str, prompt: str | Messages, where: str) -> str:
             "dataset.prompt_template (or give `chat` as teacher_prompt_template), or give prompts of plain text"
         )
     return template.replace(PLACEHOLDER, prompt)
+
+
+def _tell_of_beginning(tokenizer: Tokenizer, template: str | None) -> None:
+    """Say so if a plain template leaves out the token with which the tokenizer's folder begins each text."""
+    begins = getattr(tokenizer, "prepended", None)
+    if begins is not None and template is not None and not template.startswith(begins):
+        print(
+            f"prompt_template: prompts begin without {begins}, which this tokenizer's folder puts before a text; only "
+            f"what the template says is added. To have it, write it there: {begins + template!r}"
+        )
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from oprd_tune.errors import ConfigError
 
 Columns = Mapping[str, Sequence[Any]]
+_PEEK = 2**16
+_LONGEST_LINE = 64 * 2**20
+_LARGEST_FILE = 8 * 2**30
+_SHOWN = 200
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -44,7 +49,7 @@ def read_columns(source: str, split: str, subset: str | None, revision: str | No
 
     Raises:
         ConfigError: if the source cannot be read, or if a file is asked for a subset or a revision. It names the line
-            of a file.
+            of a file. A file that is empty, too large or no text, and a line that is too long, are told as well.
     """
     from datasets import load_dataset
 
@@ -111,26 +116,56 @@ def _cut(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    # Only "\n" ends a line: a text in JSON may hold other characters that Python takes for the end of a line.
-    whole = text.lstrip().startswith("[")
-    lines = [(1, text)] if whole else [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows: list[Any] = []
-    for number, line in lines:
-        try:
-            found = json.loads(line, parse_float=WrittenNumber)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path}, line {number + error.lineno - 1}: this is not JSON ({error.msg}, column {error.colno}); give "
-                "one object a line, or one list of objects"
-            ) from error
-        rows += found if whole else [found]
-        if wrong := next((row for row in rows[-1 if not whole else 0 :] if not isinstance(row, dict)), None):
-            raise ConfigError(f"{path}, line {number}: {wrong!r} is no object; give one with a name for each column")
+    _check_size(path)
+    with open(path, "rb") as file:
+        start = file.read(_PEEK).removeprefix(codecs.BOM_UTF8)
+        file.seek(0)
+        whole = start.lstrip().startswith(b"[")
+        lines: Iterable[tuple[int, bytes]] = [(1, file.read())] if whole else _lines(path, file)
+        rows: list[Any] = []
+        for number, line in lines:
+            found = _parse_json(path, number, line)
+            rows += found if whole else [found]
+            if wrong := next((row for row in rows[-1 if not whole else 0 :] if not isinstance(row, dict)), None):
+                shown = repr(wrong) if len(repr(wrong)) < _SHOWN else f"{repr(wrong)[:_SHOWN]}…"
+                raise ConfigError(f"{path}, line {number}: {shown} is no object; give one with a name for each column")
     return rows
 
 
+def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, with their numbers.
+
+    Only "\\n" ends one: a text in JSON may hold other characters that Python takes for the end of a line.
+    """
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            raise ConfigError(
+                f"{path}, line {number} has more than {_LONGEST_LINE // 2**20} MiB; a line holds one row, with a "
+                "prompt and an answer. Is this the right file?"
+            )
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            yield number, line.removesuffix(b"\n")
+
+
+def _parse_json(path: Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"), parse_float=WrittenNumber)
+    except UnicodeDecodeError as error:
+        number += line[: error.start].count(b"\n")
+        raise ConfigError(f"{path}, line {number} is no UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {number + error.lineno - 1}: this is not JSON ({error.msg}, column {error.colno}); give "
+            "one object a line, or one list of objects"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}, line {number} cannot be read: {error}") from error
+
+
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    _check_size(path)
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True)
         try:
@@ -142,4 +177,20 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
                 rows.append(dict(zip(header, (field or None for field in fields), strict=True)))
         except csv.Error as error:
             raise ConfigError(f"{path}, line {lines.line_num} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}, after line {lines.line_num}: this is no UTF-8 text ({error.reason}); save the file as UTF-8"
+            ) from error
     return rows
+
+
+def _check_size(path: Path) -> None:
+    """Raise ConfigError for a file without content, or with more than a process should read."""
+    size = path.stat().st_size
+    if size == 0:
+        raise ConfigError(f"{path} is empty; give a file with rows")
+    if size > _LARGEST_FILE:
+        raise ConfigError(
+            f"{path} has {size / 2**30:.0f} GiB, and {_LARGEST_FILE // 2**30} GiB at most are read into memory; cut "
+            "it to the rows that the run needs, or save them as .parquet"
+        )

@@ -47,6 +47,8 @@ class HuggingFaceTokenizer:
                 f"no file in {path} names an eos_token that the tokenizer has, so no response could ever end; name it "
                 "in tokenizer_config.json, or its id in generation_config.json"
             )
+        if files.contradiction is not None:
+            print(files.contradiction)
         self.max_seq_len = max_seq_len
         self._folder, self._tokenizer = path, files.tokenizer
         self.eos_id: int = files.eos
@@ -68,6 +70,12 @@ class HuggingFaceTokenizer:
         """Token ids of several texts, the same as from `encode`, computed on all cores."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def prepended(self) -> str | None:
+        """The token, such as BOS, that the folder's own tokenizer puts before a text, and `encode` does not."""
+        own, whole = (self._tokenizer.encode("1", add_special_tokens=added) for added in (False, True))
+        return whole.tokens[0] if whole.ids[:1] != own.ids[:1] else None
 
     @cached_property
     def token_bytes(self) -> TokenBytes:

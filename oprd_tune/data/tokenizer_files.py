@@ -16,6 +16,7 @@ from oprd_tune.errors import ConfigError
 
 TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
+_MODEL_FILES = ("generation_config.json", "config.json")  # of the model, with ids in place of texts
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -29,6 +30,7 @@ class TokenizerFiles:
         special_texts: the texts of the special tokens by their names, such as `eos_token`, as chat templates read them.
         eos, bos, pad: ids of the named tokens; None for one that is not named.
         stops: every id that ends a response, by any file of the folder, ascending.
+        contradiction: a sentence if files name ends of a response that have no token in common.
     """
 
     tokenizer: Tokenizer
@@ -38,6 +40,7 @@ class TokenizerFiles:
     bos: int | None
     pad: int | None
     stops: tuple[int, ...]
+    contradiction: str | None
 
 
 def load_tokenizer(folder: Path) -> TokenizerFiles:
@@ -48,7 +51,7 @@ def load_tokenizer(folder: Path) -> TokenizerFiles:
     declares with an id complete the file. Code that a folder brings along never runs, and nothing is downloaded.
 
     EOS is the one of `tokenizer_config.json`; else of `special_tokens_map.json`; else the first in
-    `generation_config.json`.
+    `generation_config.json`; else in `config.json`.
 
     Raises:
         ConfigError: if there is no tokenizer, or its files contradict each other.
@@ -69,26 +72,50 @@ def _load(folder: Path, state: tuple[tuple[str, int, int], ...]) -> TokenizerFil
     tokenizer.no_padding()
 
     # transformers reads the second file only if the first is an old one, and gives some classes tokens that none names.
-    sources = [_read(folder / _CONFIG), _read(folder / "special_tokens_map.json")]
+    sources = {name: _read(folder / name) for name in (_CONFIG, "special_tokens_map.json")}
 
-    def named(name: str) -> list[int]:
-        tokens = [source.get(name) for source in sources]
-        texts = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        found = (tokenizer.token_to_id(text) for text in texts if text is not None)
-        return [i for i in found if i is not None]
+    def named(name: str) -> dict[str, int]:
+        tokens = {file: source.get(name) for file, source in sources.items()}
+        texts = {file: token["content"] if isinstance(token, dict) else token for file, token in tokens.items()}
+        found = {file: tokenizer.token_to_id(text) for file, text in texts.items() if text is not None}
+        return {file: i for file, i in found.items() if i is not None}
 
-    generation = _read(folder / "generation_config.json").get("eos_token_id")
-    generation = [] if generation is None else generation
-    stops = [*named("eos_token"), *(generation if isinstance(generation, list) else [generation])]
+    files = {file: [i] for file, i in named("eos_token").items()}
+    files |= {
+        name: _ids(_read(folder / name).get("eos_token_id")) for name in ("generation_config.json", "config.json")
+    }
+    files = {name: ids for name, ids in files.items() if ids}
+    stops = [i for ids in files.values() for i in ids]
     template = loaded.chat_template
     return TokenizerFiles(
         tokenizer=tokenizer,
         chat_template=template.get("default") if isinstance(template, dict) else template,
         special_texts=dict(loaded.special_tokens_map),
         eos=stops[0] if stops else None,
-        bos=next(iter(named("bos_token")), None),
-        pad=next(iter(named("pad_token")), None),
+        bos=next(iter(named("bos_token").values()), None),
+        pad=next(iter(named("pad_token").values()), None),
         stops=tuple(sorted(set(stops))),
+        contradiction=_contradiction(folder, tokenizer, files),
+    )
+
+
+def _ids(said: object) -> list[int]:
+    """What a file says as `eos_token_id`: an id, several or none."""
+    found = said if isinstance(said, list) else [said]
+    return [i for i in found if isinstance(i, int)]
+
+
+def _contradiction(folder: Path, tokenizer: Tokenizer, files: Mapping[str, list[int]]) -> str | None:
+    """A sentence if two files of a folder name ends of a response that have no token in common."""
+    if all(set(one) & set(other) for one in files.values() for other in files.values()):
+        return None
+    said = "; ".join(
+        f"{name} {', '.join(f'{i} ({tokenizer.id_to_token(i)!r})' for i in dict.fromkeys(ids))}"
+        for name, ids in files.items()
+    )
+    return (
+        f"warning: the files in {folder} name different tokens that end a response: {said}. Each of them ends one "
+        "here; correct the file that is wrong"
     )
 
 

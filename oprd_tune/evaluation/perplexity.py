@@ -45,6 +45,7 @@ class ReferencePerplexity:
         if first is not None:
             check_whole("reference_perplexity.first", first)
         check_whole("reference_perplexity.max_answer_tokens", max_answer_tokens)
+        check_whole("reference_perplexity.tokens_per_micro_batch", tokens_per_micro_batch)
         count = len(dataset) if first is None else min(first, len(dataset))
         pairs = [(dataset[i][0], dataset.answer_tokens(i)[:max_answer_tokens]) for i in range(count)]
         self._pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchtune.modules import TransformerDecoder
 
-from oprd_tune.config.checks import check_whole
+from oprd_tune.config.checks import check_seed, check_whole
 from oprd_tune.evaluation.texts import decode_responses, need_answers
 from oprd_tune.grading.calls import find_grader, grade_all
 from oprd_tune.protocols import Grader, PromptSource, Tokenizer
@@ -53,6 +53,7 @@ class TaskAccuracy:
         check_whole("task_accuracy.max_new_tokens", max_new_tokens)
         check_whole("task_accuracy.samples_per_prompt", samples_per_prompt)
         check_whole("task_accuracy.batch_size", batch_size)
+        check_seed("task_accuracy.seed", seed)
         self.grader = find_grader("task_accuracy.grader", grader)
         dataset = need_answers(dataset, "task_accuracy")
         self._ranks = ranks or Ranks()

@@ -20,7 +20,11 @@ def need_answers(dataset: PromptSource | None, component: str) -> PromptSource:
     if dataset is None:
         raise ConfigError(f"{component} needs an eval_dataset, with held-out prompts")
     if not dataset.has_answers:
-        raise ConfigError(f"{component} needs reference answers; give eval_dataset.answer_column")
+        missing = sum(dataset[i][1] is None for i in range(len(dataset)))
+        raise ConfigError(
+            f"{component} needs reference answers; give eval_dataset.answer_column. {missing} of {len(dataset)} "
+            "prompts have none: if it is only some, take these rows out"
+        )
     return dataset
 
 

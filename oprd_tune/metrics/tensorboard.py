@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,15 @@ class TensorBoardLogger:
 
     torchtune's `TensorBoardLogger` makes a new folder at every start, which cuts curves in two. This logger continues
     in the same folder. It hides what a crashed run has written after the checkpoint that is resumed.
+
+    Raises:
+        OSError: if the folder cannot be made or written.
     """
 
     def __init__(self, log_dir: str) -> None:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=log_dir):
+            pass  # whether it can be written, is known before the run has cost anything
         self._log_dir = log_dir
         self._first_step: int | None = None
         self._writers: dict[str, Any] = {}  # by the folder within `log_dir`

@@ -77,7 +77,7 @@ def open_checkpointer(component: Component, output_dir: str) -> FullModelHFCheck
         return component.plainly(output_dir=output_dir)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:
         if isinstance(error, KeyError) and error.args[0] == "QWEN3":
             raise ConfigError(
                 f"{name}: {error} is not known to torchtune's checkpointer; use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class RunData:
         teacher_context: the number of tokens that the teacher can read.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
+        counts: by the config key of a data set, how many of its prompts are used, and how many were dropped.
         benchmarks: what the student answers while it trains; None if the config has no section `eval`.
         teacher_benchmarks: the same for the teacher, in its own tokens; None if it is not to answer them.
     """
@@ -44,6 +46,7 @@ class RunData:
     teacher_context: int
     min_matched_share: float
     ranks: Ranks
+    counts: Mapping[str, Mapping[str, int]]
     benchmarks: BenchmarkEval | None = None
     teacher_benchmarks: BenchmarkEval | None = None
 
@@ -77,6 +80,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
     """
     s = settings
     tokenizer, teacher_tokenizer = parts.tokenizer(), construct(parts.teacher_tokenizer)
+    check_offers("tokenizer", tokenizer, Tokenizer)
     given: dict[str, Any] = {"max_prompt_tokens": s.max_prompt_tokens}
     given |= {} if teacher_tokenizer is None else {"teacher_tokenizer": teacher_tokenizer}
     train: PromptSource = parts.dataset(tokenizer, **given)
@@ -88,14 +92,21 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
             total, limit = dataset.dropped + len(dataset), s.max_prompt_tokens
             print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")
     pair.check_tokens(tokenizer, list(datasets.values()))
+    if held_out is not None and held_out.has_answers and (parts.task_accuracy or parts.reference_perplexity):
+        pair.check_answers(held_out)
     evaluator = {"vocabulary": pair.vocabulary, "ranks": ranks}
     accuracy = construct(parts.task_accuracy, held_out, tokenizer, **evaluator)
     perplexity = construct(parts.reference_perplexity, held_out, tokenizer, **evaluator)
+    if accuracy is not None:
+        check_offers("task_accuracy", accuracy, TaskAccuracy)
+    if perplexity is not None:
+        check_offers("reference_perplexity", perplexity, ReferencePerplexity)
     reader, teacher_accuracy = None, accuracy
     if parts.reader is not None and teacher_tokenizer is None:
         raise ConfigError("reader aligns a teacher's own tokens with the student's; give teacher_tokenizer too")
     if teacher_tokenizer is not None:
         reader = construct(parts.reader, tokenizer, teacher_tokenizer) or Reader(tokenizer, teacher_tokenizer)
+        check_offers("reader", reader, Reader)
         pair.check_teacher_tokens(teacher_tokenizer, train)
         if held_out is not None:
             evaluator["vocabulary"] = pair.teacher_vocabulary
@@ -115,6 +126,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
         teacher_context=pair.teacher_context,
         min_matched_share=s.min_matched_share,
         ranks=ranks,
+        counts={name: {"used": len(dataset), "dropped": dataset.dropped} for name, dataset in datasets.items()},
         benchmarks=benchmarks,
         teacher_benchmarks=teacher_benchmarks,
     )

@@ -6,20 +6,18 @@ phases. Each phase adds its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import Optimizer
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 from torchtune.training import set_default_dtype
 
 from oprd_tune.config import OPRDSettings
-from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.weights import Builder, build_on_meta
 from oprd_tune.ranks import Ranks
 from oprd_tune.torchtune_compat import start_rotations
@@ -43,7 +41,7 @@ class Plan:
         logit_bytes: chunks of logits.
         rollout_bytes: what sampling takes beside the weights.
         engine_bytes: what an engine with weights of its own holds all the time.
-        optimizer_bytes: the optimizer's state for each number that trains; None if unknown, and then not counted.
+        optimizer_bytes: the optimizer's state for each number that trains.
         teacher_bytes: the teacher's parameters.
         whole_teacher_bytes: a sharded teacher's parameters while it is gathered for its evaluation; 0 if it never is.
         teacher_width: numbers in a state of the teacher.
@@ -64,7 +62,7 @@ class Plan:
     logit_bytes: int
     rollout_bytes: int
     engine_bytes: int
-    optimizer_bytes: float | None
+    optimizer_bytes: float
     teacher_bytes: int
     whole_teacher_bytes: int
     teacher_width: int
@@ -120,7 +118,7 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
     compute, master = s.torch_dtype.itemsize, s.torch_master_dtype.itemsize
     trained, frozen = _count(student.parameters(), True), _count(student.parameters(), False)
     resident = trained * master + frozen * compute
-    optimizer = int(trained * (plan.optimizer_bytes or 0))
+    optimizer = int(trained * plan.optimizer_bytes)
     on_device = 0 if s.fsdp_cpu_offload else 1
     gradients = on_device * trained * master // ranks
     blocks = [_count(block.parameters()) * compute for block in student.layers]
@@ -156,27 +154,6 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
         cpu=checkpoint + offloaded,
         checkpoint=checkpoint,
     )
-
-
-def optimizer_bytes(
-    make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype, device: torch.device
-) -> float | None:
-    """Bytes of state that an optimizer keeps for each number that it trains, measured by a step on a small parameter.
-
-    Returns:
-        The bytes; None if the optimizer does not take such a step.
-    """
-    parameter = nn.Parameter(torch.zeros(64, 64, dtype=dtype, device=device))
-    parameter.grad = torch.zeros_like(parameter)
-    try:
-        optimizer = make_optimizer([parameter])
-        optimizer.step()
-    except ConfigError:
-        raise
-    except Exception:  # the run itself will report the cause; only the prediction goes without a number
-        return None
-    states = (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
-    return sum(value.nbytes for value in states if value.ndim) / parameter.numel()
 
 
 def _count(parameters: Iterable[nn.Parameter], trained: bool | None = None) -> int:
@@ -232,3 +209,7 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
     every = int(plan.settings.activation_checkpointing)
     recomputed = blocks // every if every else 0
     return (blocks - recomputed) * one + recomputed * inputs + (one if recomputed else 0)
+
+
+def readable_size(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / 2**20:.1f} MiB"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.config import OPRDSettings, Parts
+from oprd_tune.config import Component, OPRDSettings, Parts
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.data.vocabularies import check_same_tokens
 from oprd_tune.errors import ConfigError
@@ -17,7 +17,7 @@ from oprd_tune.modeling.bridge import BridgePlan
 from oprd_tune.modeling.heads import LMHead, why_no_matrix
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkpointer, width_of
-from oprd_tune.protocols import PromptSource, Tokenizer
+from oprd_tune.protocols import DecodesItself, PromptSource, TeacherFiles, Tokenizer
 from oprd_tune.torchtune_compat import folder_of
 from oprd_tune.types import LayerPair
 
@@ -68,6 +68,16 @@ class ModelPair:
                 "the models' own tokenizer"
             )
 
+    def check_answers(self, dataset: PromptSource) -> None:
+        """Raise ConfigError if a held-out reference answer has a token that a model does not know, nor can say."""
+        for i in range(len(dataset)):
+            if (largest := max(dataset.answer_tokens(i))) >= self.vocabulary:
+                raise ConfigError(
+                    f"eval_dataset: the reference answer {dataset[i][1]!r} has the token {largest}, but the models' "
+                    f"vocabulary ends at {self.vocabulary - 1}, so no response could be it; take such rows out, or "
+                    "give the models' own tokenizer"
+                )
+
     def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptSource) -> None:
         """Raise ConfigError if the teacher lacks an id of its own tokenizer, or cannot read the longest prompt."""
         largest = len(tokenizer.token_bytes.pieces) - 1
@@ -100,9 +110,9 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
             "token by token. Take a teacher with the student's tokens, or compare hidden states alone, by "
             "oprd_distributed"
         )
-    student_files = open_checkpointer(parts.checkpointer, settings.output_dir)
-    teacher_files = open_checkpointer(parts.teacher_checkpointer, settings.output_dir)
-    student, teacher = build_on_meta(parts.model), build_on_meta(parts.teacher_model)
+    student_files = _opened(parts.checkpointer, settings.output_dir)
+    teacher_files = _opened(parts.teacher_checkpointer, settings.output_dir)
+    student, teacher = _built(parts.model), _built(parts.teacher_model)
     check_adapters("model", student)
     if settings.activation_checkpointing > len(student.layers):
         raise ConfigError(
@@ -125,6 +135,11 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
     check_weights("checkpointer", student_files, student)
     check_weights("teacher_checkpointer", teacher_files, teacher)
     read_same = [student] if own_tokens else [student, teacher]
+    vocabulary = min(model.tok_embeddings.num_embeddings for model in read_same)
+    if settings.diagnostics_every_n_steps is not None and not own_tokens and settings.diagnostics_k > vocabulary:
+        raise ConfigError(
+            f"diagnostics_k is {settings.diagnostics_k}, but the models share {vocabulary} tokens; lower it"
+        )
     return ModelPair(
         layers=pairs,
         depth=len(student.layers),
@@ -135,10 +150,31 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         teacher_width=width_of(teacher),
         context=min(model.max_seq_len for model in read_same),
         teacher_context=teacher.max_seq_len,
-        vocabulary=min(model.tok_embeddings.num_embeddings for model in read_same),
+        vocabulary=vocabulary,
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
         diagnosed=not token_loss and _diagnosed(settings, student, teacher, own_tokens=own_tokens),
     )
+
+
+def _opened(component: Component, output_dir: str) -> FullModelHFCheckpointer:
+    """An opened checkpointer. Raises ConfigError if the component gives anything else."""
+    files = open_checkpointer(component, output_dir)
+    if not isinstance(files, (FullModelHFCheckpointer, TeacherFiles)):
+        raise ConfigError(
+            f"{component.name}: {component.path} gives a {type(files).__name__}; it must give torchtune's "
+            "FullModelHFCheckpointer"
+        )
+    return files
+
+
+def _built(build: Component) -> TransformerDecoder:
+    """A model on the meta device. Raises ConfigError if the component builds anything else."""
+    model = build_on_meta(build)
+    if not isinstance(model, (TransformerDecoder, DecodesItself)):
+        raise ConfigError(
+            f"{build.name}: {build.path} gives a {type(model).__name__}; it must give torchtune's TransformerDecoder"
+        )
+    return model
 
 
 def _diagnosed(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +21,10 @@ from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.sharding import choose_sharding
 from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
-from oprd_tune.preflight.memory import Memory, Plan, optimizer_bytes, predict_memory
+from oprd_tune.preflight.disk import predict_disk
+from oprd_tune.preflight.memory import Memory, Plan, predict_memory, readable_size
 from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.trial import try_optimizer
 from oprd_tune.protocols import DecodesItself, RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import sampling_bytes
@@ -45,7 +46,8 @@ def preflight(
     """Print models, conventions, batch, memory and disk as a short table; returns the memory of one rank.
 
     Raises:
-        ConfigError: if the run's files will not fit on the disk, unless the setting `preflight` is false.
+        ConfigError: if the optimizer or the schedule fails a trial, or if the run's files will not fit on the disk. The
+            setting `preflight` false leaves the disk alone.
         NothingLeftToDo: if the setting `preflight` is `only`.
     """
     s, ranks, loss = settings, data.ranks, as_composite(loss)
@@ -55,7 +57,7 @@ def preflight(
     plan = _plan(parts, s, pair, data, loss, engine, bridge, student=student, teacher=teacher)
     memory = predict_memory(student, parts.model, plan)
     if s.preflight:
-        disk = _predict_disk(s, student, memory, ranks)
+        disk = predict_disk(s, student, memory, ranks)
         rows = [
             ("student", _describe(student)),
             ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
@@ -63,7 +65,7 @@ def preflight(
             *_describe_batch(s, data, ranks),
             *_describe_benchmarks(data, engine, student, teacher, s.torch_dtype),
             *_describe_bridge(bridge, pair, data),
-            *_describe_memory(memory, ranks, optimizer_known=plan.optimizer_bytes is not None),
+            *_describe_memory(memory, ranks),
             ("disk", disk.text + ("" if disk.fits else ". This will not fit")),
         ]
         wide = max(len(name) for name, _ in rows)
@@ -119,7 +121,13 @@ def _plan(
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=sampling,
         engine_bytes=held,
-        optimizer_bytes=optimizer_bytes(parts.optimizer, s.torch_master_dtype, ranks.device),
+        optimizer_bytes=try_optimizer(
+            parts.optimizer,
+            parts.lr_scheduler,
+            max_steps=s.max_steps,
+            dtype=s.torch_master_dtype,
+            device=ranks.device,
+        ),
         teacher_bytes=teacher_bytes,
         whole_teacher_bytes=whole_teacher_bytes,
         teacher_width=pair.teacher_width,
@@ -181,10 +189,6 @@ def _number(count: int) -> str:
     return str(count)
 
 
-def _size(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / 2**20:.1f} MiB"
-
-
 def _differing_conventions(pair: ModelPair) -> list[tuple[str, str]]:
     """EOS, padding and chat template where the two model folders differ, one row each."""
     student, teacher = (conventions(folder_of(f)) for f in (pair.student_files, pair.teacher_files))
@@ -223,22 +227,26 @@ def _describe_benchmarks(
     most = f"{answers:,} answers of at most {found.request.max_new_tokens:,} tokens each time"
     return [
         ("benchmarks", f"{sets}, every {every} steps{'; once by the teacher' if data.teacher_benchmarks else ''}"),
-        ("", f"{most}; sampling {found.rows} at once takes {_size(sampling)}"),
+        ("", f"{most}; sampling {found.rows} at once takes {readable_size(sampling)}"),
     ]
 
 
-def _describe_memory(memory: Memory, ranks: Ranks, *, optimizer_known: bool) -> list[tuple[str, str]]:
+def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
     always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
     always |= {"sampling engine": memory.engine} if memory.engine else {}
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in always.items())
+    listed = ", ".join(f"{name} {readable_size(size)}" for name, size in always.items())
     free = _free_bytes(ranks)
     rows = [
-        ("memory", f"{_size(memory.peak)} a process" + ("" if free is None else f" of {_size(free)} free")),
-        ("", f"{listed}; besides sampling {_size(memory.sampling)}, or training {_size(memory.training)}"),
-        ("CPU memory", f"{_size(memory.cpu)} a process while a checkpoint is written"),
+        (
+            "memory",
+            f"{readable_size(memory.peak)} a process" + ("" if free is None else f" of {readable_size(free)} free"),
+        ),
+        (
+            "",
+            f"{listed}; besides sampling {readable_size(memory.sampling)}, or training {readable_size(memory.training)}",
+        ),
+        ("CPU memory", f"{readable_size(memory.cpu)} a process while a checkpoint is written"),
     ]
-    if not optimizer_known:
-        rows.append(("", "The optimizer's state is not counted: it takes no trial step."))
     if free is not None and memory.peak > free:
         rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
     return rows
@@ -250,7 +258,10 @@ def _describe_bridge(bridge: BridgePlan | None, pair: ModelPair, data: RunData) 
     pairs = f"{len(pair.layers)} layer pairs, {pair.width} against {pair.teacher_width} wide"
     if bridge.file is not None:
         return [("bridge", f"{pairs}, from {bridge.file}")]
-    where, size = bridge.moments_device or data.ranks.device.type, _size(bridge.moment_bytes(*_bridge_sizes(pair)))
+    where, size = (
+        bridge.moments_device or data.ranks.device.type,
+        readable_size(bridge.moment_bytes(*_bridge_sizes(pair))),
+    )
     rows = [
         ("bridge", f"{pairs}, rank {bridge.rank}, basis {bridge.basis}, fitted on {bridge.prompts:,} prompts"),
         ("", f"moments {size} in {bridge.moments_dtype} on {where}, while it is fitted"),
@@ -275,29 +286,3 @@ def _free_bytes(ranks: Ranks) -> int | None:
         return None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     return int(lines["MemAvailable"].split()[0]) * 1024 // here
-
-
-@dataclass(frozen=True)
-class _Disk:
-    text: str
-    fits: bool
-
-
-def _predict_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> _Disk:
-    """What the run will write at most, and whether there is room. What it replaces as it goes on counts as room."""
-    checkpoint = memory.checkpoint * ranks.world_size
-    export = sum(p.numel() for p in student.parameters()) * s.torch_dtype.itemsize
-    # One more checkpoint while a new one is written; `final`, `best`, and the old `best` until it is replaced.
-    needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export
-    free, kept = ranks.collect(_room(Path(s.output_dir)))[0]  # so that all ranks find the same
-    text = f"up to {_size(needed)} of {_size(free)} free; a checkpoint takes {_size(checkpoint)}"
-    if kept:
-        text += f"; {_size(kept)} are there already"
-    return _Disk(text, needed < free + kept)
-
-
-def _room(folder: Path) -> tuple[int, int]:
-    """Free bytes, and those that the checkpoints and exports of a run that resumes take already."""
-    places = [*(folder / "checkpoints").glob("step_*"), folder / "best", folder / "final"]
-    files = [file for place in places if not place.is_symlink() for file in place.glob("*")]
-    return shutil.disk_usage(folder).free, sum(file.stat().st_size for file in files if file.is_file())

@@ -199,6 +199,7 @@ class Journal:
         facts["peak_memory_bytes"] = int(ranks.largest(peak_memory_bytes(ranks.device)))
         summary = summarise(self.history, **facts, device=ranks.device.type, world_size=ranks.world_size)
         summary["graded_answers"] = self._graded
+        summary["prompts"] = self._data.counts
         summary["remarks"] = list(self._remarks(ended=True).values())
         self.close()
         if ranks.first:

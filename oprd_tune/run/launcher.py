@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import disable_progress_bars
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.registry import asked_for_one_process, recipe_files
@@ -49,7 +50,7 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
     The recipe runs in this process alone if a launcher such as torchrun has started the process, if there is no GPU, if
     the config names a device such as `cpu` or `cuda:0`, or if the user called one of the `…_single_device` names.
     """
-    if "RANK" not in os.environ and (processes := _processes_for(cfg.get("device"))) > 1:
+    if "RANK" not in os.environ and (processes := _processes_for(_device_in(cfg))) > 1:
         return _launch_ranks(inspect.getfile(make_recipe.setup), processes)
     end_with_launcher()
     if os.environ.get("RANK", "0") != "0":
@@ -111,6 +112,13 @@ def load_recipe(name: str) -> type[Recipe]:
     names = runpy.run_path(str(recipe_files()[name]), run_name="recipe")
     (found,) = (v for v in names.values() if isinstance(v, type) and v.__module__ == "recipe")
     return found
+
+
+def _device_in(cfg: DictConfig) -> str | None:
+    try:
+        return cfg.get("device")
+    except OmegaConfBaseException as error:  # the recipe then says what is wrong with it
+        return str(error)
 
 
 def _processes_for(device: str | None) -> int:

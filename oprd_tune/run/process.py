@@ -35,8 +35,10 @@ def join_run(settings: OPRDSettings | EvalSettings) -> Ranks:
         if device.type != torch.device(wanted).type:
             raise RuntimeError(f"torch finds no {wanted} here")
         training.get_dtype(s.dtype, device=device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {wanted!r} with dtype {s.dtype!r} cannot be used: {error}") from error
+        torch.ones((), device=device).item()  # such as `meta` holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {wanted!r} with dtype {s.dtype!r} cannot be used: {reason}") from error
     ranks = join_ranks(device)
     training.set_seed(s.seed)
     return ranks

@@ -19,7 +19,7 @@ from oprd_tune.evaluation.samples import Sample
 from oprd_tune.metrics.step import StepResult
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair
-from oprd_tune.protocols import RolloutEngine
+from oprd_tune.protocols import MetricLogger, RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
 from oprd_tune.rollout.native.sampler import Sampler
@@ -83,6 +83,8 @@ class Run:
     def open(self) -> None:
         """Construct the logger and claim the folder for this run. From here on, files are written."""
         self._logger = self.parts.metric_logger() if self._ranks.first else None
+        if self._logger is not None:
+            check_offers("metric_logger", self._logger, MetricLogger)
         self._folder.open(self.parts.record)
 
     def load_teacher(self, pair: ModelPair, data: RunData, *, top: int | None) -> TransformerDecoder:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 
+from oprd_tune.config.checks import check_seed, check_whole
 from oprd_tune.data.prompts import PromptDataset
 from oprd_tune.protocols import Tokenizer
 
 MAX_DIGITS = 3
+_MOST = 10_000_000  # there are 1,000,000 different ones
 _HELD_OUT_IN_1000 = 50
 
 
@@ -51,7 +53,13 @@ def addition(
     max_prompt_tokens: int | None = None,
     teacher_tokenizer: Tokenizer | None = None,
 ) -> PromptDataset:
-    """Problems from `sample_problems` as a data set. `PromptDataset` describes the last two arguments."""
+    """Problems from `sample_problems` as a data set. `PromptDataset` describes the last two arguments.
+
+    Raises:
+        ConfigError: if the count or the seed cannot be.
+    """
+    check_whole("dataset.count", count, at_most=_MOST)
+    check_seed("dataset.seed", seed)
     problems = sample_problems(count, split=split, seed=seed)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in problems]
     return PromptDataset(

@@ -46,6 +46,8 @@ def check_bridge(plan: BridgePlan | None, loss: HiddenStateLoss | None, pair: Mo
             name = type(loss).__name__
             raise ConfigError(f"{name} needs a bridge; give the section `bridge`, see docs/bridge.md")
         return
+    if not isinstance(plan, BridgePlan):
+        raise ConfigError(f"bridge gives a {type(plan).__name__}; it must give an oprd_tune.modeling.BridgePlan")
     if loss is None or loss.bridged is False:
         raise ConfigError("there is a section `bridge`, but no loss that uses it: give oprd_tune.losses.BridgedMSE")
     if plan.rank > pair.teacher_width:

@@ -36,7 +36,7 @@ def write_json(path, content):
     path.write_text(json.dumps(content))
 
 
-def write_folder(folder, config=None, *, tokenizer=None, **files):
+def write_folder(folder, config=None, /, *, tokenizer=None, **files):
     """Write `tokenizer.json`, `tokenizer_config.json` and further JSON files; None leaves a file out."""
     folder.mkdir(exist_ok=True)
     (tokenizer or byte_level()).save(str(folder / "tokenizer.json"))

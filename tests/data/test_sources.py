@@ -5,8 +5,11 @@ import json
 import pytest
 from datasets import Dataset
 
+from oprd_tune.data import prompt_dataset
+from oprd_tune.data.chats import as_answer
 from oprd_tune.data.sources import column, read_columns
 from oprd_tune.errors import ConfigError
+from oprd_tune.tiny import tokenizer
 
 
 def read(path, split="train"):
@@ -70,10 +73,66 @@ def test_a_broken_line_is_named(tmp_path, name, text, message):
         read(tmp_path / name)
 
 
-def test_a_file_that_is_no_text(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe{")
-    with pytest.raises(ConfigError, match="cannot be loaded: 'utf-8' codec"):
-        read(tmp_path / "a.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl, line 2 is no UTF-8 text"),
+        ("a.json", b'[{"a": 1},\n\n {"a": "\xff"}]', "a.json, line 3 is no UTF-8 text"),
+        ("a.csv", b"a\n1\n\xff\n", "a.csv, after line [0-9]: this is no UTF-8 text"),
+        ("a.jsonl", bytes(range(256)) * 1000, "a.jsonl, line 1"),
+        ("a.jsonl", b"\x00" * 100_000, "a.jsonl, line 1: this is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1 cannot be read: maximum recursion"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl, line 1 cannot be read: Exceeds the limit"),
+        ("a.jsonl", b"", "a.jsonl is empty; give a file with rows"),
+        ("a.csv", b"", "a.csv is empty; give a file with rows"),
+        ("a.csv", b"a\n" + b"x" * 200_000, "a.csv, line 2 cannot be read: field larger than field limit"),
+    ],
+)
+def test_a_file_that_is_no_text_or_no_rows(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path / name)
+
+
+def test_lines_and_files_have_a_limit(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        file.truncate(200 * 2**20)
+    with pytest.raises(ConfigError, match="a.jsonl, line 2 has more than 64 MiB; a line holds one row"):
+        read(path)
+    monkeypatch.setattr("oprd_tune.data.sources._LARGEST_FILE", 2**20)
+    for name in ("a.jsonl", "a.csv"):
+        path = path.rename(tmp_path / name)
+        with pytest.raises(ConfigError, match="are read into memory; cut it to the rows that the run needs"):
+            read(path)
+
+
+def test_long_whole_numbers_and_numbers_in_quotes_stay(tmp_path):
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    lines.write_text('{"a": 12345678901234567890123}\n{"a": "007"}\n{"a": 2.50}\n{"a": "null"}\n')
+    table.write_text('question,answer\n12+30=,"42"\n1+1=,"2.5"\n1,007\n2,2.50\n3,null\n')
+    assert [as_answer(a, "") for a in read(lines)["a"]] == ["12345678901234567890123", "007", "2.50", "null"]
+    assert [as_answer(a, "") for a in read(table)["answer"]] == ["42", "2.5", "007", "2.50", "null"]
+
+
+def test_a_field_of_a_struct_is_named_by_a_dot(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "1", "info": {"answer": "007"}}')
+    given = {"source": str(path), "prompt_column": "q", "prompt_template": "{prompt}"}
+    with pytest.raises(ConfigError, match="or name a field of it by a dot, as in `COLUMN.answer`"):
+        prompt_dataset(tokenizer(), answer_column="info", **given)
+    assert prompt_dataset(tokenizer(), answer_column="info.answer", **given)[0][1] == "007"
+
+
+@pytest.mark.parametrize("value", ['["42"]', '{"answer": "42"}', '[{"role": "user"}]'])
+def test_a_list_or_a_struct_is_no_answer(tmp_path, value):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"q": "1", "a": {value}}}')
+    with pytest.raises(ConfigError, match="row 0 of column 'a' in .*; allowed are text, numbers, true and false"):
+        prompt_dataset(tokenizer(), source=str(path), prompt_column="q", answer_column="a", prompt_template="{prompt}")
+    with pytest.raises(ConfigError, match="row 0 of column 'a' in .* allowed are text, and a list|without content"):
+        prompt_dataset(tokenizer(), source=str(path), prompt_column="a", prompt_template="{prompt}")
 
 
 COLUMNS = {"a": [{"b": {"c": 1}, "d": 2}, None, {"b": None}], "a.b": [7, 8, 9], "n": [None, 1, 2]}

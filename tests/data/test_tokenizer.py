@@ -5,9 +5,10 @@ import socket
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torchtune.data import Message
 
-from oprd_tune.data import HuggingFaceTokenizer
+from oprd_tune.data import HuggingFaceTokenizer, PromptDataset
 from oprd_tune.data.tokenizer_files import conventions, load_tokenizer, tokens_by_id
 from oprd_tune.errors import ConfigError
 
@@ -143,6 +144,8 @@ EOS, PAD, START, END = (byte_level().token_to_id(text) for text in SPECIAL)
             {"special_tokens_map": {"eos_token": "<|end|>"}, "generation_config": {"eos_token_id": PAD}},
             [EOS, END, PAD],
         ),
+        ({}, {"config": {"eos_token_id": END}}, [END]),
+        ({"eos_token": "<eos>"}, {"config": {"eos_token_id": [END, EOS]}}, [EOS, END]),
         ({"eos_token": "<nowhere>"}, {"generation_config": {"eos_token_id": END}}, [END]),
     ],
 )
@@ -153,6 +156,36 @@ def test_eos_is_found_in_each_file(tmp_path, config, files, stops):
     ours = HuggingFaceTokenizer(str(folder))
     assert ours.eos_id == ours.pad_id == stops[0]
     assert ours.stop_tokens == sorted(stops)
+
+
+def test_files_that_contradict_each_other_about_the_end_are_named(tmp_path, capsys):
+    files = {"config": {"eos_token_id": END}, "generation_config": {"eos_token_id": [PAD]}}
+    newline = byte_level().token_to_id("Ċ")
+    ours = HuggingFaceTokenizer(str(write_folder(tmp_path, {"eos_token": "Ċ"}, **files)))
+    assert ours.stop_tokens == sorted([newline, END, PAD])
+    assert ours.eos_id == newline
+    told = capsys.readouterr().out
+    assert f"tokenizer_config.json {newline} ('Ċ'); generation_config.json {PAD} ('<pad>'); config.json {END}" in told
+    files = {"config": {"eos_token_id": EOS}, "generation_config": {"eos_token_id": [END, EOS]}}
+    HuggingFaceTokenizer(str(write_folder(tmp_path, {"eos_token": "<eos>"}, **files)))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_token_that_a_plain_template_leaves_out_is_named(tmp_path, capsys):
+    tokenizer = byte_level()
+    tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", START)])
+    ours = HuggingFaceTokenizer(str(write_folder(tmp_path / "begins", tokenizer=tokenizer)))
+    rows = [{"prompt": "a"}]
+    assert PromptDataset(rows, ours, prompt_template="{prompt}")[0][0] == tuple(ours.encode("a"))
+    assert (
+        "prompts begin without <|start|>, which this tokenizer's folder puts before a text" in capsys.readouterr().out
+    )
+    with_start = PromptDataset(rows, ours, prompt_template="<|start|>{prompt}")
+    assert with_start[0][0] == (START, *ours.encode("a"))
+    PromptDataset(rows, ours)  # the chat template decides
+    plain = HuggingFaceTokenizer(str(write_folder(tmp_path / "plain")))
+    PromptDataset(rows, plain, prompt_template="{prompt}")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("config", [{}, {"eos_token": None}, {"eos_token": "<nowhere>"}])

@@ -17,14 +17,15 @@ from oprd_tune.modeling.families.llama import llama
 from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.preflight import report as module
-from oprd_tune.preflight.memory import Plan, optimizer_bytes, predict_memory
+from oprd_tune.preflight.disk import room
+from oprd_tune.preflight.memory import Plan, predict_memory
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
 from tests.conftest import SMALL, load_config, recipe_class
 
 SETTINGS = OPRDSettings(
-    output_dir="", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, dtype="fp32", sync_every_micro_batch=True
+    output_dir="out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, dtype="fp32", sync_every_micro_batch=True
 )
 PLAN = Plan(
     settings=SETTINGS,
@@ -125,20 +126,7 @@ def test_a_disk_without_room_stops_the_run_before_weights_are_read(out, monkeypa
     monkeypatch.undo()
     (out / "checkpoints" / "step_00000004").mkdir(parents=True)  # of a run that resumes: room that it has already
     (out / "checkpoints" / "step_00000004" / "x").write_bytes(bytes(100))
-    assert module._room(out)[1] == 100
-
-
-@pytest.mark.parametrize(
-    ("make", "dtype", "expected"),
-    [
-        (torch.optim.AdamW, torch.float32, 8),
-        (torch.optim.AdamW, torch.bfloat16, 4),
-        (lambda p: torch.optim.SGD(p, lr=0.1), torch.float32, 0),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.float32, 4),
-    ],
-)
-def test_optimizers_are_asked_for_what_they_keep(make, dtype, expected):
-    assert optimizer_bytes(make, dtype, torch.device("cpu")) == expected
+    assert room(out)[1] == 100
 
 
 LLAMA = {"vocab_size": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128}

@@ -208,7 +208,7 @@ BAD_INPUTS = {
         {"teacher_checkpointer._component_": f"{MODELS}.other_tokens_checkpointer"},
         "do not share their tokens: 2 of 16 ids differ, for example 12 is '+' and '='",
     ),
-    "no parts": ("tiny/oprd_plus_opd", {"loss.parts": "null"}, "loss.parts is empty; give at least one loss"),
+    "no parts": ("tiny/oprd_plus_opd", {"loss.parts": "null"}, "loss.parts is None; it must be a section"),
     "negative weight": (
         "tiny/oprd_plus_opd",
         {"loss.weights.oprd": -1},
@@ -216,7 +216,7 @@ BAD_INPUTS = {
     ),
     "weight of nothing": ("tiny/oprd_plus_opd", {"loss.weights.kl": 1}, "names kl; the parts are opd, oprd"),
     "part's argument": ("tiny/oprd_plus_opd", {"loss.parts.opd.kk": 3}, "takes no argument loss.parts.opd.kk"),
-    "parts that are none": ("tiny/oprd_plus_opd", {"loss.parts": 3}, "loss.parts maps names to losses"),
+    "parts that are none": ("tiny/oprd_plus_opd", {"loss.parts": 3}, "loss.parts is 3; it must be a section"),
     "foreign loss": (
         "tiny/opd_full",
         {"loss._component_": "oprd_tune.tiny.tokenizer"},

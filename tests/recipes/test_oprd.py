@@ -31,6 +31,8 @@ def test_the_student_approaches_its_teacher(out):
     assert summary["perplexity_after"] < 0.85 * summary["perplexity_before"]
     assert summary["teacher"] > 0.99
     assert summary["steps"] == 60
+    used = {"dataset": 5000, "eval_dataset": 400}
+    assert summary["prompts"] == {name: {"used": count, "dropped": 0} for name, count in used.items()}
     history = recipe.run.journal.history
     first, last = (history.cosines[step] for step in (1, 60))
     assert all(after > before for before, after in zip(first, last, strict=True))
@@ -198,6 +200,22 @@ def test_bf16_and_compile_run(out, monkeypatch):
     assert 0 < recipe.run.journal.logged["loss/total"] < 10
 
 
+@pytest.mark.parametrize("without", ["task_accuracy", "reference_perplexity"])
+def test_an_answer_that_no_response_can_be_is_told(without, out, tmp_path, monkeypatch, capsys):
+    """A tokenizer with more tokens than the smaller model."""
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1=", "answer": "2"}\n{"question": "2+9=", "answer": "11"}\n')
+    data = {"_component_": "oprd_tune.data.prompt_dataset", "source": str(rows), "prompt_template": "{prompt}"}
+    cfg = load_config(CONFIG, output_dir=out, **SMALL, **{without: "null"})
+    cfg.tokenizer = {"_component_": "oprd_tune.tiny.tokenizer", "name": "teens_teacher"}
+    cfg.dataset, cfg.eval_dataset = data, {**data, "answer_column": "answer"}
+    assert launch(recipe_class(NAME), cfg) == 2
+    assert (
+        "the reference answer '11' has the token 17, but the models' vocabulary ends at 15" in capsys.readouterr().err
+    )
+
+
 BAD_INPUTS = {
     "unknown key": ({"max_step": 3}, "did you mean 'max_steps'"),
     "positions": ({"positions": "tail"}, "allowed are all, last, first_k, last_k"),
@@ -223,7 +241,7 @@ BAD_INPUTS = {
         "max_prompt_tokens + task_accuracy.max_new_tokens = 216 exceeds",
     ),
     "device": ({"device": "cuda" if not torch.cuda.is_available() else "xpu"}, "cannot be used"),
-    "component's argument": ({"dataset.count": "many"}, "dataset: oprd_tune.tiny.addition cannot be constructed"),
+    "component's argument": ({"dataset.count": "many"}, "dataset.count is 'many'; it must be a whole number"),
     "no component": ({"dataset": "null"}, "the config lacks dataset"),
     "foreign tokenizer": ({"tokenizer._component_": "tests.recipes.models.foreign_tokenizer"}, "uses id 99"),
     "another architecture": (

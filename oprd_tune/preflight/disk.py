@@ -1,0 +1,43 @@
+"""Whether the files of a run will fit on its disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config import OPRDSettings
+from oprd_tune.preflight.memory import Memory, readable_size
+from oprd_tune.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run writes at most, in words, and whether there is room."""
+
+    text: str
+    fits: bool
+
+
+def predict_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> Disk:
+    """What the run will write at most, and whether there is room. What it replaces as it goes on counts as room."""
+    checkpoint = memory.checkpoint * ranks.world_size
+    export = sum(p.numel() for p in student.parameters()) * s.torch_dtype.itemsize
+    # One more checkpoint while a new one is written; `final`, `best`, and the old `best` until it is replaced.
+    needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export
+    free, kept = ranks.collect(room(Path(s.output_dir)))[0]  # so that all ranks find the same
+    text = (
+        f"up to {readable_size(needed)} of {readable_size(free)} free; a checkpoint takes {readable_size(checkpoint)}"
+    )
+    if kept:
+        text += f"; {readable_size(kept)} are there already"
+    return Disk(text, needed < free + kept)
+
+
+def room(folder: Path) -> tuple[int, int]:
+    """Free bytes, and those that the checkpoints and exports of a run that resumes take already."""
+    places = [*(folder / "checkpoints").glob("step_*"), folder / "best", folder / "final"]
+    files = [file for place in places if not place.is_symlink() for file in place.glob("*")]
+    return shutil.disk_usage(folder).free, sum(file.stat().st_size for file in files if file.is_file())
