@@ -9,7 +9,7 @@ from pathlib import Path
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config import OPRDSettings
-from oprd_tune.preflight.memory import Memory, readable_size
+from oprd_tune.preflight.memory import Memory, as_size
 from oprd_tune.ranks import Ranks
 
 
@@ -28,11 +28,9 @@ def predict_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, r
     # One more checkpoint while a new one is written; `final`, `best`, and the old `best` until it is replaced.
     needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export
     free, kept = ranks.collect(room(Path(s.output_dir)))[0]  # so that all ranks find the same
-    text = (
-        f"up to {readable_size(needed)} of {readable_size(free)} free; a checkpoint takes {readable_size(checkpoint)}"
-    )
+    text = f"up to {as_size(needed)} of {as_size(free)} free; a checkpoint takes {as_size(checkpoint)}"
     if kept:
-        text += f"; {readable_size(kept)} are there already"
+        text += f"; {as_size(kept)} are there already"
     return Disk(text, needed < free + kept)
 
 

@@ -22,6 +22,8 @@ from oprd_tune.modeling.weights import Builder, build_on_meta
 from oprd_tune.ranks import Ranks
 from oprd_tune.torchtune_compat import start_rotations
 
+_GIB = 2**30
+
 _REDUCED = 4  # bytes of each number of a gradient while it is averaged over ranks
 _GLOO_COPIES = 2  # gloo makes that many copies of a gradient, as measured; NCCL makes none
 
@@ -211,5 +213,6 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
     return (blocks - recomputed) * one + recomputed * inputs + (one if recomputed else 0)
 
 
-def readable_size(count: int) -> str:
+def as_size(count: int) -> str:
+    """A number of bytes for people."""
     return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / 2**20:.1f} MiB"

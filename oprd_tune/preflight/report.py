@@ -22,7 +22,7 @@ from oprd_tune.modeling.sharding import choose_sharding
 from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.disk import predict_disk
-from oprd_tune.preflight.memory import Memory, Plan, predict_memory, readable_size
+from oprd_tune.preflight.memory import Memory, Plan, as_size, predict_memory
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.preflight.trial import try_optimizer
 from oprd_tune.protocols import DecodesItself, RolloutEngine
@@ -30,8 +30,6 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import sampling_bytes
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.torchtune_compat import folder_of
-
-_GIB = 2**30
 
 
 def preflight(
@@ -227,25 +225,25 @@ def _describe_benchmarks(
     most = f"{answers:,} answers of at most {found.request.max_new_tokens:,} tokens each time"
     return [
         ("benchmarks", f"{sets}, every {every} steps{'; once by the teacher' if data.teacher_benchmarks else ''}"),
-        ("", f"{most}; sampling {found.rows} at once takes {readable_size(sampling)}"),
+        ("", f"{most}; sampling {found.rows} at once takes {as_size(sampling)}"),
     ]
 
 
 def _describe_memory(memory: Memory, ranks: Ranks) -> list[tuple[str, str]]:
     always = {"student": memory.student, "optimizer": memory.optimizer, "teacher": memory.teacher}
     always |= {"sampling engine": memory.engine} if memory.engine else {}
-    listed = ", ".join(f"{name} {readable_size(size)}" for name, size in always.items())
+    listed = ", ".join(f"{name} {as_size(size)}" for name, size in always.items())
     free = _free_bytes(ranks)
     rows = [
         (
             "memory",
-            f"{readable_size(memory.peak)} a process" + ("" if free is None else f" of {readable_size(free)} free"),
+            f"{as_size(memory.peak)} a process" + ("" if free is None else f" of {as_size(free)} free"),
         ),
         (
             "",
-            f"{listed}; besides sampling {readable_size(memory.sampling)}, or training {readable_size(memory.training)}",
+            f"{listed}; besides sampling {as_size(memory.sampling)}, or training {as_size(memory.training)}",
         ),
-        ("CPU memory", f"{readable_size(memory.cpu)} a process while a checkpoint is written"),
+        ("CPU memory", f"{as_size(memory.cpu)} a process while a checkpoint is written"),
     ]
     if free is not None and memory.peak > free:
         rows.append(("", "This will not fit; docs/oprd_distributed.md lists what to change, cheapest first."))
@@ -260,7 +258,7 @@ def _describe_bridge(bridge: BridgePlan | None, pair: ModelPair, data: RunData) 
         return [("bridge", f"{pairs}, from {bridge.file}")]
     where, size = (
         bridge.moments_device or data.ranks.device.type,
-        readable_size(bridge.moment_bytes(*_bridge_sizes(pair))),
+        as_size(bridge.moment_bytes(*_bridge_sizes(pair))),
     )
     rows = [
         ("bridge", f"{pairs}, rank {bridge.rank}, basis {bridge.basis}, fitted on {bridge.prompts:,} prompts"),

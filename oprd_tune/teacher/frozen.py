@@ -48,10 +48,5 @@ class FrozenTeacher:
         final_TC = states.pop() if final_index_T is not None else None
         return TeacherTargets({pair.student: state for pair, state in zip(self._pairs, states, strict=True)}, final_TC)
 
-    def final_states(self, tokens_BS: Tensor, index_T: Tensor) -> Tensor:
-        """The states after the final norm, [T, C], at positions in the flattened [B * S] grid."""
-        (final_TC,) = collect_states(self._model, tokens_BS, [(self._depth, index_T, None)])
-        return final_TC
-
     def _projection(self, pair: LayerPair) -> Callable[[Tensor], Tensor] | None:
         return None if self._bridge is None else partial(self._bridge.teacher, pair.student)

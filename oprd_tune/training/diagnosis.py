@@ -17,8 +17,8 @@ from oprd_tune.modeling.output import evaluating
 from oprd_tune.modeling.sharding import gathered
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
-from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.types import Rollout
 
 _FEWEST_ROWS = 4  # tokens of one response alone say little about the others
@@ -53,16 +53,17 @@ class Diagnosis:
         return self._every is not None and step % self._every == 0
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout, teacher: FrozenTeacher) -> Metrics:
+    def __call__(self, rollout: Rollout, teacher: Teacher) -> Metrics:
         """Look at evenly spaced tokens of a few responses. Every rank must call, each with its own rollout."""
         s, heads = self._settings, self._heads
         assert heads is not None
         share = math.ceil(s.diagnostics_tokens / self._ranks.world_size)
         micro = _some_rows(rollout, share, s.tokens_per_micro_batch)
         tokens = response_tokens(micro)
-        probe = Probe(
-            heads, teacher.final_states(micro.tokens_BS, tokens.index_T), tokens, micro, count=share, k=s.diagnostics_k
-        )
+        final_TC = teacher.targets(micro.tokens_BS, tokens.index_T[:0], tokens.index_T).final_TC
+        if final_TC is None:  # a teacher of the user's that has no distribution
+            return Metrics()
+        probe = Probe(heads, final_TC, tokens, micro, count=share, k=s.diagnostics_k)
 
         def look(_: int, state_BSD: Tensor) -> Tensor:
             probe(state_BSD)

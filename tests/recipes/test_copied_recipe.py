@@ -101,7 +101,9 @@ class Stubborn:
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "final"), [(OPRD, "tiny/oprd", ""), (OPD, "tiny/opd_full", "final=True, ")], ids=[OPRD, OPD]
+    ("name", "config", "final"),
+    [(OPRD, "tiny/oprd", "final=pair.diagnosed, "), (OPD, "tiny/opd_full", "final=True, ")],
+    ids=[OPRD, OPD],
 )
 def test_another_teacher_is_what_the_student_learns_from(name, config, final, out, tmp_path):
     ours = f"FrozenTeacher(teacher, self.pairs, {final}bridge=self.bridge)"
