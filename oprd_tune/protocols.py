@@ -107,7 +107,14 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class DecodesItself(Protocol):
-    """A model with a key-value cache of its own, beside torchtune's decoders."""
+    """A model with a key-value cache of its own, beside torchtune's decoders.
+
+    Attributes:
+        cached_numbers: how many numbers a block keeps of each token.
+    """
+
+    @property
+    def cached_numbers(self) -> int: ...
 
     def decoding(self, visible_BP: Tensor, max_new_tokens: int) -> AbstractContextManager[Any]:
         """A scope in which `model(tokens, mask=cache.mask(n), input_pos=…)` continues left-padded rows by n columns.

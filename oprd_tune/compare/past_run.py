@@ -92,8 +92,8 @@ class PastRun:
             "gap_closed": gap,
             "perplexity_before": perplexity[0],
             "perplexity_after": perplexity[1],
-            "loss": _mean(self._series("loss/total")[-LAST:]),
-            "kl": _mean(self._series(KL)[-LAST:]),
+            "loss": self._latest("loss/total"),
+            "kl": self._latest(KL),
             "response_tokens": _mean(self._series("rollout/response_tokens")),
             "tokens_per_second": tokens / seconds if tokens and seconds else None,
             "seconds": seconds or None,
@@ -105,6 +105,12 @@ class PastRun:
 
     def _series(self, pattern: str) -> list[float]:
         return [value for _, value in self.curve(pattern).values()]
+
+    def _latest(self, pattern: str) -> float | None:
+        """The mean over the last steps, or the last value if it is older."""
+        found = self.curve(pattern)
+        recent = [value for step, (_, value) in found.items() if step > self.step - LAST]
+        return _mean(recent or [value for _, value in found.values()][-1:])
 
     def _evaluated(self, name: str) -> tuple[float | None, float | None]:
         """Before training, and last; the latter is None until a second evaluation."""

@@ -16,7 +16,6 @@ from oprd_tune.errors import ConfigError
 
 TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
-_MODEL_FILES = ("generation_config.json", "config.json")  # of the model, with ids in place of texts
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 

@@ -76,7 +76,7 @@ class ProblemSets:
         Args:
             key: the config key that messages begin with.
         """
-        largest = max(found.largest_token for found in self.sets.values())
+        largest = max(max(found[i][0]) for name, found in self.sets.items() for i in range(self.sizes[name]))
         if largest >= vocabulary:
             raise ConfigError(
                 f"{key}: the tokenizer gives the id {largest}, but the model has {vocabulary} tokens; it is another "

@@ -57,8 +57,9 @@ class TensorBoardLogger:
     def log(self, name: str, data: float, step: int) -> None:
         """Log one scalar."""
         folder = ""
-        if name.startswith("eval/") and "/teacher_" in name:
-            folder, name = _TEACHER, name.replace("/teacher_", "/")
+        group, _, last = name.rpartition("/")
+        if name.startswith("eval/") and last.startswith("teacher_"):
+            folder, name = _TEACHER, f"{group}/{last.removeprefix('teacher_')}"
         for chart in (name, f"at_a_glance/{GLANCE[name]}") if name in GLANCE else (name,):
             self._writer(folder).add_scalar(chart, data, global_step=step, new_style=True)
 

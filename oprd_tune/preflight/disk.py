@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,18 @@ class Disk:
     fits: bool
 
 
-def predict_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks) -> Disk:
-    """What the run will write at most, and whether there is room. What it replaces as it goes on counts as room."""
+def predict_disk(
+    s: OPRDSettings, student: TransformerDecoder, memory: Memory, ranks: Ranks, *, evaluated: bool
+) -> Disk:
+    """What the run will write at most, and whether there is room. What it replaces as it goes on counts as room.
+
+    `evaluated` says whether the run looks for its best student.
+    """
     checkpoint = memory.checkpoint * ranks.world_size
     export = sum(p.numel() for p in student.parameters()) * s.torch_dtype.itemsize
     # One more checkpoint while a new one is written; `final`, `best`, and the old `best` until it is replaced.
-    needed = checkpoint * (s.keep_checkpoints + 1) + 3 * export
+    saves = math.ceil(s.max_steps / s.checkpoint_every_n_steps)
+    needed = checkpoint * min(s.keep_checkpoints + 1, saves) + (3 if evaluated else 1) * export
     free, kept = ranks.collect(room(Path(s.output_dir)))[0]  # so that all ranks find the same
     text = f"up to {as_size(needed)} of {as_size(free)} free; a checkpoint takes {as_size(checkpoint)}"
     if kept:
@@ -35,7 +42,11 @@ def predict_disk(s: OPRDSettings, student: TransformerDecoder, memory: Memory, r
 
 
 def room(folder: Path) -> tuple[int, int]:
-    """Free bytes, and those that the checkpoints and exports of a run that resumes take already."""
-    places = [*(folder / "checkpoints").glob("step_*"), folder / "best", folder / "final"]
+    """Free bytes, and those that a run that resumes will replace or remove: its own folders, and what a crash left."""
+    inside = folder / "checkpoints"
+    checkpoints = [place for place in inside.glob("step_*") if place.name[5:].isdecimal()]
+    leftovers = [place for where in (folder, inside) for place in where.glob(".staged-*")]
+    places = [*checkpoints, *leftovers, folder / "best", folder / "final"]
     files = [file for place in places if not place.is_symlink() for file in place.glob("*")]
-    return shutil.disk_usage(folder).free, sum(file.stat().st_size for file in files if file.is_file())
+    free = shutil.disk_usage(inside if inside.exists() else folder).free  # it may be a link to another disk
+    return free, sum(file.stat().st_size for file in files if file.is_file())

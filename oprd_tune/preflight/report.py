@@ -55,7 +55,7 @@ def preflight(
     plan = _plan(parts, s, pair, data, loss, engine, bridge, student=student, teacher=teacher)
     memory = predict_memory(student, parts.model, plan)
     if s.preflight:
-        disk = predict_disk(s, student, memory, ranks)
+        disk = predict_disk(s, student, memory, ranks, evaluated=_is_evaluated(data))
         rows = [
             ("student", _describe(student)),
             ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
@@ -125,6 +125,7 @@ def _plan(
             max_steps=s.max_steps,
             dtype=s.torch_master_dtype,
             device=ranks.device,
+            vectors=any(p.ndim < 2 for p in student.parameters() if p.requires_grad),
         ),
         teacher_bytes=teacher_bytes,
         whole_teacher_bytes=whole_teacher_bytes,
@@ -166,6 +167,10 @@ def _teacher_bytes(
         return kept, 0
     gathered = replace(plan, placement="replicated")
     return kept, gathered.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
+
+
+def _is_evaluated(data: RunData) -> bool:
+    return any(found is not None for found in (data.task_accuracy, data.reference_perplexity, data.benchmarks))
 
 
 def _describe(model: TransformerDecoder) -> str:

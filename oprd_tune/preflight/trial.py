@@ -10,14 +10,16 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -25,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from oprd_tune.config import construct
 from oprd_tune.config.components import Component, in_one_line
 from oprd_tune.errors import ConfigError
+from oprd_tune.modeling.safe_reading import load_tensors
 
 _STEPS = 3
 _GRADIENT, _LARGEST = 0.01, 10_000  # larger weights after so few steps are nonsense, or not finite
@@ -34,7 +37,13 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 def try_optimizer(
-    optimizer: Component, schedule: Component | None, *, max_steps: int, dtype: torch.dtype, device: torch.device
+    optimizer: Component,
+    schedule: Component | None,
+    *,
+    max_steps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    vectors: bool = True,
 ) -> float:
     """Train two small parameters for a few steps, and save and load their state; returns bytes of state for a number.
 
@@ -43,6 +52,7 @@ def try_optimizer(
         schedule: makes the schedule of an optimizer; None keeps the rate constant.
         max_steps: the length of the run, which the schedule gets.
         dtype: the precision in which parameters are trained.
+        vectors: whether the student trains vectors too, which some optimizers of matrices refuse.
 
     Raises:
         ConfigError: if the optimizer or the schedule cannot be made, takes no step, makes numbers that are huge or
@@ -50,18 +60,19 @@ def try_optimizer(
     """
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        trained, made = _start(optimizer, dtype, device)
+        start = partial(_start, optimizer, dtype, device, vectors)
+        trained, made = start()
         planned = construct(schedule, made, num_training_steps=max_steps)
         if schedule is not None and not isinstance(planned, LRScheduler):
             raise ConfigError(
                 f"lr_scheduler: {schedule.path} gives a {type(planned).__name__}, which is no LRScheduler"
             )
-        for _ in range(_STEPS):
+        for _ in range(min(_STEPS, max_steps)):
             _step(optimizer, trained, made)
             if planned is not None:
                 _advance(planned)
         try:
-            _save_and_load(trained, made, *_start(optimizer, dtype, device))
+            _save_and_load(trained, made, *start())
         except (Exception, CheckpointException) as error:  # the library's own one does not derive from Exception
             told = shorten(" ".join(str(error).split()), 120, placeholder=" …")
             raise ConfigError(
@@ -78,8 +89,10 @@ def state_bytes(optimizer: Optimizer, parameter: nn.Parameter) -> float:
     return sum(value.nbytes for value in states if value.ndim) / parameter.numel()
 
 
-def _start(make: Component, dtype: torch.dtype, device: torch.device) -> tuple[nn.ParameterDict, Optimizer]:
-    sizes = {"matrix": (_WIDTH, _WIDTH), "vector": (_WIDTH,)}
+def _start(
+    make: Component, dtype: torch.dtype, device: torch.device, vectors: bool
+) -> tuple[nn.ParameterDict, Optimizer]:
+    sizes = {"matrix": (_WIDTH, _WIDTH)} | ({"vector": (_WIDTH,)} if vectors else {})
     trained = nn.ParameterDict({name: torch.ones(size, dtype=dtype, device=device) for name, size in sizes.items()})
     made = make(list(trained.values()))
     if not isinstance(made, Optimizer):
@@ -131,10 +144,15 @@ def _save_and_load(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         weights, moments = get_state_dict(trained, optimizer, options=_OPTIONS)
         content: dict[str, Any] = {"model": weights, "optimizer": moments}
-        async_save(content, checkpoint_id=folder, no_dist=True).result()  # type: ignore[union-attr]
+        # As in `RunFolder.save`: a default group for GPUs only is refused.
+        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        saved = async_save(content, checkpoint_id=folder, no_dist=True, process_group=group)
+        saved.result()  # type: ignore[union-attr]
+        if group is not None:
+            dist.destroy_process_group(group)
         weights, moments = get_state_dict(other, another, options=_OPTIONS)
         found: dict[str, Any] = {"model": weights, "optimizer": moments}
-        load_tensors(found, checkpoint_id=folder, no_dist=True)
+        load_tensors(found, Path(folder), no_dist=True)
     set_state_dict(
         other, another, model_state_dict=found["model"], optim_state_dict=found["optimizer"], options=_OPTIONS
     )

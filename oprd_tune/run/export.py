@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from oprd_tune.config.settings import DTYPES
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.adapters import adapter_config, adapter_names, adapter_state, merge_adapters
 from oprd_tune.modeling.families import family_of
+from oprd_tune.modeling.safe_reading import load_tensors, read_metadata
 from oprd_tune.modeling.weights import build_on_meta, load_weights
 from oprd_tune.run.manifest import check_whole
 from oprd_tune.run.records import read_config
-from oprd_tune.run.safe_reading import load_tensors, read_metadata
 from oprd_tune.run.trusted import find_trusted
 from oprd_tune.torchtune_compat import config_of, folder_of
 
@@ -158,8 +158,11 @@ def staged(target: Path) -> Iterator[Path]:
     """Within the scope, a folder to fill. At the end of the scope it takes the place of `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staged, replaced = target.with_name(STAGED + target.name), target.with_name(_REPLACED + target.name)
-    for leftover in (staged, replaced):
-        remove(leftover)
+    remove(staged)
+    with suppress(OSError):
+        remove(replaced)
+    if os.path.lexists(replaced):
+        replaced = replaced.with_name(f"{replaced.name}-{os.getpid()}")
     staged.mkdir()
     try:
         yield staged
@@ -169,7 +172,8 @@ def staged(target: Path) -> Iterator[Path]:
     if os.path.lexists(target):  # a link to a folder that is gone is in the way too
         os.replace(target, replaced)
     os.replace(staged, target)
-    remove(replaced)
+    with suppress(OSError):  # someone may read it still, on a file system that then keeps it; the next write removes it
+        remove(replaced)
 
 
 @contextmanager

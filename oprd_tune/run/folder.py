@@ -36,14 +36,14 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from oprd_tune.errors import CheckpointError, ConfigError, DamagedCheckpoint
+from oprd_tune.modeling.safe_reading import STATE, why
 from oprd_tune.ranks import PATIENCE, Ranks
 from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
-from oprd_tune.run.folder_lock import FolderLock
+from oprd_tune.run.folder_lock import FILE, FolderLock
 from oprd_tune.run.manifest import check_whole
 from oprd_tune.run.publishing import ADVICE, PendingCheckpoint, checkpoints_in, set_aside, step_of
 from oprd_tune.run.records import write_config
 from oprd_tune.run.restore import TRAINED, rng_state
-from oprd_tune.run.safe_reading import STATE, why
 
 # The background thread of a single process prints this warning, so `quiet` cannot catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -101,7 +101,8 @@ class RunFolder:
         try:
             if holder := self._lock.take():
                 raise ConfigError(
-                    f"output_dir {self.path} is in use by another run, {holder}; stop that one, or give another folder"
+                    f"output_dir {self.path} is in use by another run, {holder}; stop that one, or give another "
+                    f"folder. If its host is gone, a file system may keep the lock for minutes; removing {FILE} ends it"
                 )
             return self._own_checkpoint(resume=resume), None
         except OSError as error:
@@ -189,7 +190,7 @@ class RunFolder:
             optimizer: the optimizer of the student's trainable parameters.
             parts: further objects with a state, by name. The first rank's state is saved. None is left out.
         """
-        if step == self._saved_step or not optimizer.state:  # nothing has been learned yet
+        if step in (0, self._saved_step):
             return
         try:
             self.wait()

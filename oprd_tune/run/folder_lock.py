@@ -36,7 +36,7 @@ class FolderLock:
         where = self._path.resolve()
         if where in _OPEN:
             return None
-        descriptor = os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,6 +60,12 @@ class FolderLock:
             with contextlib.suppress(OSError):  # a full disk
                 os.ftruncate(descriptor, 0)
             os.close(descriptor)
+
+
+def release_all() -> None:
+    """Let others use every folder that this process has locked."""
+    for path in list(_OPEN):
+        FolderLock(path.parent).release()
 
 
 def _holder(descriptor: int) -> str:

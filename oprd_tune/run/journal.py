@@ -66,8 +66,6 @@ class Journal:
             self._log = StepLog(folder, first_step=first_step)
             remove_from_step(folder / _ANSWERS, first_step)
             self._answers = SampleFile(folder / _ANSWERS)
-            if first_step == 0:
-                (folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, whose checkpoints are gone
         if isinstance(logger, RichLogger):
             logger.resume_at(first_step)
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.registry import asked_for_one_process, recipe_files
+from oprd_tune.run.folder_lock import release_all
 from oprd_tune.run.process import end_with_launcher
 
 _USER_ERROR = 2
@@ -67,6 +68,13 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
 def run_recipe(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig) -> int:
     """Run a recipe in this process; returns its exit status. A user's mistake is printed without a traceback."""
     goes_on_by = getattr(make_recipe, "goes_on_by", _RESUME)
+    try:
+        return _run(make_recipe, cfg, goes_on_by)
+    finally:
+        release_all()  # whatever ended the run, this process may live on, as in a notebook
+
+
+def _run(make_recipe: Callable[[DictConfig], Recipe], cfg: DictConfig, goes_on_by: str) -> int:
     try:
         recipe = make_recipe(cfg)
         recipe.setup()

@@ -6,6 +6,7 @@ disks, copies and full quotas do to files. It does not stop a person who changes
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -13,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from oprd_tune.errors import DamagedCheckpoint
-from oprd_tune.run.records import read_config
-from oprd_tune.run.safe_reading import incomplete
+from oprd_tune.errors import ConfigError, DamagedCheckpoint
+from oprd_tune.modeling.safe_reading import incomplete
+from oprd_tune.run.records import CONFIG, read_config
 
 MANIFEST = "manifest.json"
 _FORMAT = "oprd-tune checkpoint 1"
@@ -24,12 +25,16 @@ _AT_ONCE = 4  # files that are checked at the same time
 
 
 def write_manifest(folder: Path) -> None:
-    """Record every file of a complete checkpoint. It reads them all once."""
-    files = {file.name: _facts(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-    with open(folder / MANIFEST, "w") as out:
-        json.dump({"format": _FORMAT, "files": files}, out, indent=1)
+    """Record the files of a complete checkpoint, but for its config, which people may correct. It reads them once."""
+    files = [file for file in sorted(folder.iterdir()) if file.name not in (MANIFEST, CONFIG)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        facts = dict(zip((file.name for file in files), pool.map(_facts, files), strict=True))
+    unfinished = folder / f".{MANIFEST}"
+    with open(unfinished, "w") as out:
+        json.dump({"format": _FORMAT, "files": facts}, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
+    os.replace(unfinished, folder / MANIFEST)
 
 
 def check_whole(folder: Path) -> None:
@@ -44,7 +49,9 @@ def check_whole(folder: Path) -> None:
     try:
         told = _differing(folder) if (folder / MANIFEST).exists() else None
         told = told or incomplete(folder)
-    except OSError as error:  # of a bad disk, which gives back no content
+    except OSError as error:
+        if error.errno != errno.EIO:  # of a bad disk, which gives back no content; others may pass
+            raise ConfigError(f"{folder} cannot be read: {error}; try again once it can") from error
         told = str(error)
     if told:
         raise DamagedCheckpoint(f"{folder} is damaged: {told}")

@@ -14,9 +14,9 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oprd_tune.errors import CheckpointError
+from oprd_tune.modeling.safe_reading import why
 from oprd_tune.run.export import STAGED, remove
 from oprd_tune.run.manifest import write_manifest
-from oprd_tune.run.safe_reading import why
 
 ADVICE = "Earlier checkpoints are kept; free some space, or lower keep_checkpoints, and continue with resume=true"
 _NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
@@ -58,7 +58,6 @@ class PendingCheckpoint:
         with self._lock:
             if self._is_published:  # the callback and `wait` both come here
                 return
-            write_manifest(self._staged)
             if os.path.lexists(self._target):  # a file or a link of that name
                 set_aside(self._target)
             os.replace(self._staged, self._target)
@@ -66,7 +65,8 @@ class PendingCheckpoint:
             for old in checkpoints_in(self._target.parent)[: -self._keep]:  # type: ignore[operator]
                 doomed = old.with_name(STAGED + old.name)  # a crash then leaves no half-removed checkpoint
                 os.replace(old, doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+            write_manifest(self._target)  # after it is safe: a large checkpoint takes a while to read again
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training
 
+from oprd_tune.modeling.safe_reading import load_state, load_tensors
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.export import quiet
-from oprd_tune.run.safe_reading import load_state, load_tensors
 from oprd_tune.training.schedules import restore_schedule
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of a model

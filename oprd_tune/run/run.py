@@ -133,6 +133,8 @@ class Run:
             self.step = load_checkpoint(
                 self.checkpoint, student.model, student.optimizer, self._stateful, seed=s.seed, ranks=self._ranks
             )
+        if data.teacher_benchmarks is not None and self.step and not self.journal.history.teacher_benchmarks:
+            print("eval.teacher: the teacher is asked before the first step only, so this run goes on without it")
         if self.checkpoint is not None and self.step >= s.max_steps:
             print(f"resume: step {self.step} is done, and max_steps is {s.max_steps}: nothing is left to train")
         self.journal.open(self._logger, data, first_step=self.step + (self.checkpoint is not None))
@@ -212,7 +214,7 @@ class Run:
             self._export("best")
 
     def _save(self) -> None:
-        if self._has_begun:  # before that, nothing has been learned
+        if self._has_begun and self.step > self.journal.history.skipped_steps:  # before that, nothing has been learned
             self._folder.save(self.step, self._student.model, self._student.optimizer, self._stateful)
 
     def _export(self, name: str) -> Path:

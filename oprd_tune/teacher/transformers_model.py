@@ -17,8 +17,8 @@ from oprd_tune.teacher.transformers_head import GivenStates, head_of
 # How families name their final norm. The embedding and the blocks are found by what they are.
 _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm")
 _NO_CACHE = (
-    "the teacher's architecture has no key-value cache that can drop rows, so it cannot be sampled from to measure its "
-    "accuracy; give evaluate_teacher: false"
+    "the teacher's architecture has no key-value cache that can drop rows, so it cannot be sampled from to measure how "
+    "good it is; give evaluate_teacher: false, and eval.teacher: false if there is a section eval"
 )
 
 
@@ -85,6 +85,13 @@ class TransformersDecoder(nn.Module):
         if columns is not None:
             columns.cache = self._cache_of(found)
         return self.output(found[0]).float()
+
+    @property
+    def cached_numbers(self) -> int:
+        """The size of a key and a value, over all heads. Families whose caches are smaller take less."""
+        heads = self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.tok_embeddings.weight.shape[1] // heads
+        return 2 * (getattr(self.config, "num_key_value_heads", None) or heads) * size
 
     def _cache_of(self, found: Any) -> Any:
         cache = getattr(found, "past_key_values", None)

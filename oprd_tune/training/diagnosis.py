@@ -12,7 +12,7 @@ from oprd_tune.config import OPRDSettings
 from oprd_tune.losses.diagnostics import Probe
 from oprd_tune.losses.masking import response_tokens
 from oprd_tune.metrics.step import Metrics
-from oprd_tune.modeling.heads import Heads, LMHead
+from oprd_tune.modeling.heads import Heads, LMHead, why_no_matrix
 from oprd_tune.modeling.output import evaluating
 from oprd_tune.modeling.sharding import gathered
 from oprd_tune.modeling.taps import layer_taps
@@ -44,7 +44,10 @@ class Diagnosis:
     ) -> None:
         self._student, self._settings, self._ranks = student, settings, ranks
         self._every, self._heads = None, None
-        if pair.diagnosed:
+        what = why_no_matrix(teacher) if pair.diagnosed else None
+        if what is not None:  # a scaling that only shows in a loaded head
+            print(f"No diagnostics of next tokens, since the teacher's {what}.")
+        elif pair.diagnosed:
             self._every = settings.diagnostics_every_n_steps
             self._heads = Heads(LMHead(student), LMHead(teacher, "teacher_model"), pair.vocabulary)
 
@@ -70,7 +73,8 @@ class Diagnosis:
             return state_BSD.new_zeros(())
 
         taps = layer_taps(self._student, [heads.student.layer], look)
-        with evaluating(self._student), gathered(heads.student.module), taps:
+        eager = torch.compiler.set_stance("force_eager")  # blocks are compiled for training alone
+        with evaluating(self._student), gathered(heads.student.module), taps, eager:
             self._student(micro.tokens_BS)
         return probe.metrics
 

@@ -121,7 +121,7 @@ def test_a_disk_without_room_stops_the_run_before_weights_are_read(out, monkeypa
     cfg = load_config("tiny/oprd", output_dir=out, **SMALL)
     assert launch(recipe_class("oprd_distributed"), cfg) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: what the run writes to {out} will not fit (up to 36.2 MiB of 1.0 MiB free" in told
+    assert f"error: what the run writes to {out} will not fit (up to 18.1 MiB of 1.0 MiB free" in told
     assert told.endswith("preflight=false starts all the same")
     monkeypatch.undo()
     (out / "checkpoints" / "step_00000004").mkdir(parents=True)  # of a run that resumes: room that it has already

@@ -112,6 +112,16 @@ def test_two_steps_and_two_more_are_four_bit_by_bit(tmp_path, extra):
     assert_same_student(whole, parts)
 
 
+def test_an_optimizer_without_state_is_saved_and_resumed_too(tmp_path):
+    sgd = {"optimizer._component_": "torch.optim.SGD", "optimizer.lr": 1e-2, "checkpoint_every_n_steps": 2}
+    schedule = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
+    run_recipe(NAME, CONFIG, tmp_path / "whole", **sgd, **schedule)
+    run_recipe(NAME, CONFIG, tmp_path / "parts", **sgd, **schedule, max_steps=2)
+    recipe = run_recipe(NAME, CONFIG, tmp_path / "parts", **sgd, **schedule, resume="true")
+    assert recipe.run.checkpoint.name == "step_00000002"
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_sigterm_saves_and_the_run_goes_on_from_there(out, tmp_path):
     run_recipe(NAME, CONFIG, tmp_path / "whole")
     recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **SMALL))

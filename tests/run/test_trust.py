@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader, metadata
 
 from oprd_tune.errors import ConfigError, DamagedCheckpoint
+from oprd_tune.modeling.safe_reading import SafeReader, read_metadata
 from oprd_tune.run.export import export_checkpoint
 from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.run.manifest import MANIFEST, write_manifest
 from oprd_tune.run.restore import load_checkpoint
-from oprd_tune.run.safe_reading import SafeReader, read_metadata
 from oprd_tune.run.trusted import find_trusted
 from tests.conftest import SMALL, load_config, make_model, recipe_class, run_recipe
 

@@ -9,6 +9,7 @@ from torchtune.modules import TransformerDecoder
 from oprd_tune.modeling.adapters import merged_while_gathered
 from oprd_tune.modeling.output import device_of, evaluating
 from oprd_tune.modeling.sharding import gathered
+from oprd_tune.protocols import DecodesItself
 from oprd_tune.rollout.native.decoding import incremental_decoding
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.rollout.responses import Response, pack_responses
@@ -24,8 +25,11 @@ def sampling_bytes(model: TransformerDecoder, *, rows: int, columns: int, dtype:
         columns: tokens of the longest row, prompt included.
         dtype: the dtype of keys and values.
     """
-    attention = model.layers[0].attn
-    column = 2 * attention.num_kv_heads * attention.head_dim * dtype.itemsize
+    if isinstance(model, DecodesItself):
+        column = model.cached_numbers * dtype.itemsize
+    else:
+        attention = model.layers[0].attn
+        column = 2 * attention.num_kv_heads * attention.head_dim * dtype.itemsize
     logits = 4 * model.tok_embeddings.num_embeddings * 4  # four copies: the model's output, fp32, weights, padded
     # A growing cache may hold a quarter more than is filled, and a copy of one layer.
     return int(rows * (1.25 * column * columns * (len(model.layers) + 1) + logits))

@@ -154,7 +154,13 @@ def load_state(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def incomplete(checkpoint: Path) -> str | None:
-    """Which file of a checkpoint is missing or shorter than its metadata says; None if none is. Reads little."""
+    """Which file of a checkpoint is missing or shorter than its metadata says; None if none is. Reads little.
+
+    Raises:
+        ConfigError: if a file is a link, which may lead anywhere.
+    """
+    if links := [entry.name for entry in checkpoint.iterdir() if entry.is_symlink()]:
+        raise ConfigError(f"{checkpoint / links[0]} is a link; a checkpoint has only files of its own")
     if not zipfile.is_zipfile(checkpoint / STATE):  # the table of a zip stands at its end
         return f"{STATE} is missing or damaged"
     try:
