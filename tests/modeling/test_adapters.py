@@ -50,7 +50,7 @@ def files(tmp_path):
 
 
 def load(files, kind, *, sharding=None, **settings):
-    settings = OPRDSettings("", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, **{"dtype": "fp32", **settings})
+    settings = OPRDSettings("out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, **{"dtype": "fp32", **settings})
     return load_student(ADAPTERS[kind], files, settings, top=DEPTH, trains_head=False, device=CPU, sharding=sharding)
 
 

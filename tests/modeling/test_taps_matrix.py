@@ -121,7 +121,7 @@ def load(files, monkeypatch):
 
     def of(trained, *, checkpointed, compiled, sharded):
         settings = OPRDSettings(
-            "",
+            "out",
             max_steps=1,
             max_prompt_tokens=1,
             max_new_tokens=1,

@@ -86,7 +86,7 @@ def make_student(kind, folder, ranks=None):
     else:
         build = tiny_qwen2 if kind == "tied" else lambda: lora_tiny_qwen2(use_dora=kind == "dora")
         sizes = {"max_steps": 1, "max_prompt_tokens": 1, "max_new_tokens": 1}
-        settings = OPRDSettings(output_dir="", dtype="fp32", seed=3, activation_checkpointing=True, **sizes)
+        settings = OPRDSettings(output_dir="out", dtype="fp32", seed=3, activation_checkpointing=True, **sizes)
         sharding = Sharding(ranks, compute_dtype=dtype) if ranks.world_size > 1 else None
         model = load_student(build, files, settings, top=4, trains_head=False, device=cpu, sharding=sharding)
     move(model, "lora_b", by=0.05)  # adapters that do something
