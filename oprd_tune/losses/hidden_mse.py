@@ -21,6 +21,7 @@ from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.masking import PARTS
 from oprd_tune.losses.streaming import check_one_a_token, streamed_sum
+from oprd_tune.metrics.history import COSINE_MAP
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import Projections
 from oprd_tune.types import LayerPair, Selection
@@ -197,7 +198,7 @@ class LayerStream:
         if layer == self.layers[-1]:
             sum_LP = torch.stack(self._cosines)
             count_LP = torch.bincount(self._selection.part_T, minlength=PARTS).expand_as(sum_LP)
-            self.metrics.add_map("layers/cosine_by_position", sum_LP, count_LP)
+            self.metrics.add_map(COSINE_MAP, sum_LP, count_LP)
             quarters = zip(sum_LP.sum(0).view(4, -1).sum(1), count_LP.sum(0).view(4, -1).sum(1), strict=True)
             for quarter, (total, states) in enumerate(quarters, start=1):
                 self.metrics.add(f"positions/cosine_quarter_{quarter}", total, states)

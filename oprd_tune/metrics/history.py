@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.figure import Figure
 
 WINDOW = 10  # steps over which lengths of responses are averaged
+COSINE_MAP = "layers/cosine_by_position"
 _MOST_COLUMNS = 256  # of the heatmap; with more, every second step is dropped
 
 
@@ -129,18 +131,18 @@ class History:
         figure.colorbar(image, label="cosine to the teacher")
         return figure
 
-    def position_figure(self, cosine_LP: list[list[float]]) -> Figure:
-        """Plot the cosine between student and teacher of one step as a layer × position heatmap.
-
-        In short responses a token covers several of the columns, of which only the first has a value.
-        """
-        for row in cosine_LP:
-            for place in range(1, len(row)):
-                row[place] = row[place - 1] if math.isnan(row[place]) else row[place]
-        figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(cosine_LP)), layout="constrained")
+    def map_figure(self, name: str, values: list[list[float]]) -> Figure:
+        """Plot a map of `Metrics.add_map`: `layers/cosine_by_position` with its axes, any other plainly."""
+        figure = Figure(figsize=(6.4, 1.6 + 0.16 * len(values)), layout="constrained")
         axes = figure.add_subplot()
-        extent = (0, 1, -0.5, len(cosine_LP) - 0.5)
-        image = axes.imshow(cosine_LP, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
+        if name != COSINE_MAP:
+            image = axes.imshow(values, origin="lower", aspect="auto", interpolation="nearest")
+            figure.colorbar(image, label=name)
+            return figure
+        # In short responses a token covers several of the columns, of which only the first has a value.
+        covered = [list(accumulate(row, _or_last)) for row in values]
+        extent = (0, 1, -0.5, len(values) - 0.5)
+        image = axes.imshow(covered, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
         axes.set(xlabel="place in the response, from its start to its end", ylabel="student layer")
         axes.set(yticks=range(len(self.layers)), yticklabels=self.layers)
         figure.colorbar(image, label="cosine to the teacher")
@@ -153,3 +155,7 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the data of a checkpoint."""
         self.__dict__.update(state)
+
+
+def _or_last(last: float, value: float) -> float:
+    return last if math.isnan(value) else value

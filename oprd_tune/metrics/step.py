@@ -42,13 +42,16 @@ class Metrics:
         self.add(name, value_T.detach().sum(dtype=torch.float64), value_T.numel())
 
     def add_map(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Add to the means of a map, cell by cell: the sum in each cell, and the number of its terms."""
+        """Add to the means of a map, cell by cell: the sum in each cell, and the number of its terms, [rows, columns].
+
+        A run draws it as a heatmap every `log_samples_every_n_steps` steps. Every rank adds the same maps.
+        """
         before = self._maps.get(name)
         new = (total.detach().double(), count.detach().double())
         self._maps[name] = new if before is None else (before[0] + new[0], before[1] + new[1])
 
     def note(self, name: str, value: Any) -> None:
-        """Keep anything that is no number, for the log of this rank."""
+        """Keep anything that is no number in `notes`. Of these, a run logs `diagnostics/tokens`; others are yours."""
         self.notes.setdefault(name, []).append(value)
 
     def set(self, name: str, value: float) -> None:

@@ -105,7 +105,7 @@ class Journal:
         text = samples_as_markdown(rollout, self._data.tokenizer, answers, getattr(evaluator, "grader", None))
         self._logger.log_text("rollout/samples", text, step)
         for name, map_LP in maps.items():
-            self._logger.log_figure(name, self.history.position_figure(map_LP), step)
+            self._logger.log_figure(name, self.history.map_figure(name, map_LP), step)
 
     def _show_differences(self, step: int, metrics: Metrics) -> None:
         """Log the tokens at which student and teacher differ most."""

@@ -215,3 +215,16 @@ def test_the_charts_that_matter_come_first_and_the_teacher_is_a_line_in_them(tmp
 
 def test_all_charts_of_the_glance_are_described_metrics():
     assert all(is_described(name) for name in GLANCE)
+
+
+def test_a_map_is_drawn_without_gaps_and_without_changing_it():
+    nan = math.nan
+    values = [[0.5, nan, 1.0, nan], [0.25, nan, 0.75, nan]]
+    history = History(layers=[2, 4])
+    drawn = history.map_figure("layers/cosine_by_position", values)
+    assert drawn.axes[0].images[0].get_array().tolist() == [[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.75, 0.75]]
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == ["2", "4"]
+    assert math.isnan(values[0][1])
+    other = history.map_figure("my/map", [[1.0, 2.0, 3.0]])
+    assert other.axes[0].get_ylabel() == ""
+    assert other.axes[1].get_ylabel() == "my/map"
