@@ -45,6 +45,7 @@ QUIET = ("evaluate_every_n_steps=5", "log_samples_every_n_steps=1000", "prefligh
 DEPTH, WIDTH = "smollm2_135m_pruned", "smollm2_135m_narrow"
 OPD, OPRD = (recipe_files()[f"{name}_distributed"] for name in ("opd_topk", "oprd"))
 LOSS, FULL_KL = "loss._component_=oprd_tune.losses.", "oprd_tune.losses.FullReverseKL"
+HELD = Path(__file__).parent / "held_near_start.py"
 LAST = 5  # steps over which the KL at the end is averaged
 
 
@@ -82,11 +83,12 @@ KINDS = {
             "full KL": Case(WIDTH, (1e-4, 3e-4), (f"loss._component_={FULL_KL}", *NO_PARTS, "~bridge")),
             "bridge": Case(
                 WIDTH,
-                (1e-4,),
+                (1e-4, 3e-4),
                 (f"{LOSS}BridgedMSE", "loss.normalisation=l2", *NO_PARTS, "recipe=oprd_distributed"),
                 OPRD,
             ),
-            "full KL + 100 bridge": Case(WIDTH, (1e-4,)),
+            "full KL + 100 bridge": Case(WIDTH, (1e-4, 3e-4)),
+            "full KL, held near its start": Case(WIDTH, (1e-4, 3e-4), recipe=HELD),
         },
         bridged="full KL + 100 bridge",
     ),

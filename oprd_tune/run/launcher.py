@@ -8,9 +8,9 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, Roll
 from oprd_tune.registry import asked_for_one_process, recipe_files
 from oprd_tune.run.folder_lock import release_all
 from oprd_tune.run.process import end_with_launcher
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 _USER_ERROR = 2
 _RESUME = "resume=true"
@@ -146,7 +149,7 @@ def _launch_ranks(recipe_file: str, processes: int) -> int:
     except SignalException as received:
         return 128 + received.sigval.value
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        rank, failure = _cause(failed.failures)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(
@@ -157,6 +160,23 @@ def _launch_ranks(recipe_file: str, processes: int) -> int:
             return 128 - failure.exitcode
         return failure.exitcode
     return 0
+
+
+def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank whose end was the first, and how it ended.
+
+    Ends are dated to the second. Within one, a rank that was killed comes before those that say what they had lost, and
+    these before those that gloo (SIGABRT) or the launcher (SIGTERM) ended.
+    """
+    start = min(failure.timestamp for failure in failures.values())
+    together = {rank: failure for rank, failure in failures.items() if failure.timestamp <= start + 1}
+
+    def place(rank: int) -> tuple[bool, bool]:
+        exitcode = together[rank].exitcode
+        return exitcode in (-signal.SIGABRT, -signal.SIGTERM), exitcode > 0
+
+    first = min(together, key=place)
+    return first, together[first]
 
 
 class StopSignals:

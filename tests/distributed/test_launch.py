@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from oprd_tune.registry import config_files, recipe_files
-from oprd_tune.run.launcher import _processes_for
+from oprd_tune.run.launcher import _cause, _processes_for
 from tests.conftest import SMALL
 
 SPREAD = {"teacher_placement": "sharded"}
@@ -80,6 +81,21 @@ def test_a_killed_rank_is_named(start, out):
     assert process.returncode == 128 + signal.SIGKILL
     assert re.search(r"rank 1 \(process \d+\) was ended by SIGKILL, so all others were stopped; resume=true", errors)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("ends", "first"),
+    [
+        ({0: (-signal.SIGABRT, 100), 1: (-signal.SIGKILL, 100), 2: (1, 100)}, 1),
+        ({0: (-signal.SIGABRT, 100), 1: (-signal.SIGKILL, 101)}, 1),
+        ({0: (-signal.SIGTERM, 100), 1: (2, 100)}, 1),
+        ({0: (-signal.SIGSEGV, 100), 1: (-signal.SIGKILL, 130)}, 0),
+        ({0: (-signal.SIGABRT, 100), 1: (1, 130)}, 0),
+    ],
+)
+def test_the_cause_is_told_from_what_followed_within_its_second(ends, first):
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=second) for rank, (code, second) in ends.items()}
+    assert _cause(failures) == (first, failures[first])
 
 
 def test_ranks_end_with_their_launcher(start, out):
