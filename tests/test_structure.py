@@ -17,7 +17,7 @@ LINES = {"recipes": 200, "oprd_tune": 300}
 FUNCTION_LINES = 60
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "types", "registry", "ranks", "protocols", "torchtune_compat", "_hook", "__init__"},
+    {"errors", "types", "registry", "ranks", "protocols", "torchtune_compat", "workers", "_hook", "__init__"},
     {"config", "losses", "modeling", "data", "grading", "metrics"},
     {"teacher", "rollout"},
     {"training", "preflight", "evaluation"},
@@ -27,8 +27,8 @@ LAYERS = [
 ONLY_IN = {
     "vllm": "rollout/vllm/",
     "torchao": "teacher/quantize.py",
-    "math_verify": "grading/verdict_worker.py",
-    "transformers": ("data/", "teacher/", "modeling/families/"),
+    "math_verify": "workers/verdict_worker.py",
+    "transformers": ("data/", "teacher/", "modeling/families/", "workers/template_worker.py"),
 }
 COMPAT = ROOT / "oprd_tune" / "torchtune_compat.py"
 # Attributes of torchtune's objects that it does not promise; ours have other names.

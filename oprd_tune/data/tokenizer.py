@@ -11,6 +11,7 @@ from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 from torchtune.data import Message
 
+from oprd_tune.data.rendering import render
 from oprd_tune.data.token_bytes import TokenBytes, token_bytes
 from oprd_tune.data.tokenizer_files import load_tokenizer
 from oprd_tune.errors import ConfigError
@@ -109,7 +110,7 @@ class HuggingFaceTokenizer:
         A message is a mapping with `role`, `content` and whatever else the chat template reads.
 
         Raises:
-            ConfigError: if the folder has no chat template, or the template rejects a chat.
+            ConfigError: if the folder has no chat template, or `render` raises it.
         """
         return self.encode_batch(self._render(chats, add_generation_prompt=True))
 
@@ -120,7 +121,7 @@ class HuggingFaceTokenizer:
         follow. This returns the ids and which of them are masked. All are: prompts are not trained on.
 
         Raises:
-            ConfigError: if the folder has no chat template, or the template rejects the messages.
+            ConfigError: if the folder has no chat template, or `render` raises it.
         """
         turns = [{"role": m.role, "content": m.text_content} for m in messages]
         asks = bool(turns) and turns[-1] == {"role": "assistant", "content": ""}
@@ -129,23 +130,13 @@ class HuggingFaceTokenizer:
         return ids, [True] * len(ids)
 
     def _render(self, chats: Sequence[Sequence[Mapping[str, Any]]], *, add_generation_prompt: bool) -> list[str]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if self.chat_template is None:
             raise ConfigError(
                 f"{self._folder} has no chat template. For prompts of plain text, give dataset.prompt_template, such "
                 "as '{prompt}\\n'; else `tokenizer: FOLDER`, of a model with the same tokens and a chat template"
             )
-        try:
-            texts, _ = render_jinja_template(
-                conversations=chats,
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_texts, **self._template_variables},
-            )
-        except Exception as error:  # a template is a program of the folder's author
-            raise ConfigError(f"the chat template rejects this conversation: {error}") from error
-        return texts
+        variables = {**self._special_texts, **self._template_variables}
+        return render(self.chat_template, chats, add_generation_prompt=add_generation_prompt, **variables)
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check that the chat template reads each given variable, and copy them."""
@@ -155,9 +146,9 @@ class HuggingFaceTokenizer:
         if self.chat_template is None:
             raise ConfigError(f"{where} is given, but the folder has no chat template; leave it out")
         try:
-            environment = _environment(self.chat_template)
+            environment = _environment()
             read = find_undeclared_variables(environment.parse(self.chat_template))
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise ConfigError(f"the chat template cannot be read: {error}") from error
         own = read - _GIVEN - set(self._special_texts) - set(environment.globals)
         if unknown := sorted(set(given) - own):
@@ -166,8 +157,8 @@ class HuggingFaceTokenizer:
         return dict(given)
 
 
-def _environment(template: str) -> Environment:
+def _environment() -> Environment:
     """What transformers renders a chat template in: its tags, filters and functions. It offers no public way there."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return _compile_jinja_template(template).environment
+    return _compile_jinja_template("").environment  # to compile a stranger's template here would run parts of it

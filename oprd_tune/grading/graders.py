@@ -9,9 +9,9 @@ from pathlib import Path
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.grading import answers
-from oprd_tune.grading.process_pool import ProcessPool
+from oprd_tune.workers import ProcessPool, process_pool
 
-WORKER = Path(__file__).with_name("verdict_worker.py")
+WORKER = Path(process_pool.__file__).with_name("verdict_worker.py")
 _MOST_WORKERS = 8
 
 

@@ -36,13 +36,13 @@ class _Worker:
         self.job: int | None = None
         self.deadline = time.monotonic() + _START_SECONDS
         self._seconds = seconds
-        self._read = b""
+        self._read = bytearray()
 
     def send(self, number: int, job: Any) -> bool:
         """Hand out a job; False if the process has ended before."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.write(json.dumps(job, default=str).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
             return False
@@ -56,7 +56,7 @@ class _Worker:
         self._read += part
         if part and not self._read.endswith(b"\n"):
             return None
-        line, self._read = self._read, b""
+        line, self._read = bytes(self._read), bytearray()
         return line if part else b""
 
     def end(self) -> None:
@@ -77,26 +77,34 @@ class ProcessPool:
     Several threads may call; one call waits for the other.
 
     Args:
-        program: a Python file that calls `verdict_worker.serve`.
+        program: a Python file that calls `serving.serve`.
         seconds: the time limit of a job.
         workers: the most processes at once.
         megabytes: address space of a worker, where the system can limit it; 0 sets no limit.
+        idle_seconds: workers end when no job has come for so long; None keeps them.
 
     Attributes:
+        seconds: as given.
         late: how many jobs exceeded the time limit.
         died: how many jobs ended their process, for example by taking too much memory.
     """
 
-    def __init__(self, program: Path, *, seconds: float, workers: int, megabytes: int) -> None:
+    def __init__(
+        self, program: Path, *, seconds: float, workers: int, megabytes: int, idle_seconds: float | None = None
+    ) -> None:
         self._program = program
-        self._seconds = seconds
+        self.seconds = seconds
+        self._idle_seconds = idle_seconds
+        self._idle: threading.Timer | None = None
         self._most = workers
         self._megabytes = megabytes
         self.late = self.died = 0
         self._forget()
 
     def run(self, jobs: Sequence[Any]) -> list[Any]:
-        """The results of jobs, which are plain values, in their order; None for one that was late or died.
+        """The results of jobs, in their order; None for one that was late or died.
+
+        Jobs and results are values of JSON; what JSON does not have is sent as its text.
 
         Raises:
             ChildProcessError: if workers cannot start. The message says why.
@@ -114,6 +122,7 @@ class ProcessPool:
             finally:  # after an interrupt, a worker still at work would answer the next call
                 for worker in [worker for worker in self._workers if worker.job is not None]:
                     self._remove(worker)
+                self._close_when_idle()
             return results
 
     def close(self) -> None:
@@ -127,8 +136,17 @@ class ProcessPool:
         """The process ids of the workers."""
         return [worker.process.pid for worker in self._workers]
 
+    def _close_when_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        if self._idle_seconds is not None:
+            self._idle = threading.Timer(self._idle_seconds, self.close)
+            self._idle.daemon = True
+            self._idle.start()
+
     def _forget(self) -> None:
         self._owner = os.getpid()
+        self._idle = None
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
@@ -141,7 +159,7 @@ class ProcessPool:
                 waiting.popleft()
         coming = sum(not worker.is_ready for worker in self._workers)
         for _ in range(min(self._most - len(self._workers), len(waiting) - coming)):
-            self._workers.append(_Worker(self._program, self._seconds, self._megabytes))
+            self._workers.append(_Worker(self._program, self.seconds, self._megabytes))
 
     def _worth_a_look(self) -> list[tuple[_Worker, bool]]:
         """Wait until a worker has written, has ended or is late; returns those workers, and whether they are late."""

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from oprd_tune.grading.graders import WORKER
-from oprd_tune.grading.process_pool import ProcessPool
+from oprd_tune.workers.process_pool import ProcessPool
 
 # Jobs: a number is doubled; a text names a mishap.
 JOBS = """
 import os, sys, time
 sys.path.insert(0, {folder!r})
-from verdict_worker import serve
+from serving import serve
 
 def make_job():
     {setup}
@@ -153,7 +153,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path, job, seconds):
         textwrap.dedent(f"""
             import json, sys, threading, time
             from pathlib import Path
-            from oprd_tune.grading.process_pool import ProcessPool
+            from oprd_tune.workers.process_pool import ProcessPool
             pool = ProcessPool(Path({str(program)!r}), seconds=3, workers=2, megabytes=1024)
             pool.run([1] * 20)
             print(json.dumps(pool.pids), flush=True)

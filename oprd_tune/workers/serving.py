@@ -1,15 +1,14 @@
-"""The program of a grading process: it compares two mathematical texts by math-verify, one pair after the other.
+"""The loop of a worker process: it reads a line of JSON with a job, and writes a line of JSON with the result.
 
-`process_pool.py` starts it by its path, so it imports neither torch nor this package. It reads a line of JSON with a
-job, and writes a line of JSON with the result. A job that takes too long, or too much memory, ends the process: the
-parent starts another one. The process also ends when its parent is gone.
+A job that takes too long, or too much memory, ends the process: `process_pool.py` starts another one. The process also
+ends when its parent is gone. A program that calls `serve` is started by its path, so it imports neither torch nor this
+package.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import select
 import signal
@@ -80,30 +79,3 @@ def _is_large(megabytes: int) -> bool:
     except OSError:
         return False
     return megabytes > 0 and pages * os.sysconf("SC_PAGE_SIZE") > megabytes * 2**19
-
-
-def comparer() -> Callable[[Any], bool]:
-    """The job of grading: `[response, reference, stated]` → whether both are equal, as math-verify judges.
-
-    `stated` says that the response is the answer itself; otherwise math-verify looks for one in it.
-    """
-    from math_verify import parse, verify
-
-    logging.disable(logging.CRITICAL)  # it warns that its own time limit is off: ours replaces it
-
-    def compare(job: Any) -> bool:
-        response, reference, stated = job
-        try:
-            gold = parse(f"${reference}$", parsing_timeout=None)
-            found = parse(f"${response}$" if stated else response, parsing_timeout=None)
-            return bool(verify(gold, found, timeout_seconds=None))
-        except Exception:
-            return False
-
-    for response, stated in (("\\frac{1}{2}", True), ("The answer is 1/2.", False)):
-        compare([response, "0.5", stated])  # the first comparisons fill the caches of the parser
-    return compare
-
-
-if __name__ == "__main__":
-    serve(comparer)
