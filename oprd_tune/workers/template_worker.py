@@ -16,6 +16,7 @@ def renderer() -> Callable[[Any], Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def rendered(job: Any) -> Any:
+        """The answer to one job."""
         try:
             texts, size = [], 0
             for chat in job["chats"]:
