@@ -34,6 +34,7 @@ from oprd_tune.run import Run, join_run, launch
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
+from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.engine_start import start_engine
 from oprd_tune.training.gradients import split_alike
 from oprd_tune.training.student import Student
@@ -84,7 +85,8 @@ class OPDRecipe:
                 self.student.backward(sum_P, count_P, last=micro is micro_batches[-1])
             metrics.merge(stream.metrics)
 
-        with run.phase("optimizer"):
+        step = (self.student.model, self.teacher, micro_batches, self.select, self.ranks)
+        with run.phase("optimizer"), culprit_named(*step, final=True):
             loss = self.student.update(run.step + 1, metrics, part_names=self.loss.parts)
         return StepResult(loss, sampled, metrics)
 

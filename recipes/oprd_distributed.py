@@ -29,6 +29,7 @@ from oprd_tune.run import Run, join_run, launch
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
+from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.diagnosis import Diagnosis
 from oprd_tune.training.engine_start import start_engine
 from oprd_tune.training.gradients import split_alike
@@ -77,7 +78,8 @@ class OPRDRecipe:
                 self.student.backward(loss_sum, count, last=micro is micro_batches[-1])
             metrics.merge(stream.metrics)
 
-        with run.phase("optimizer"):
+        step = (self.student.model, self.teacher, micro_batches, self.select, self.ranks)
+        with run.phase("optimizer"), culprit_named(*step):
             loss = self.student.update(run.step + 1, metrics)
         return StepResult(loss, sampled, metrics)
 

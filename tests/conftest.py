@@ -1,5 +1,6 @@
 """Shared fixtures: small random models, and recipes run in-process."""
 
+import json
 import os
 import runpy
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torchtune.models.qwen2 import qwen2
 
 from oprd_tune.registry import config_files, recipe_files
+from oprd_tune.run.launcher import FAILED
 
 VOCAB, WIDTH, DEPTH = 23, 16, 3
 
@@ -76,7 +78,10 @@ def run_recipe(name, config, output_dir, **overrides):
     cfg = load_config(config, output_dir=output_dir, **{**SMALL, **overrides})
     recipe = recipe_class(name)(cfg)
     recipe.setup()
-    assert recipe.train() == 0
+    status = recipe.train()
+    summary = Path(output_dir) / "summary.json"
+    failed = summary.exists() and json.loads(summary.read_text())["failure"] is not None
+    assert status == (FAILED if failed else 0)
     return recipe
 
 

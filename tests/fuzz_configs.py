@@ -4,7 +4,9 @@
 
 A variant runs in this process until weights would be read. It ends well if it gets there, or if the recipe ends with a
 message and exit status 2. Anything else is a failure, and is printed: a traceback, another status, or no end within
-`SECONDS`. `--train` goes on with some of the variants that got there, for two steps.
+`SECONDS`. `--train` goes on with some of the variants that got there, for two steps. Several ranks must end alike:
+
+    torchrun --nproc_per_node 2 -m tests.fuzz_configs --variants 1000
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.training import FullModelHFCheckpointer
@@ -34,6 +38,7 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.config import OPRDSettings
 from oprd_tune.config.short_form import expand
 from oprd_tune.registry import config_files
+from oprd_tune.run import launcher
 from oprd_tune.run.launcher import launch
 from oprd_tune.torchtune_compat import component_at
 from tests.conftest import recipe_class
@@ -179,6 +184,8 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print every variant and what was said about it")
     asked = parser.parse_args()
     counts = {"refused": 0, "accepted": 0, "late": 0, "failed": 0}
+    if "RANK" in os.environ:
+        return _run_on_all_ranks(asked, counts)
     accepted = []
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(variants(asked.variants, seed=asked.seed)):
@@ -199,6 +206,31 @@ def main() -> int:
                 print(f"{outcome} in training: {variant.config} {variant.change}\n{text}", flush=True)
         print(f"trained: {counts}")
     return 0
+
+
+def _run_on_all_ranks(asked: Namespace, counts: dict[str, int]) -> int:
+    """Run the variants on every rank at once; returns 1 if one failed, or if the ranks disagree."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    first, alone = dist.get_rank() == 0, os.environ.pop("TORCHELASTIC_RUN_ID", None)  # no watch for each variant
+    assert alone is not None
+    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    keep_group = mock.patch.object(dist, "destroy_process_group")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(launcher, "_LATER_SECONDS", 0), keep_group:
+        place = [folder]
+        dist.broadcast_object_list(place)
+        for number, variant in enumerate(variants(asked.variants, seed=asked.seed)):
+            own = Path(place[0]) / str(number)
+            own.mkdir(exist_ok=True)
+            dist.all_gather_object(found, run(variant, own))
+            outcomes = sorted({outcome for outcome, _ in found})
+            alike = len(outcomes) == 1 and outcomes != ["failed"]
+            counts[outcomes[0] if alike else "failed"] += 1
+            if first and not alike:
+                print(f"failed: {variant.config} {variant.change}", *found, sep="\n", flush=True)
+        if first:
+            print(f"before weights are read, on {len(found)} ranks: {counts}", flush=True)
+        dist.barrier()  # the folder is the first rank's
+    return int(counts["failed"] > 0)
 
 
 def _made(folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oprd_tune.metrics.history import WINDOW, History
@@ -45,6 +45,19 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
         "best": best_is_elsewhere(name, rows, best, graded) if name and best and ended else None,
     }
     return {kind: sentence for kind, sentence in found.items() if sentence is not None}
+
+
+def failure(said: Mapping[str, str], *, steps: int, skipped_steps: int) -> str | None:
+    """Why a run that went on to its end did not succeed; None if it did.
+
+    Args:
+        said: its `remarks`.
+        steps: the number of optimizer steps.
+        skipped_steps: how many of them changed nothing.
+    """
+    if steps and steps == skipped_steps:
+        return f"the student has not changed: {said['skipped']}"
+    return said.get("worse")
 
 
 def falls(before: float, after: float, graded: int | None) -> bool:

@@ -32,7 +32,8 @@ class RunData:
         teacher_context: the number of tokens that the teacher can read.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
-        counts: by the config key of a data set, how many of its prompts are used, and how many were dropped.
+        counts: by the config key of a data set, how many of its prompts are used, were dropped and why, and have no
+            answer.
         benchmarks: what the student answers while it trains; None if the config has no section `eval`.
         teacher_benchmarks: the same for the teacher, in its own tokens; None if it is not to answer them.
     """
@@ -89,8 +90,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
     for name, dataset in datasets.items():
         check_offers(name, dataset, PromptSource)
         if dataset.dropped:
-            total, limit = dataset.dropped + len(dataset), s.max_prompt_tokens
-            print(f"{name}: {dataset.dropped} of {total} prompts are empty or longer than {limit} tokens: dropped")
+            print(f"{name}: {_dropped(dataset, s.max_prompt_tokens)}")
     pair.check_tokens(tokenizer, list(datasets.values()))
     if held_out is not None and held_out.has_answers and (parts.task_accuracy or parts.reference_perplexity):
         pair.check_answers(held_out)
@@ -126,10 +126,22 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
         teacher_context=pair.teacher_context,
         min_matched_share=s.min_matched_share,
         ranks=ranks,
-        counts={name: {"used": len(dataset), "dropped": dataset.dropped} for name, dataset in datasets.items()},
+        counts={name: _counts(dataset) for name, dataset in datasets.items()},
         benchmarks=benchmarks,
         teacher_benchmarks=teacher_benchmarks,
     )
+
+
+def _counts(dataset: PromptSource) -> Mapping[str, int]:
+    """What the summary says of a data set's prompts; one of the user's may not tell why it dropped some."""
+    return getattr(dataset, "counts", {"used": len(dataset), "dropped": dataset.dropped})
+
+
+def _dropped(dataset: PromptSource, limit: int) -> str:
+    """How many prompts were dropped, and why."""
+    total, why = dataset.dropped + len(dataset), getattr(dataset, "dropped_for", None)
+    each = "empty or longer" if why is None else f"{why['empty']} empty, {why['too_long']} longer"
+    return f"{dataset.dropped} of {total} prompts are dropped: {each} than {limit} tokens"
 
 
 def _open_benchmarks(

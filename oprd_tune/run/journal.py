@@ -17,7 +17,7 @@ from oprd_tune.evaluation.texts import differences_as_markdown, samples_as_markd
 from oprd_tune.losses.diagnostics import DIFFERENCES
 from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
-from oprd_tune.metrics.remarks import remarks
+from oprd_tune.metrics.remarks import failure, remarks
 from oprd_tune.metrics.step import Metrics, StepResult, rollout_metrics, speed_metrics
 from oprd_tune.metrics.step_log import StepLog, remove_from_step
 from oprd_tune.preflight.data import RunData
@@ -187,25 +187,35 @@ class Journal:
         if self._logger is not None:
             self._logger.close()
 
-    def finish(self, student: Path, **facts: Any) -> None:
-        """Write the summary and its plot, print the summary, and close the logger. Every rank must call.
+    def finish(self, student: Path, *, steps: int, **facts: Any) -> bool:
+        """Write the summary and its plot, print the summary, and close the logger; returns whether the run succeeded.
 
-        `student` is the folder of the final student; the summary also records `facts`.
+        It did not if the student never changed, or if it ended worse than it began. Every rank must call.
+
+        Args:
+            student: the folder of the final student.
+            steps: the number of optimizer steps.
+            facts: what the summary records as well.
         """
         s, ranks = self._settings, self._ranks
-        facts |= {"seed": s.seed, "dtype": s.dtype}
+        facts |= {"steps": steps, "seed": s.seed, "dtype": s.dtype}
         facts["peak_memory_bytes"] = int(ranks.largest(peak_memory_bytes(ranks.device)))
         summary = summarise(self.history, **facts, device=ranks.device.type, world_size=ranks.world_size)
         summary["graded_answers"] = self._graded
         summary["prompts"] = self._data.counts
-        summary["remarks"] = list(self._remarks(ended=True).values())
+        said = self._remarks(ended=True)
+        summary["remarks"] = list(said.values())
+        summary["failure"] = failure(said, steps=steps, skipped_steps=self.history.skipped_steps)
         self.close()
         if ranks.first:
             folder = Path(s.output_dir)
             write_summary(folder, summary, self.history)
-            said = "".join(f"  ! {sentence}\n" for sentence in summary["remarks"])
-            said = said and f"\n{said}"
-            print(f"\n{as_table(summary)}\n{said}\n  student     {student}\n  everything  {folder}")
+            lines = "".join(f"  ! {sentence}\n" for sentence in said.values())
+            lines = lines and f"\n{lines}"
+            print(f"\n{as_table(summary)}\n{lines}\n  student     {student}\n  everything  {folder}")
+            if summary["failure"] is not None:
+                print(f"\nThis run has failed (exit status 3): {summary['failure']}", file=sys.stderr)
+        return summary["failure"] is None
 
     def _write(self, metrics: dict[str, float], step: int) -> None:
         if self._logger is not None:

@@ -26,6 +26,7 @@ from oprd_tune.run.process import end_with_launcher
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+FAILED = 3  # the exit status of a run that went to its end, and has helped nothing
 _USER_ERROR = 2
 _RESUME = "resume=true"
 _LATER_SECONDS = 3.0
@@ -63,7 +64,7 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that a config can name the user's own components
     status = run_recipe(cast(Callable[[DictConfig], Recipe], make_recipe), cfg)
-    if status == 0 and dist.is_initialized():
+    if status in (0, FAILED) and dist.is_initialized():
         dist.destroy_process_group()
     return status
 

@@ -25,7 +25,7 @@ from oprd_tune.rollout import choose_engine
 from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.journal import Journal
-from oprd_tune.run.launcher import StopSignals
+from oprd_tune.run.launcher import FAILED, StopSignals
 from oprd_tune.run.records import read_config
 from oprd_tune.run.restore import load_checkpoint
 from oprd_tune.teacher import TeacherPlan
@@ -182,7 +182,10 @@ class Run:
         self._folder.wait()
 
     def finish(self) -> int:
-        """Export the final student and write the summary, or save after a signal; returns the exit status."""
+        """Export the final student and write the summary, or save after a signal; returns the exit status.
+
+        That is 0, or 3 if the student never changed or is worse than it was, or 128 and the number of the signal.
+        """
         if self._stopped:
             self.save()
             print(f"Stopped after step {self.step}; everything is saved. Continue with resume=true.")
@@ -191,9 +194,9 @@ class Run:
             return 128 + self._stopped
         final = self._export("final")
         self._folder.wait()
-        self.journal.finish(final, recipe=self._recipe, steps=self.step)
+        succeeded = self.journal.finish(final, recipe=self._recipe, steps=self.step)
         self._folder.release()
-        return 0
+        return int(self._ranks.largest(0 if succeeded else FAILED))  # no rank ends while the first one still writes
 
     def _evaluate(self) -> None:
         """Measure the student if it is time for that, and export it if it is the best student so far."""

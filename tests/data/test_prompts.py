@@ -52,6 +52,7 @@ def test_drops_empty_prompts_and_takes_answers_that_come_late(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load(str(path), prompt_column="q", answer_column="a")
     assert (len(data), data.dropped, data.has_answers) == (1599, 1, False)
+    assert data.counts == {"used": 1599, "dropped": 1, "empty": 1, "too_long": 0, "unanswered": 1500}
 
 
 def test_takes_splits_and_the_first_rows(tmp_path):
@@ -62,6 +63,7 @@ def test_takes_splits_and_the_first_rows(tmp_path):
 def test_drops_and_counts_prompts_that_are_too_long(tmp_path):
     data = load(write(tmp_path, ".jsonl"), max_prompt_tokens=4)
     assert (len(data), data.dropped) == (9, 20)
+    assert data.dropped_for == {"empty": 0, "too_long": 20}
 
 
 def test_wraps_prompts_in_a_plain_template(tmp_path):

@@ -47,7 +47,7 @@ def start(tmp_path):
     [("oprd_distributed", "tiny/oprd"), ("opd_topk_distributed", "tiny/opd_topk")],
 )
 def test_every_device_gets_a_process_and_the_first_one_speaks(start, out, recipe, config):
-    process = start(recipe, config, out)
+    process = start(recipe, config, out, **{"optimizer.lr": 1e-5})
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "Starting 2 processes" in output
@@ -64,6 +64,14 @@ def test_a_mistake_is_told_once(start, out):
     assert errors.count("error:") == 1
     assert "error: layers has [9]; the student's layers count from 1 to 4" in errors
     assert "Traceback" not in errors
+
+
+def test_ranks_of_a_run_that_helped_nothing_end_together(start, out):
+    process = start("oprd_distributed", "tiny/oprd", out, max_new_tokens=1, truncated_responses="drop", max_steps=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert errors.count("This run has failed (exit status 3): the student has not changed") == 1
+    assert json.loads((out / "summary.json").read_text())["world_size"] == 2
 
 
 def test_a_killed_rank_is_named(start, out):

@@ -74,13 +74,29 @@ def test_three_runs_make_two_groups(runs, out, capsys):
 def test_a_run_says_what_its_numbers_mean_once(out, capsys):
     overrides = {**SMALL, **QUICK, "max_steps": 12, "optimizer.lr": 1.0, "max_new_tokens": 1}
     cfg = load_config(CONFIG, output_dir=out, **{**overrides, "eval_dataset.count": 200})
-    assert launch(recipe_class(NAME), cfg) == 0
+    assert launch(recipe_class(NAME), cfg) == 3  # it is worse than it was
     printed = capsys.readouterr()
-    remarks = json.loads((out / "summary.json").read_text())["remarks"]
-    worse, endless = remarks
+    summary = json.loads((out / "summary.json").read_text())
+    worse, endless = remarks = summary["remarks"]
+    assert summary["failure"] == worse
+    assert f"\nThis run has failed (exit status 3): {worse}\n" in printed.err
+    assert (out / "final" / "model.safetensors.index.json").exists() or list((out / "final").glob("*.safetensors"))
     assert worse.startswith("worse than at the start: the best was step 0 (accuracy 0.")
     assert endless.startswith("responses never end: ")
     assert all(f"  ! {sentence}\n" in printed.out for sentence in remarks)
-    assert printed.err.count("worse than at the start") == 1
+    assert (printed.out.count(worse), printed.err.count(worse)) == (1, 2)  # when it happens, and at the end
     assert "step 10: responses never end" in printed.err
     assert printed.err.count("responses never end") == 1
+
+
+@pytest.mark.parametrize("recipe", ["oprd_distributed", "opd_topk_distributed"])
+def test_a_run_that_never_changed_its_student_is_no_success(out, capsys, recipe):
+    config = {"oprd_distributed": "tiny/oprd", "opd_topk_distributed": "tiny/opd_topk"}[recipe]
+    cut = {"max_new_tokens": 1, "truncated_responses": "drop", "max_steps": 2}
+    assert launch(recipe_class(recipe), load_config(config, output_dir=out, **SMALL | cut)) == 3
+    failure = json.loads((out / "summary.json").read_text())["failure"]
+    assert failure.startswith("the student has not changed: 2 steps were skipped since no token was selected; see tr")
+    assert f"exit status 3): {failure}" in capsys.readouterr().err
+    again = load_config(config, output_dir=out, **SMALL | cut, seed=1)
+    assert launch(recipe_class(recipe), again) == 2
+    assert "holds another run" in capsys.readouterr().err

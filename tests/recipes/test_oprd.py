@@ -32,7 +32,9 @@ def test_the_student_approaches_its_teacher(out):
     assert summary["teacher"] > 0.99
     assert summary["steps"] == 60
     used = {"dataset": 5000, "eval_dataset": 400}
-    assert summary["prompts"] == {name: {"used": count, "dropped": 0} for name, count in used.items()}
+    assert summary["prompts"] == {
+        name: {"used": count, "dropped": 0, "empty": 0, "too_long": 0, "unanswered": 0} for name, count in used.items()
+    }
     history = recipe.run.journal.history
     first, last = (history.cosines[step] for step in (1, 60))
     assert all(after > before for before, after in zip(first, last, strict=True))
@@ -338,6 +340,7 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_student(tmp_pat
 
     def run(folder, *extra):
         overrides = {**SMALL, "max_steps": 6, "checkpoint_every_n_steps": 2, "evaluate_every_n_steps": 3}
+        overrides["optimizer.lr"] = 1e-4
         words = [f"{key}={value}" for key, value in overrides.items()]
         command = [sys.executable, str(driver), "--config", str(config_files()[CONFIG]), f"output_dir={folder}"]
         return subprocess.run([*command, *words, *extra], capture_output=True, text=True, check=False)
