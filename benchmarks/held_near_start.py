@@ -9,15 +9,16 @@ the student near where it started. What is left of a bridge's gain here is stabi
 from __future__ import annotations
 
 import sys
-from copy import deepcopy
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import config
 
+from oprd_tune.preflight import load_pair
 from oprd_tune.run import load_recipe
 from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.teacher.loading import load_teacher
 from oprd_tune.types import LayerPair, TeacherTargets
 
 
@@ -25,12 +26,15 @@ class HeldNearStart:
     """A teacher whose hidden states are those of the student as it was, and whose final states are its own.
 
     Args:
-        recipe: set up, and not trained yet.
+        recipe: set up. Its student is read once more, as it was before training.
     """
 
     def __init__(self, recipe: Any) -> None:
         own_layers = [LayerPair(pair.student, pair.student) for pair in recipe.pairs]
-        self._start = FrozenTeacher(deepcopy(recipe.student.model), own_layers)
+        parts, s = recipe.run.parts, recipe.settings
+        files = load_pair(parts, s, hidden_loss=True, token_loss=True).student_files
+        start, _ = load_teacher(parts.model, files, dtype=s.torch_dtype, device=recipe.ranks.device)
+        self._start = FrozenTeacher(start, own_layers)
         self._teacher, self._bridge = recipe.teacher, recipe.bridge
 
     def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
