@@ -40,6 +40,5 @@ if __name__ == "__main__":
         name="bridge",
         title="# A bridge from a wider, deeper teacher of another seed, on the embedded models",
         description=__doc__,
-        bold="full KL + bridge",
         seeds=SEEDS,
     )

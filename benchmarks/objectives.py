@@ -25,6 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from oprd_tune.compare.past_run import run_of_summary
+from oprd_tune.compare.picture import AXES, Panel, draw
+from oprd_tune.compare.seed_groups import Group
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
 
 RESULTS = Path(__file__).parent / "results"
@@ -183,32 +186,17 @@ def as_table(found: dict[str, Any], args: argparse.Namespace, *, title: str) -> 
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict[str, Any], path: Path, *, bold: str) -> None:
-    """Accuracy against steps and against seconds of the training loop, means over the seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    by_step, by_second = figure.subplots(1, 2, sharey=True)
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Accuracy against steps and against seconds of the training loop: means over the seeds, and their spread."""
     order = sorted(found, key=lambda name: -mean(found[name], "gap_closed"))
-    for name in order:
-        runs = [summary["evaluations"] for summary in finished(found[name])]
-        columns = list(zip(*runs, strict=True))
-        accuracy = [statistics.fmean(e["accuracy"] for e in column) for column in columns]
-        style = {"label": name, "marker": "o", "markersize": 3, "linewidth": 2.5 if name == bold else 1.2}
-        by_step.plot([column[0]["step"] for column in columns], accuracy, **style)
-        by_second.plot([statistics.fmean(e["seconds"] for e in column) for column in columns], accuracy, **style)
-    teacher = next(summary["teacher"] for name in order for summary in finished(found[name]))
-    for axes, label in ((by_step, "optimizer steps"), (by_second, "seconds in the training loop")):
-        axes.axhline(teacher, color="black", linestyle="--", linewidth=1)
-        axes.set(xlabel=label, ylim=(0, 1.03))
-        axes.grid(alpha=0.3)
-    by_step.set_ylabel("held-out accuracy, sampled at T = 1")
-    figure.legend(*by_step.get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    figure.savefig(path, dpi=130)
+    runs = {name: tuple(run_of_summary(name, summary) for summary in finished(found[name])) for name in order}
+    groups = [Group(name, several) for name, several in runs.items() if several]
+    panels = [Panel("held-out accuracy, sampled at T = 1", "eval/accuracy", against=axis) for axis in AXES]
+    draw(groups, panels=panels).savefig(path, dpi=130, pil_kwargs={"optimize": True})
 
 
 def compare(
-    cases: Mapping[str, Case], *, name: str, title: str, description: str | None, bold: str, seeds: tuple[int, ...]
+    cases: Mapping[str, Case], *, name: str, title: str, description: str | None, seeds: tuple[int, ...]
 ) -> None:
     """Parse the command line, measure, and write table, numbers and plot under `name`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,7 +212,7 @@ def compare(
     (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     table = as_table(found, args, title=title)
     (args.out / f"{name}.md").write_text(table)
-    plot(found, args.out / f"{name}.png", bold=bold)
+    plot(found, args.out / f"{name}.png")
     print(table)
 
 
@@ -234,6 +222,5 @@ if __name__ == "__main__":
         name="objectives",
         title="# Objectives on the embedded pair",
         description=__doc__,
-        bold="OPRD",
         seeds=SEEDS,
     )

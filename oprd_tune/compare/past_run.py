@@ -129,6 +129,11 @@ def read_runs(folders: Sequence[Path]) -> list[PastRun]:
     return [_read(folder, name) for (_, folder), name in zip(unique, names, strict=True)]
 
 
+def run_of_summary(name: str, summary: Mapping[str, Any]) -> PastRun:
+    """A finished run of which no more is left than its `summary.json`: evaluations and totals."""
+    return PastRun(Path(), name, {}, summary["seed"], _lines_of(summary), summary)
+
+
 def _read(folder: Path, name: str) -> PastRun:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give the output_dir of a run")

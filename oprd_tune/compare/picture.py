@@ -18,19 +18,25 @@ _WIDE = 20.0  # a curve whose values span more than this factor is drawn on a lo
 _OUTLIER = 2.0  # a step that took so many times what 98 % of the steps took leaves the picture
 _FEW = 30  # points that are marked one by one
 _COLUMNS = 4
+_LINE_INCHES, _LETTER_INCHES, _ROW_INCHES = 0.6, 0.065, 0.17  # of a legend's entry
 _ACCURACY, _PERPLEXITY, _SECONDS = "eval/accuracy", "eval/perplexity", "time/step"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: a title, and the metric that it shows, as a pattern of its whole name.
+    """One panel.
 
-    `benchmark` is the name of the benchmark whose answers it is about, if it is about one.
+    Attributes:
+        title: stands above it.
+        pattern: of the whole name of the metric that it shows.
+        benchmark: the name of the benchmark whose answers it is about, if it is about one.
+        against: a key of `AXES`; None takes the picture's.
     """
 
     title: str
     pattern: str
     benchmark: str | None = None
+    against: str | None = None
 
     @property
     def teacher(self) -> str | None:
@@ -51,7 +57,7 @@ PANELS = [
 ]
 
 
-def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
+def draw(groups: Sequence[Group], *, against: str = "steps", panels: Sequence[Panel] | None = None) -> Figure:
     """Draw a panel for each metric that some run has logged, and a colour for each group.
 
     Lines are means over the runs of a group, bands go from the smallest to the largest. Of long curves, neighbouring
@@ -60,9 +66,11 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
     Args:
         groups: the runs.
         against: `steps` or `seconds`.
+        panels: what to show; None shows `PANELS` and a panel for each benchmark.
     """
-    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks)
-    panels = [PANELS[0], *(Panel(f"{name}, Avg@k", f"eval/{name}/avg_at_k", name) for name in names), *PANELS[1:]]
+    if panels is None:
+        names = dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks)
+        panels = [PANELS[0], *(Panel(f"{name}, Avg@k", f"eval/{name}/avg_at_k", name) for name in names), *PANELS[1:]]
     shown = [(panel, [group.curve(panel.pattern) for group in groups]) for panel in panels]
     shown = [(panel, curves) for panel, curves in shown if any(curves)]
     columns = max(1, min(_COLUMNS if len(shown) > 6 else 3, len(shown)))
@@ -71,7 +79,7 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for (panel, curves), axes in zip(shown, grid, strict=False):
         for number, curve in enumerate(curves):
-            _plot(axes, curve, against, f"C{number}")
+            _plot(axes, curve, panel.against or against, f"C{number}")
         axes.set_title(panel.title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
@@ -82,7 +90,7 @@ def draw(groups: Sequence[Group], *, against: str = "steps") -> Figure:
         if place >= len(shown):
             axes.set_axis_off()
         elif place + columns >= len(shown):
-            axes.set_xlabel(AXES[against], fontsize=9)
+            axes.set_xlabel(AXES[shown[place][0].against or against], fontsize=9)
     _add_legend(figure, groups, grid[len(shown) :])
     return figure
 
@@ -137,4 +145,8 @@ def _add_legend(figure: Any, groups: Sequence[Group], empty: Sequence[Any]) -> N
     if empty:
         empty[0].legend(handles=lines, loc="center left", fontsize=9, frameon=False)
     else:
-        figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), fontsize=9, frameon=False)
+        wide = _LINE_INCHES + _LETTER_INCHES * max(len(line.get_label()) for line in lines)
+        fitting = max(1, int(figure.get_figwidth() / wide))
+        columns = min(_COLUMNS, len(lines), fitting)
+        figure.set_figheight(figure.get_figheight() + _ROW_INCHES * math.ceil(len(lines) / columns))
+        figure.legend(handles=lines, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
