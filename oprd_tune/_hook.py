@@ -2,12 +2,13 @@
 
 `oprd_tune.pth` holds one line, which runs when the interpreter starts. It puts a finder in front of Python's own. The
 finder imports nothing and answers for one module only: torchtune's recipe registry. Then it removes itself and calls
-this file. `OPRD_TUNE_NO_HOOK=1` switches the hook off.
+this file, which also lets a job of several ranks end in one line. `OPRD_TUNE_NO_HOOK=1` switches the hook off.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -22,9 +23,11 @@ def registry_spec(path: Sequence[str] | None) -> ModuleSpec | None:
 
     def execute_and_register(module: ModuleType) -> None:
         execute(module)
+        from oprd_tune.failed_ranks import end_quietly
         from oprd_tune.registry import register
 
         register(module)
+        end_quietly(sys.argv[1:])
 
     spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
     return spec

@@ -17,7 +17,18 @@ LINES = {"recipes": 200, "oprd_tune": 300}
 FUNCTION_LINES = 60
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "types", "registry", "ranks", "protocols", "torchtune_compat", "workers", "_hook", "__init__"},
+    {
+        "errors",
+        "types",
+        "registry",
+        "ranks",
+        "failed_ranks",
+        "protocols",
+        "torchtune_compat",
+        "workers",
+        "_hook",
+        "__init__",
+    },
     {"config", "losses", "modeling", "data", "grading", "metrics"},
     {"teacher", "rollout"},
     {"training", "preflight", "evaluation"},

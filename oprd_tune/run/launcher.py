@@ -8,9 +8,9 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
+from oprd_tune.failed_ranks import quieten_torchrun, tell
 from oprd_tune.registry import asked_for_one_process, recipe_files
 from oprd_tune.run.folder_lock import release_all
 from oprd_tune.run.process import end_with_launcher
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
 FAILED = 3  # the exit status of a run that went to its end, and has helped nothing
 _USER_ERROR = 2
 _RESUME = "resume=true"
-_LATER_SECONDS = 3.0
+_LATER_SECONDS = 8.0
 _LOST_PEER = ("Connection reset by peer", "Connection closed by peer")  # gloo's messages
 
 
@@ -145,39 +143,14 @@ def _launch_ranks(recipe_file: str, processes: int) -> int:
 
     print(f"Starting {processes} processes, one for each GPU.", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, but prints a warning
+    quieten_torchrun()
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={processes}", recipe_file, *sys.argv[1:]]))
     except SignalException as received:
         return 128 + received.sigval.value
     except ChildFailedError as failed:
-        rank, failure = _cause(failed.failures)
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(
-                f"error: rank {rank} (process {failure.pid}) was ended by {name}, so all others were stopped; "
-                "resume=true continues from the last checkpoint",
-                file=sys.stderr,
-            )
-            return 128 - failure.exitcode
-        return failure.exitcode
+        return tell(failed.failures)
     return 0
-
-
-def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank whose end was the first, and how it ended.
-
-    Ends are dated to the second. Within one, a rank that was killed comes before those that say what they had lost, and
-    these before those that gloo (SIGABRT) or the launcher (SIGTERM) ended.
-    """
-    start = min(failure.timestamp for failure in failures.values())
-    together = {rank: failure for rank, failure in failures.items() if failure.timestamp <= start + 1}
-
-    def place(rank: int) -> tuple[bool, bool]:
-        exitcode = together[rank].exitcode
-        return exitcode in (-signal.SIGABRT, -signal.SIGTERM), exitcode > 0
-
-    first = min(together, key=place)
-    return first, together[first]
 
 
 class StopSignals:

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from oprd_tune.failed_ranks import cause
 from oprd_tune.registry import config_files, recipe_files
-from oprd_tune.run.launcher import _cause, _processes_for
+from oprd_tune.run.launcher import _processes_for
 from tests.conftest import SMALL
 
 SPREAD = {"teacher_placement": "sharded"}
@@ -64,6 +65,21 @@ def test_a_mistake_is_told_once(start, out):
     assert errors.count("error:") == 1
     assert "error: layers has [9]; the student's layers count from 1 to 4" in errors
     assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_mistake_is_the_last_line_of_a_job_of_torchrun(tmp_path, copied):
+    tune = Path(sys.executable).with_name("tune")
+    recipe = "oprd_distributed"
+    if copied:
+        (tmp_path / "mine.py").write_text(recipe_files()[recipe].read_text())
+        recipe = "mine.py"
+    command = [str(tune), "run", "--nproc_per_node", "2", recipe, "--config", "tiny/oprd", "layers=[9]"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: layers has [9]; the student's layers count from 1 to 4")
 
 
 def test_ranks_of_a_run_that_helped_nothing_end_together(start, out):
@@ -103,7 +119,7 @@ def test_a_killed_rank_is_named(start, out):
 )
 def test_the_cause_is_told_from_what_followed_within_its_second(ends, first):
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=second) for rank, (code, second) in ends.items()}
-    assert _cause(failures) == (first, failures[first])
+    assert cause(failures) == (first, failures[first])
 
 
 def test_ranks_end_with_their_launcher(start, out):
