@@ -71,8 +71,10 @@ class Case:
         import torch
         from torchtune.models.qwen2 import qwen2
 
-        with torch.device("meta"):
-            model = qwen2(
+        from oprd_tune.modeling.weights import build_on_meta
+
+        def build() -> Any:
+            return qwen2(
                 vocab_size=VOCABULARY,
                 num_layers=layers,
                 num_heads=12,
@@ -83,6 +85,8 @@ class Case:
                 rope_base=1_000_000.0,
                 tie_word_embeddings=True,
             )
+
+        model = build_on_meta(build)
         model = model.to(dtype).to_empty(device=device)
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)

@@ -171,7 +171,7 @@ class Projections(Protocol):
     """Makes states of unlike models comparable. A hidden-state loss needs these members of a bridge."""
 
     def student(self, layer: int, state_TD: Tensor) -> Tensor:
-        """The projected states of a student layer, [T, R]."""
+        """The projected states of a student layer, [T, R]. Autograd differentiates it in the backward pass."""
 
     def teacher(self, layer: int, state_TC: Tensor) -> Tensor:
         """The projected states, [T, R], of the teacher layer that this student layer is paired with."""

@@ -67,9 +67,10 @@ class OPDRecipe:
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss.hidden, self.teacher, micro_batches, self.select, self.ranks)
+        # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens.
+        chosen = [(response_tokens(micro), self.select(micro)) for micro in micro_batches]
 
-        for micro in micro_batches:
-            tokens, selection = response_tokens(micro), self.select(micro)
+        for micro, (tokens, selection) in zip(micro_batches, chosen, strict=True):
             with run.phase("teacher"):
                 targets = self.teacher.targets(micro.tokens_BS, selection.index_T, tokens.index_T)
             with run.phase("student"):

@@ -66,9 +66,10 @@ class OPRDRecipe:
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss, self.teacher, micro_batches, self.select, self.ranks)
+        # Before the loop, because counting waits for the device. Within it, nothing does.
+        selections = [self.select(micro) for micro in micro_batches]
 
-        for micro in micro_batches:
-            selection = self.select(micro)
+        for micro, selection in zip(micro_batches, selections, strict=True):
             with run.phase("teacher"):
                 targets = self.teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
             with run.phase("student"):

@@ -10,21 +10,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from oprd_tune.losses.hidden_mse import HiddenStateLoss, StateError, named_error
+from oprd_tune.losses.hidden_mse import HiddenStateLoss, named_error
+from oprd_tune.losses.state_errors import StateError, summed_error, unit_summed_error
 from oprd_tune.protocols import Projections
-
-
-def summed_error(student_TR: Tensor, teacher_TR: Tensor) -> Tensor:
-    """Per-token ‖z_S − z_T‖², shape [T]."""
-    return (student_TR - teacher_TR).square().sum(-1)
-
-
-def unit_summed_error(student_TR: Tensor, teacher_TR: Tensor) -> Tensor:
-    """Per-token error between unit vectors, 2 − 2 cos, shape [T]."""
-    return summed_error(F.normalize(student_TR, dim=-1), F.normalize(teacher_TR, dim=-1))
-
 
 BRIDGED_NORMALISATIONS: dict[str, StateError] = {
     "l2": unit_summed_error,

@@ -9,35 +9,22 @@ tokens in the whole optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from oprd_tune.config.checks import check_not_negative
 from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.masking import PARTS
-from oprd_tune.losses.streaming import check_one_a_token, streamed_sum
+from oprd_tune.losses.state_errors import StateError, StatePair, gradient_of, squared_error, unit_squared_error
+from oprd_tune.losses.streaming import evaluated_sum, selected_rows, widened
 from oprd_tune.metrics.history import COSINE_MAP
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import Projections
 from oprd_tune.types import LayerPair, Selection
-
-# Maps student and teacher states in fp32, each [T, D] (or [T, R] with a bridge), to one error per token, [T].
-StateError = Callable[[Tensor, Tensor], Tensor]
-
-
-def squared_error(student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
-    """Per-token ‖h − g‖² / D, shape [T]."""
-    return (student_TD - teacher_TD).square().mean(-1)
-
-
-def unit_squared_error(student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
-    """Per-token error between unit vectors, (2 − 2 cos) / D, shape [T]."""
-    return squared_error(F.normalize(student_TD, dim=-1), F.normalize(teacher_TD, dim=-1))
 
 
 class HiddenStateLoss:
@@ -45,7 +32,8 @@ class HiddenStateLoss:
 
     Args:
         error: a differentiable function of `student_TD` and `teacher_TD` that returns [T], or its dotted path. It runs
-            once per layer and microbatch, and its graph is freed before the next layer.
+            once per layer and microbatch, and its graph is freed before the next layer. The errors of `state_errors`
+            are not run: value and gradient are known in closed form.
         coefficient: factor on the whole loss.
 
     Attributes:
@@ -61,6 +49,7 @@ class HiddenStateLoss:
     def __init__(self, error: StateError | str, coefficient: float = 1.0) -> None:
         check_not_negative("loss.coefficient", coefficient)
         self.error: StateError = find_function("loss.error", error)
+        self.evaluate = gradient_of(self.error)
         self.coefficient = coefficient
         self.needs_calibration = False
         self.scales: dict[int, float] = {}
@@ -165,40 +154,46 @@ class LayerStream:
         self._loss, self._targets, self._selection, self._bridge = loss, targets, selection, bridge
         self.layers = [pair.student for pair in pairs]
         self._measured = measured
-        self._cosines: list[Tensor] = []  # of each layer, the sum in each part of the responses
+        self._squares: list[Tensor] = []  # of each layer, [T]
+        self._cosines: list[Tensor] = []
         self.total: Tensor | None = None
         self.metrics = Metrics()
 
     def __call__(self, layer: int, state_BSD: Tensor) -> Tensor:
         """Add one student layer's errors and return the running total."""
-        teacher_TD = self._targets.pop(layer)
+        teacher_TA = self._targets.pop(layer)
+        student_TA = selected_rows(state_BSD, self._selection.index_T)
+        if self._bridge is not None:
+            student_TA = self._bridge.student(layer, widened(student_TA))
+        factor = self._loss.coefficient / len(self.layers) / self._loss.scale(layer, self._bridge)
 
-        def sum_of_errors(state_TD: Tensor) -> Tensor:
-            student_TD = state_TD if self._bridge is None else self._bridge.student(layer, state_TD)
-            target_TD = teacher_TD.to(student_TD.dtype)
+        def evaluate(compared_TA: Tensor) -> tuple[Tensor, Tensor]:
+            pair = StatePair(widened(compared_TA), teacher_TA)
+            found = self._loss.evaluate(pair)
             if self._measured:
-                self._measure(layer, student_TD.detach(), target_TD)
-            scale = self._loss.scale(layer, self._bridge)
-            scale = torch.as_tensor(scale, dtype=student_TD.dtype, device=student_TD.device)
-            error_T = check_one_a_token("loss.error", self._loss.error(student_TD, target_TD), student_TD)
-            return (error_T / scale).sum()
+                self._measure(layer, pair)
+            gradient_TA = torch.mul(found.direction_TA, found.weight * factor, out=torch.empty_like(compared_TA))
+            return found.error_T.sum() * factor, gradient_TA
 
-        layer_sum = streamed_sum(state_BSD, self._selection.index_T, sum_of_errors)
-        term = layer_sum * (self._loss.coefficient / len(self.layers))
+        term = evaluated_sum(student_TA, evaluate)
         self.total = term if self.total is None else self.total + term
         return self.total
 
-    @torch.no_grad()
-    def _measure(self, layer: int, student_TD: Tensor, teacher_TD: Tensor) -> None:
-        cosine_T = F.cosine_similarity(student_TD, teacher_TD, dim=-1)
-        self.metrics.add_each(f"layers/mse_{layer:02d}", squared_error(student_TD, teacher_TD))
-        self.metrics.add_each(f"layers/cosine_{layer:02d}", cosine_T)
-        sum_P = cosine_T.new_zeros(PARTS, dtype=torch.float32)
-        self._cosines.append(sum_P.index_add_(0, self._selection.part_T, cosine_T.float()))
-        if layer == self.layers[-1]:
-            sum_LP = torch.stack(self._cosines)
-            count_LP = torch.bincount(self._selection.part_T, minlength=PARTS).expand_as(sum_LP)
-            self.metrics.add_map(COSINE_MAP, sum_LP, count_LP)
-            quarters = zip(sum_LP.sum(0).view(4, -1).sum(1), count_LP.sum(0).view(4, -1).sum(1), strict=True)
-            for quarter, (total, states) in enumerate(quarters, start=1):
-                self.metrics.add(f"positions/cosine_quarter_{quarter}", total, states)
+    def _measure(self, layer: int, pair: StatePair) -> None:
+        """Keep a layer's metrics of each token; sum those of all layers at the last one."""
+        self._squares.append(pair.square_T)
+        self._cosines.append(pair.cosine_T)
+        if layer < self.layers[-1]:
+            return
+        part_T, count = self._selection.part_T, len(self._selection)
+        error_LT, cosine_LT = torch.stack(self._squares) / pair.student_TA.shape[-1], torch.stack(self._cosines)
+        for name, value_LT in (("mse", error_LT), ("cosine", cosine_LT)):
+            for number, total in zip(self.layers, value_LT.sum(1, dtype=torch.float64), strict=True):
+                self.metrics.add(f"layers/{name}_{number:02d}", total, count)
+        zeros_LP = cosine_LT.new_zeros(len(self.layers), PARTS, dtype=torch.float32)
+        sum_LP = zeros_LP.index_add(1, part_T, cosine_LT.float())
+        count_LP = zeros_LP.index_add(1, part_T, torch.ones_like(cosine_LT, dtype=torch.float32))
+        self.metrics.add_map(COSINE_MAP, sum_LP, count_LP)
+        quarters = zip(sum_LP.sum(0).view(4, -1).sum(1), count_LP.sum(0).view(4, -1).sum(1), strict=True)
+        for quarter, (total, states) in enumerate(quarters, start=1):
+            self.metrics.add(f"positions/cosine_quarter_{quarter}", total, states)

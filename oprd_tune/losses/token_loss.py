@@ -18,8 +18,6 @@ from oprd_tune.modeling.heads import Heads, add_product, gathered_logits, head_l
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.types import ResponseTokens
 
-_ROWS_AT_ONCE = 32  # rows whose exponentials, [rows, V], exist at once in `logsumexp`
-
 
 @dataclass(frozen=True)
 class Side:
@@ -31,11 +29,11 @@ class Side:
 
     def logits(self) -> Tensor:
         """Logits of the whole vocabulary, [T, V]."""
-        return head_logits(self.state_TD, self.weight_VD).div_(self.temperature)
+        return divided_(head_logits(self.state_TD, self.weight_VD), self.temperature)
 
     def logits_on(self, ids_TK: Tensor) -> Tensor:
         """Logits of K tokens at each position, [T, K]; the other tokens' logits are not computed."""
-        return gathered_logits(self.state_TD, self.weight_VD, ids_TK).div_(self.temperature)
+        return divided_(gathered_logits(self.state_TD, self.weight_VD, ids_TK), self.temperature)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -148,7 +146,7 @@ class DenseTokenLoss(TokenLoss):
             chunk_total, logits_TV = self.objective(chunk, metrics)
             total += chunk_total
             del chunk  # frees one of its two [T, V]
-            logits_TV = logits_TV.div_(self.student_temperature).to(weight_VD.dtype)
+            logits_TV = divided_(logits_TV, self.student_temperature).to(weight_VD.dtype)
             gradient_TD[rows] = logits_TV @ weight_VD
             if gradient_VD is not None:
                 add_product(gradient_VD, logits_TV, student_TD[rows])
@@ -156,14 +154,18 @@ class DenseTokenLoss(TokenLoss):
         return HeadSum(total, gradient_TD, None if gradient_VD is None else DenseHeadGradient(gradient_VD))
 
 
-def logsumexp(logits_TV: Tensor) -> Tensor:
-    """log Σ_v exp, [T], formed without a second [T, V]."""
-    return torch.cat([rows.logsumexp(-1) for rows in logits_TV.split(_ROWS_AT_ONCE)])
-
-
 def log_softmax_(logits_TV: Tensor) -> Tensor:
-    """Log-probabilities, which overwrite the logits."""
-    return logits_TV.sub_(logsumexp(logits_TV).unsqueeze(-1))
+    """Log-probabilities, which overwrite the logits, in one kernel.
+
+    It subtracts each row's maximum before it sums, so a large offset that all logits share costs no precision. Each
+    value is read a last time by the thread that writes it, so the kernel may work in place.
+    """
+    return torch.log_softmax(logits_TV, dim=-1, out=logits_TV)
+
+
+def divided_(logits_TV: Tensor, temperature: float) -> Tensor:
+    """Divide in place; a temperature of 1 costs no pass over the logits."""
+    return logits_TV if temperature == 1 else logits_TV.div_(temperature)
 
 
 def row_dot(a_TV: Tensor, b_TV: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import HeadSum, SparseHeadGradient
 from oprd_tune.losses.reverse_kl import exact_kl, score_gradient
-from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Side, TokenLoss, logsumexp
+from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Side, TokenLoss, divided_, log_softmax_
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads, weighted_rows, wide
 from oprd_tune.protocols import RolloutEngine
@@ -21,46 +21,42 @@ from oprd_tune.types import ResponseTokens
 
 @dataclass(frozen=True)
 class Support:
-    """The support 𝒮 at each token of a chunk, with the logits and masses that were computed to choose it.
+    """The support 𝒮 at each token of a chunk, with what is known since it was chosen.
 
     Attributes:
+        ids_TK: the tokens.
         repeated_TK: True where an id repeats the one before it in its row; None if ids cannot repeat.
-        student_TK: the student's logits on the support, divided by its temperature; None if not computed yet.
-        teacher_TK: the same for the teacher.
-        student_normaliser_T: log Σ_v exp of all such logits of the student; None if its head did not run.
-        teacher_normaliser_T: the same for the teacher.
+        log_p_TK: the student's log-probabilities on the support; None if its head did not run.
+        log_q_TK: the same of the teacher.
         student_mass_T: P(𝒮), if the sampler reported it.
     """
 
     ids_TK: Tensor
     repeated_TK: Tensor | None = None
-    student_TK: Tensor | None = None
-    teacher_TK: Tensor | None = None
-    student_normaliser_T: Tensor | None = None
-    teacher_normaliser_T: Tensor | None = None
+    log_p_TK: Tensor | None = None
+    log_q_TK: Tensor | None = None
     student_mass_T: Tensor | None = None
 
 
 def student_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The student's top-k. Only the student's head runs, without gradient."""
-    logits_TK, ids_TK, normaliser_T = _top(student, k)
-    return Support(ids_TK, student_TK=logits_TK, student_normaliser_T=normaliser_T)
+    top = _top(student, k)
+    return Support(top.ids_TK, log_p_TK=top.log_p_TK)
 
 
 def teacher_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The teacher's top-k. Only the teacher's head runs, so P(𝒮) is not known."""
-    logits_TK, ids_TK, normaliser_T = _top(teacher, k)
-    return Support(ids_TK, teacher_TK=logits_TK, teacher_normaliser_T=normaliser_T)
+    top = _top(teacher, k)
+    return Support(top.ids_TK, log_q_TK=top.log_p_TK)
 
 
 def union_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
     """The union of both top-k, each token counted once. Both heads run once."""
-    _, student_ids_TK, student_T = _top(student, k)
-    _, teacher_ids_TK, teacher_T = _top(teacher, k)
-    ids_TK = torch.cat([student_ids_TK, teacher_ids_TK], dim=1).sort(dim=1).values
+    tops = _top(student, k), _top(teacher, k)
+    ids_TK = torch.cat([top.ids_TK for top in tops], dim=1).sort(dim=1).values
     repeated_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
     repeated_TK[:, 1:] = ids_TK[:, 1:] == ids_TK[:, :-1]
-    return Support(ids_TK, repeated_TK, student_normaliser_T=student_T, teacher_normaliser_T=teacher_T)
+    return Support(ids_TK, repeated_TK, tops[0].log_p_on(student, ids_TK), tops[1].log_p_on(teacher, ids_TK))
 
 
 def sampler_support(student: Side, teacher: Side, tokens: ResponseTokens, k: int) -> Support:
@@ -123,17 +119,19 @@ class TopKReverseKL(TokenLoss):
             part = tokens.chunk(start, self.chunk_tokens)
             student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
             support = self._choose(student, teacher, part, self.k)
-            student_TK = _logits_on(support, student, support.student_TK)
-            teacher_TK = _logits_on(support, teacher, support.teacher_TK)
+            student_TK = _logits_on(support, student, support.log_p_TK)
+            teacher_TK = _logits_on(support, teacher, support.log_q_TK)
             kl_T, factor_TK = renormalised_kl(student_TK, teacher_TK, support.repeated_TK)
             total += kl_T.sum()
-            factor_TK = factor_TK.div_(self.student_temperature)
+            factor_TK = divided_(factor_TK, self.student_temperature)
             gradient_TD[rows] = weighted_rows(weight_VD, support.ids_TK, factor_TK)
             all_ids.append(support.ids_TK)
             all_factors.append(factor_TK)
             metrics.add_each("token/support_kl", kl_T)
-            _measure_mass(metrics, "token/student_mass", student_TK, support.student_normaliser_T)
-            _measure_mass(metrics, "token/teacher_mass", teacher_TK, support.teacher_normaliser_T)
+            if support.log_p_TK is not None:
+                metrics.add_each("token/student_mass", student_TK.exp().sum(-1))
+            if support.log_q_TK is not None:
+                metrics.add_each("token/teacher_mass", teacher_TK.exp().sum(-1))
             if support.student_mass_T is not None:
                 metrics.add_each("token/student_mass", support.student_mass_T)
         return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
@@ -186,19 +184,26 @@ def check_k(name: str, k: int, vocabulary: int) -> None:
         raise ConfigError(f"loss.{name} is {k}, but student and teacher share {vocabulary} tokens; lower it")
 
 
-def _top(side: Side, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and ids of the top-k, and the normaliser of all logits."""
+@dataclass(frozen=True)
+class _Top:
+    """A model's most probable tokens, with their logits and their log-probabilities over the whole vocabulary."""
+
+    ids_TK: Tensor
+    logits_TK: Tensor
+    log_p_TK: Tensor
+
+    def log_p_on(self, side: Side, ids_TK: Tensor) -> Tensor:
+        """The same model's log-probabilities of other tokens, from their distance to the largest logit."""
+        return side.logits_on(ids_TK).sub_(self.logits_TK[:, :1]).add_(self.log_p_TK[:, :1])
+
+
+def _top(side: Side, k: int) -> _Top:
     logits_TV = side.logits()
     logits_TK, ids_TK = logits_TV.topk(k, dim=-1)
-    return logits_TK, ids_TK, logsumexp(logits_TV)
+    return _Top(ids_TK, logits_TK, log_softmax_(logits_TV).gather(1, ids_TK))
 
 
 def _logits_on(support: Support, side: Side, known_TK: Tensor | None) -> Tensor:
-    """A model's logits on the support, −∞ on repeated tokens."""
+    """A model's log-probabilities on the support, or its logits if it has none; −∞ on repeated tokens."""
     logits_TK = side.logits_on(support.ids_TK) if known_TK is None else known_TK
     return logits_TK if support.repeated_TK is None else logits_TK.masked_fill(support.repeated_TK, -torch.inf)
-
-
-def _measure_mass(metrics: Metrics, name: str, logits_TK: Tensor, normaliser_T: Tensor | None) -> None:
-    if normaliser_T is not None:
-        metrics.add_each(name, (logits_TK.logsumexp(-1) - normaliser_T).exp())

@@ -81,8 +81,8 @@ optimizer/grad_norm | 1 | over all parameters | Gradient norm before clipping.
 optimizer/lr | 1 | last | Learning rate of the step.
 optimizer/skipped_steps | steps | sum since the start | Steps without update: nothing selected, or not finite.
 time/<phase> | seconds | sum over the step |
-    Wall time of rollout, teacher, student (forward and backward), optimizer, sync, and of the diagnosis in runs
-    without a token loss, every `diagnostics_every_n_steps`; time/step is their sum.
+    Time of rollout, teacher, student (forward and backward), optimizer, sync, and of the diagnosis in runs without a
+    token loss, every `diagnostics_every_n_steps`; time/step is their sum. On CUDA by the device's own clock.
 speed/rollout | tokens/s | step | Sampled tokens per second of rollout.
 speed/teacher | tokens/s | step | Prompt and response tokens per second of the teacher's forward.
 speed/student | tokens/s | step | Prompt and response tokens per second of forward and backward.

@@ -131,7 +131,7 @@ def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD:
     """grad[v] += Σ over (t, k) with ids_tk = v of factor_tk · state_t, in place.
 
     Each row is summed in fp32 and then added once. So a frequent token's many small terms do not vanish in a bf16
-    buffer, and the result does not depend on the order of threads.
+    buffer, and the result does not depend on the order of threads. Of a GPU, the host reads how many rows there are.
     """
     dtype = wide(grad_VD.dtype)
     flat, order = ids_TK.flatten().sort(stable=True)
@@ -140,13 +140,11 @@ def add_outer_rows(grad_VD: Tensor, ids_TK: Tensor, factor_TK: Tensor, state_TD:
     rows = max(1, _BLOCK_BYTES // (grad_VD.shape[1] * dtype.itemsize))
     state_TD = state_TD.to(dtype)
     end = length.cumsum(0)
-    for first in range(0, len(row), rows):
-        block = slice(first, first + rows)
-        offset = end[block] - length[block]
-        terms = slice(int(offset[0]), int(end[block][-1]))
-        sums_RD = F.embedding_bag(
-            token[terms], state_TD, offset - offset[0], per_sample_weights=factor[terms], mode="sum"
-        )
+    edges = [0, *end[rows - 1 :: rows].tolist(), len(flat)]
+    for number, first in enumerate(range(0, len(row), rows)):
+        block, terms = slice(first, first + rows), slice(edges[number], edges[number + 1])
+        offset = end[block] - length[block] - edges[number]
+        sums_RD = F.embedding_bag(token[terms], state_TD, offset, per_sample_weights=factor[terms], mode="sum")
         grad_VD.index_add_(0, row[block], sums_RD.to(grad_VD.dtype))
 
 

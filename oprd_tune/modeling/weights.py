@@ -22,6 +22,7 @@ from oprd_tune.modeling.families.numbers import built_numbers, differences, stat
 from oprd_tune.modeling.finite import check_finite
 from oprd_tune.modeling.folders import model_folder, read_config, stored_shapes
 from oprd_tune.modeling.from_folder import can_build
+from oprd_tune.modeling.norms import fuse_norms
 from oprd_tune.protocols import DecodesItself, TeacherFiles
 from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of, start_rotations, weight_files_of
 
@@ -31,9 +32,9 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def build_on_meta(build: Builder) -> TransformerDecoder:
-    """The model on the meta device: it has shapes, but takes no memory."""
+    """The model on the meta device, with fused norms: it has shapes, but takes no memory."""
     with torch.device("meta"):
-        return build()
+        return fuse_norms(build())
 
 
 def width_of(model: TransformerDecoder) -> int:

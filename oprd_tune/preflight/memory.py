@@ -19,11 +19,13 @@ from torchtune.training import set_default_dtype
 
 from oprd_tune.config import OPRDSettings
 from oprd_tune.modeling.weights import Builder, build_on_meta
+from oprd_tune.preflight.live_bytes import LiveBytes
 from oprd_tune.ranks import Ranks
 from oprd_tune.torchtune_compat import start_rotations
 
 _GIB = 2**30
 
+_WIDE = 4  # bytes of a number in fp32
 _REDUCED = 4  # bytes of each number of a gradient while it is averaged over ranks
 _GLOO_COPIES = 2  # gloo makes that many copies of a gradient, as measured; NCCL makes none
 
@@ -38,7 +40,7 @@ class Plan:
         rows: responses in the largest microbatch.
         row_tokens: tokens in its longest row.
         selected: states of the microbatch that a loss reads at one layer.
-        tapped: the number of layers that losses read.
+        tapped: the number of layers that a loss on hidden states reads.
         micro_batches: microbatches in a step.
         logit_bytes: chunks of logits.
         rollout_bytes: what sampling takes beside the weights.
@@ -126,9 +128,7 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
     blocks = [_count(block.parameters()) * compute for block in student.layers]
     ends = [_count(module.parameters()) * compute for module in _ends(student)]
     activations = _activations(build, plan, len(student.layers), student.tok_embeddings.embedding_dim)
-    selected = plan.tapped * plan.selected * compute  # bytes that one number of every selected state takes
-    targets = selected * (student.tok_embeddings.embedding_dim + plan.target_width)
-    working = activations + targets + plan.logit_bytes
+    working = activations + _waiting(plan, student.tok_embeddings.embedding_dim) + plan.logit_bytes
     sampling = plan.rollout_bytes
     if plan.sharded:
         sampling += max(2 * max(ends), sum(blocks) + sum(ends), plan.whole_teacher_bytes)
@@ -140,7 +140,8 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
         added = plan.micro_batches > 1 or (plan.trains_head and isinstance(student.output, TiedLinear))
         embedding = ends[0] if added and student.tok_embeddings.weight.requires_grad else 0
         training = gradients + max(working, embedding)
-    fitting = plan.moment_bytes + max(sampling, selected * plan.teacher_width) if plan.moment_bytes else 0
+    fitted = (plan.tapped + plan.trains_head) * plan.selected * plan.teacher_width * compute  # whole states
+    fitting = plan.moment_bytes + max(sampling, fitted) if plan.moment_bytes else 0
     checkpoint = (trained * master + optimizer) // ranks
     offloaded = 0 if on_device else (resident + trained * master + optimizer) // ranks
     return Memory(
@@ -184,11 +185,23 @@ def _reduction(student: TransformerDecoder, plan: Plan) -> int:
     return others + kept + reducing
 
 
-def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
-    """Bytes that the student's forward pass keeps for its backward pass.
+def _waiting(plan: Plan, width: int) -> int:
+    """Bytes of targets, and of gradients of the losses that wait for the backward pass.
 
-    One block runs on tensors without data, and the bytes that it saves are counted. A recomputed block keeps its input
-    alone. While the backward pass runs through such a block, it needs all of its bytes; that is one block at a time.
+    At each layer of a loss on hidden states, a gradient of the same size takes the place of a target. Through a bridge
+    both are fp32. A token loss has the teacher's final states, and a gradient in its student's.
+    """
+    compute = plan.settings.torch_dtype.itemsize
+    hidden = plan.tapped * plan.target_width * (_WIDE if plan.bridge_bytes else compute)
+    return plan.selected * (hidden + plan.trains_head * (width + plan.teacher_width) * compute)
+
+
+def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
+    """Bytes that the student's forward pass keeps for its backward pass, and what that takes beside them.
+
+    One block runs on tensors without data, forward and backward, and bytes are counted. A recomputed block keeps its
+    input alone. While the backward pass runs through a block, it needs all that the block keeps, and further tensors
+    for a moment; that is one block at a time.
     """
     with set_default_dtype(plan.settings.torch_dtype):
         block = build_on_meta(build).layers[0]
@@ -196,7 +209,11 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
         start_rotations(block)  # not below, because torchtune's scaled rotations look at their numbers
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), set_default_dtype(plan.settings.torch_dtype):
         block.to_empty(device="cpu")
-        known = {t.untyped_storage()._cdata for t in (*block.parameters(), *block.buffers())}
+        for parameter in block.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+        present = [*block.parameters(), *block.buffers(), *gradients]
+        known = {tensor.untyped_storage()._cdata for tensor in present}
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -205,12 +222,15 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
                 saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        with saved_tensors_hooks(count, lambda tensor: tensor):
-            block(torch.empty(plan.rows, plan.row_tokens, width, requires_grad=True))
+        state_BSD = torch.empty(plan.rows, plan.row_tokens, width, requires_grad=True)
+        with LiveBytes(present) as live:
+            with saved_tensors_hooks(count, lambda tensor: tensor):
+                out_BSD = block(state_BSD)
+            out_BSD.backward(torch.empty_like(out_BSD))
     one, inputs = sum(saved.values()), plan.rows * plan.row_tokens * width * plan.settings.torch_dtype.itemsize
     every = int(plan.settings.activation_checkpointing)
     recomputed = blocks // every if every else 0
-    return (blocks - recomputed) * one + recomputed * inputs + (one if recomputed else 0)
+    return (blocks - recomputed) * one + recomputed * inputs + max(live.peak - one, 0) + (one if recomputed else 0)
 
 
 def as_size(count: int) -> str:

@@ -114,7 +114,7 @@ def _plan(
         rows=rows_at_once,
         row_tokens=longest,
         selected=rows_at_once * (most_states if tapped else s.max_new_tokens),
-        tapped=tapped + bool(token_losses),
+        tapped=tapped,
         micro_batches=math.ceil(rows / rows_at_once),
         logit_bytes=max((part.working_bytes(pair.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=sampling,

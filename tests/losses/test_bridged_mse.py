@@ -10,6 +10,7 @@ from oprd_tune.modeling.taps import collect_states
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.types import LayerPair
 from tests.conftest import DEPTH, VOCAB, WIDTH, make_model
+from tests.losses.saved import kept_for_backward
 from tests.modeling.bridges import PAIRS, identity_bridge, make_bridge
 
 D, C, R = 5, 7, 3
@@ -171,6 +172,18 @@ def test_nothing_of_a_bridge_trains():
     assert all(state.grad is None for state in teacher.values())
     assert all(tensor.grad is None for tensor in tensors)
     assert all(state.grad.count_nonzero() for state in student.values())
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_what_waits_for_the_backward_pass_has_the_rank_of_the_bridge(normalisation):
+    tokens = 4000  # so that the bridge itself, which is always there, is small beside what waits
+    selection = select_states(torch.ones(1, tokens, dtype=torch.bool), anchor="consume")
+    bridge, teacher = make_bridge(PAIRS, D, C, rank=R), states([2, 6], (1, tokens), C)
+    student = {k: v.bfloat16().requires_grad_() for k, v in states([1, 3, 4], (1, tokens), D).items()}
+    loss = BridgedMSE(normalisation)
+    kept = kept_for_backward(lambda: streamed(loss, bridge, student, teacher, selection).total)
+    large = [(dtype, numbers) for dtype, numbers in kept if numbers >= tokens]
+    assert large == [*[(torch.float32, R * tokens)] * len(PAIRS), (torch.int64, tokens)]
 
 
 def test_coefficient_scales_and_constructor_explains():

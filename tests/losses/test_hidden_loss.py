@@ -6,9 +6,8 @@ from torch.nn import functional as F
 
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses import BridgedMSE, Composite, FullReverseKL, HiddenStateLoss, HiddenStateMSE
-from oprd_tune.losses.bridged_mse import summed_error
-from oprd_tune.losses.hidden_mse import squared_error
 from oprd_tune.losses.masking import select_states
+from oprd_tune.losses.state_errors import squared_error, summed_error
 from oprd_tune.ranks import Ranks
 from tests.losses.test_bridged_mse import C, D, R, states
 from tests.losses.test_composite import gradients

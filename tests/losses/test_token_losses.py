@@ -119,6 +119,37 @@ def test_bf16_agrees_with_fp64_to_bf16_precision(name):
         assert (low - high).norm() / high.norm() < 2**-6
 
 
+def offset_case(offset, dtype):
+    """A case where every logit is a multiple of 2⁻¹² plus a common `offset`, which fp32 holds exactly."""
+    case = Case((4, 11), dtype=dtype, marked=1.0)
+    weights = (case.student_VD, case.heads.teacher.weight_VD)
+    with torch.no_grad():
+        for tensor in (case.state_BSD, case.teacher_TC, *weights):
+            tensor.mul_(64).round_().clamp_(-255, 255).div_(64)
+        for state in (case.state_BSD, case.teacher_TC):
+            state[..., 0] = 128
+        for weight in weights:
+            weight[:, 0] = offset / 128
+    return case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_offset_that_all_logits_share_costs_no_precision(name, dtype):
+    make, _ = LOSSES[name]
+    errors = []
+    for offset in (0, 1024):
+        results = []
+        for precision in (dtype, torch.float64):
+            case = offset_case(offset, precision)
+            stream = case.stream(make(teacher_temperature=2.0))
+            state, weight = (g.double() for g in case.gradients(stream.total))
+            results.append((stream.total.double(), state[..., 1:], weight[:, 1:]))  # the offset's own cancel
+        errors.append([((low - high).norm() / high.norm()).item() for low, high in zip(*results, strict=True)])
+    for alone, shared in zip(*errors, strict=True):
+        assert shared <= 2 * alone + 2e-6
+
+
 @pytest.mark.parametrize("name", ["full", "sampled", "top-k student", "top-k detached", "a function"])
 def test_in_bf16_many_small_chunks_lose_nothing(name):
     """The head's gradient is summed in fp32: 400 chunks are as good as one."""

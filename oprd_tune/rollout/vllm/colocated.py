@@ -181,6 +181,8 @@ class VLLMColocated:
         self._weights.ranks.agree(lambda: self._check_sync(sent))
         self._llm.update_weight_version(str(policy_version))
         self._policy_version, self._has_forgotten = policy_version, False
+        if self._on_cuda:
+            torch.cuda.synchronize()  # vLLM may sample on another stream than the one that copied the weights
 
     def _check_sync(self, sent: Fingerprints) -> None:
         if not self._llm.reset_prefix_cache():

@@ -1,0 +1,96 @@
+"""Bytes that are alive, and what preflight predicts of them."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torchtune.models.qwen2 import qwen2
+
+from oprd_tune.losses import BridgedMSE, HiddenStateMSE
+from oprd_tune.losses.masking import select_states
+from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.preflight.live_bytes import LiveBytes
+from oprd_tune.preflight.memory import predict_memory
+from oprd_tune.teacher import FrozenTeacher
+from oprd_tune.types import LayerPair
+from tests.modeling.bridges import make_bridge
+from tests.preflight.test_preflight import PLAN, SETTINGS
+
+ROWS, COLUMNS, WIDTH, DEPTH, RANK = 4, 100, 64, 12, 4
+BUILD = partial(
+    qwen2,
+    vocab_size=40,
+    num_layers=DEPTH,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=WIDTH,
+    intermediate_dim=160,
+    max_seq_len=COLUMNS,
+    tie_word_embeddings=True,
+)
+PAIRS = [LayerPair(layer, layer) for layer in range(1, DEPTH + 1)]
+
+
+def test_memory_counts_once_and_until_it_is_free():
+    given = torch.ones(1000)
+    with LiveBytes([given]) as live:
+        doubled = given * 2
+        view = doubled.view(10, 100)[:5]
+        assert live.peak == 4000
+        del doubled
+        more = view + 1  # the view keeps the whole
+        assert live.peak == 6000
+        del view, more
+        given.double()
+        assert live.peak == 8000
+
+
+def update_bytes(bridge, checkpointing):
+    """The most bytes of one update beside parameters and their gradients."""
+    torch.manual_seed(0)
+    student, teacher = BUILD(), BUILD()
+    for number in range(0, DEPTH, checkpointing or DEPTH + 1):
+        student.layers[number] = checkpoint_wrapper(student.layers[number], preserve_rng_state=False)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(0, 40, (ROWS, COLUMNS))
+    selection = select_states(torch.ones(ROWS, COLUMNS, dtype=torch.bool), anchor="consume")
+    frozen = FrozenTeacher(teacher, PAIRS, bridge=bridge)
+    loss = HiddenStateMSE() if bridge is None else BridgedMSE()
+    there = [p for model in (student, teacher) for p in (*model.parameters(), *model.buffers())]
+    there += [p.grad for p in student.parameters()]
+    with LiveBytes([*there, tokens, *vars(selection).values()]) as live:
+        targets = frozen.targets(tokens, selection.teacher_index_T)
+        stream = loss.stream(PAIRS, targets.states, selection, bridge)
+        with layer_taps(student, stream.layers, stream):
+            total = student(tokens)
+        total.backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+@pytest.mark.parametrize("bridged", [False, True])
+def test_an_update_takes_what_preflight_predicts(bridged, checkpointing):
+    bridge = make_bridge(PAIRS, WIDTH, WIDTH, rank=RANK) if bridged else None
+    plan = replace(
+        PLAN,
+        settings=replace(SETTINGS, activation_checkpointing=checkpointing),
+        rows=ROWS,
+        row_tokens=COLUMNS,
+        selected=ROWS * COLUMNS,
+        tapped=DEPTH,
+        teacher_width=WIDTH,
+        target_width=RANK if bridged else WIDTH,
+        bridge_bytes=1 if bridged else 0,
+    )
+    predicted = predict_memory(BUILD(), BUILD, plan)
+    measured = update_bytes(bridge, checkpointing)
+    assert predicted.training - predicted.gradients == pytest.approx(measured, rel=0.08)
+
+
+def test_a_bridge_saves_the_gradients_that_would_wait():
+    plain, bridged = update_bytes(None, 1), update_bytes(make_bridge(PAIRS, WIDTH, WIDTH, rank=RANK), 1)
+    gradients = DEPTH * ROWS * COLUMNS * (WIDTH - RANK) * 4
+    assert plain - bridged > gradients / 2  # the largest moment is some blocks later, when a part is used
