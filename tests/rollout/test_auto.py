@@ -35,7 +35,7 @@ def vllm_works(monkeypatch):
     def say(works):
         def import_vllm(device):
             if not works:
-                raise ConfigError("rollout: vLLM cannot be imported")
+                raise ConfigError("rollout: vLLM cannot be imported; install it")
 
         for module in ("auto", "vllm.colocated"):
             monkeypatch.setattr(sys.modules[f"oprd_tune.rollout.{module}"], "import_vllm", import_vllm)
@@ -45,14 +45,23 @@ def vllm_works(monkeypatch):
 
 @pytest.mark.parametrize(
     ("works", "engine", "why"),
-    [(True, "VLLMColocated", "vLLM works here"), (False, "NativeEngine", "rollout: vLLM cannot be imported")],
+    [(True, "VLLMColocated", "vLLM works here"), (False, "NativeEngine", "vLLM cannot be imported; install it")],
 )
 def test_auto_gives_way_to_the_best_engine_that_works(works, engine, why, vllm_works, capsys):
     vllm_works(works)
     parts = checked(auto_parts())
     assert parts.record["rollout"] == {"_component_": f"oprd_tune.rollout.{engine}", "temperature": 0.7}
-    assert capsys.readouterr().out == f"rollout: {engine} ({why})\n"
+    assert capsys.readouterr().out == f"rollout: {engine}, since {why}\n"
     assert (type(parts.rollout()).__name__, parts.rollout().temperature) == (engine, 0.7)
+
+
+def test_without_vllm_one_line_says_so_and_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert checked(auto_parts(_component_="auto")).rollout.path == "oprd_tune.rollout.NativeEngine"
+    said = capsys.readouterr().out
+    assert said.startswith("rollout: NativeEngine, since vLLM cannot be imported (")
+    assert "; `pip install 'oprd-tune[vllm]'` installs it for CUDA" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("engine", ["NativeEngine", "VLLMColocated"])
@@ -65,7 +74,7 @@ def test_a_resumed_run_keeps_its_engine_whatever_works_now(engine, vllm_works, c
     else:
         with pytest.raises(ConfigError, match="vLLM cannot be imported"):
             checked(auto_parts(), saved)
-    assert capsys.readouterr().out == f"rollout: {engine} (as before)\n"
+    assert capsys.readouterr().out == f"rollout: {engine}, as before\n"
 
 
 def test_an_engine_that_is_named_stays_and_has_to_work(vllm_works, capsys):
