@@ -10,6 +10,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
 from oprd_tune.rollout.auto import AUTO
+from oprd_tune.rollout.vllm.requests import find_vllm
 from tests.conftest import load_config
 
 CPU = torch.device("cpu")
@@ -85,6 +86,15 @@ def test_an_engine_that_is_named_stays_and_has_to_work(vllm_works, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match="oprd_tune.rollout.auto is no engine itself"):
         auto_parts().rollout()
+
+
+@pytest.mark.parametrize("missing", [("torchvision",), ("flashinfer",), ("torchvision", "flashinfer")])
+def test_what_vllm_imports_late_on_a_gpu_is_asked_for_early(missing, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else name)
+    find_vllm(CPU)
+    packages = " and ".join("flashinfer-python" if name == "flashinfer" else name for name in missing)
+    with pytest.raises(ConfigError, match=f"on CUDA vLLM needs {packages} too, .*; `pip install 'oprd-tune"):
+        find_vllm(torch.device("cuda"))
 
 
 BAD_ENGINE_ARGUMENTS = [
