@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py                                    the embedded model
     python benchmarks/rollout.py --model FOLDER --batch 8           a Hugging Face folder in Qwen2 layout
+    python benchmarks/rollout.py --launches                         launches and waits of the native engine
 
 All engines sample the same number of tokens from the same prompts of different lengths, stop tokens off, each in a
 process of its own, in turn; the median of the repeats counts. vLLM is sent the weights before each repeat, and then
@@ -16,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,10 @@ def load(folder: str | None, dtype: str) -> tuple[Any, Any]:
     from oprd_tune.tiny import checkpointer, tiny_qwen2
 
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if folder is None:
         files = checkpointer("student", "/tmp")
-        return load_decoder(tiny_qwen2, files, dtype=torch_dtype, device=torch.device("cpu")), files
+        return load_decoder(tiny_qwen2, files, dtype=torch_dtype, device=device), files
     shape = json.loads((Path(folder) / "config.json").read_text())
 
     def build() -> Any:
@@ -54,7 +58,6 @@ def load(folder: str | None, dtype: str) -> tuple[Any, Any]:
             tie_word_embeddings=shape["tie_word_embeddings"],
         )
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = FullModelHFCheckpointer(folder, ["model.safetensors"], "QWEN2", "/tmp")
     return load_decoder(build, files, dtype=torch_dtype, device=device), files
 
@@ -91,6 +94,17 @@ def sample_with_torchtune(model: Any, prompts: list[tuple[int, ...]], new_tokens
     return (output.shape[1] - width) * len(prompts)
 
 
+def make_prompts(model: Any, count: int, longest: int) -> Any:
+    """Random prompts of different lengths."""
+    import torch
+
+    from oprd_tune.types import Prompts
+
+    lengths = [longest - i % (longest // 2) for i in range(count)]
+    prompts = [tuple(torch.randint(2, model.tok_embeddings.num_embeddings, (n,)).tolist()) for n in lengths]
+    return Prompts(tuple(prompts), tuple(range(count)), (None,) * count)
+
+
 def measure(args: argparse.Namespace) -> None:
     """One case, in this process: print the tokens per second of each repeat."""
     import torch
@@ -98,13 +112,10 @@ def measure(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    from oprd_tune.types import Prompts
-
     model, files = load(args.model, args.dtype)
     model.eval()
-    lengths = [args.prompt_tokens - i % (args.prompt_tokens // 2) for i in range(args.batch[0])]
-    prompts = [tuple(torch.randint(2, model.tok_embeddings.num_embeddings, (n,)).tolist()) for n in lengths]
-    batch = Prompts(tuple(prompts), tuple(range(len(prompts))), (None,) * len(prompts))
+    batch = make_prompts(model, args.batch[0], args.prompt_tokens)
+    prompts = list(batch.tokens)
     engine = make_engine(args, model, files)
     repeats = []
     for repeat in range(args.repeats + 1):  # the first one warms up
@@ -124,6 +135,83 @@ def measure(args: argparse.Namespace) -> None:
     print(json.dumps({key: statistics.median(row[key] for row in repeats[1:]) for key in repeats[0]}))
     if engine is not None:
         engine.close()
+
+
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WAITS_ON_CPU = ("aten::_local_scalar_dense", "aten::nonzero")  # operators for whose results a GPU is waited for
+NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view", "aten::detach")
+
+
+def count_calls(sample: Callable[[], object]) -> tuple[int, int]:
+    """How often sampling launches something on the device, and how often it waits for the device.
+
+    On CUDA these are launches of kernels, graphs and copies, as the profiler sees them. On a CPU they are operators
+    that compute something, for which a GPU would launch a kernel or more.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if torch.cuda.is_available():
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            sample()
+        names = [event.name for event in profiled.events()]
+        return sum(name.startswith(LAUNCHES) for name in names), sum(name in WAITS for name in names)
+    found: list[str] = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                found.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Operators():
+        sample()
+    return sum(name not in NO_LAUNCH for name in found), sum(name in WAITS_ON_CPU for name in found)
+
+
+def report_launches(args: argparse.Namespace) -> None:
+    """Calls and waits of one decoding step of the native engine, which gives each row a token, at each pace."""
+    import torch
+
+    from oprd_tune.rollout.native.pace import IMMEDIATE, CapturedStep, Pace
+    from oprd_tune.rollout.native.sampler import Sampler
+    from oprd_tune.types import SamplingRequest
+
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    model, _ = load(args.model, args.dtype)
+    paces = {"rows leave at once (CPU)": IMMEDIATE, "fixed shapes": Pace(16, 0.5, steady=True)}
+    if torch.cuda.is_available():
+        paces["fixed shapes, captured (CUDA)"] = Pace(16, 0.5, steady=True, repeatable=CapturedStep)
+    short, long = 33, 81  # the embedded model ends at 128
+    rows = []
+    for batch in args.batch:
+        prompts = make_prompts(model, batch, args.prompt_tokens)
+        for name, pace in paces.items():
+            found = []
+            for tokens in (short, short, long):  # the first one warms up
+                request = SamplingRequest([NO_STOP_TOKEN], 0, args.prompt_tokens, tokens)
+                sampler = Sampler(model, request, pace=pace)
+                found.append(count_calls(partial(sampler.sample, prompts)))
+            calls, waits = ((more - less) / (long - short) for less, more in zip(*found[1:], strict=True))
+            rows.append({"batch": batch, "pace": name, "launches": calls, "waits": waits})
+    args.out.mkdir(exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    what = "launches" if torch.cuda.is_available() else "operators, which a GPU would launch"
+    lines = [
+        f"# One decoding step of the native engine, {Path(args.model).name if args.model else 'tiny'}, on {device}",
+        "",
+        f"Mean of {long - short} steps; each gives every row a token. `python benchmarks/rollout.py --launches`",
+        "",
+        f"| batch | pace | {what} | waits for a result |",
+        "|---|---|---|---|",
+        *(f"| {row['batch']} | {row['pace']} | {row['launches']:.1f} | {row['waits']:.3g} |" for row in rows),
+    ]
+    path = args.out / "rollout_launches"
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(path.with_suffix(".md").read_text())
 
 
 def run_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -203,10 +291,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=list(ENGINES), help="native among them")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--launches", action="store_true", help="count launches instead of measuring time")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
         measure(args)
+    elif args.launches:
+        report_launches(args)
     else:
         report(run_cases(args), args)
 

@@ -38,6 +38,7 @@ SIZES = {
     "eval_dataset": "null",
     "task_accuracy": "null",
     "eval": "null",
+    "rollout": "native",
 }
 
 

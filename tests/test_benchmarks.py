@@ -43,6 +43,14 @@ def test_update_cost(tmp_path):
 
 
 @pytest.mark.slow
+def test_launches_of_a_decoding_step(tmp_path):
+    at_once, steady, *_ = run("rollout.py", tmp_path, "--launches", "--batch", "2", writes="rollout_launches")
+    assert steady["waits"] == 1 / 16
+    assert at_once["launches"] > 100
+    assert "| 2 | fixed shapes |" in (tmp_path / "rollout_launches.md").read_text()
+
+
+@pytest.mark.slow
 def test_objectives(tmp_path):
     words = (
         "--steps",

@@ -33,6 +33,13 @@ _USUAL = {
     "tokenizer": _TOKENIZER,
     "teacher_tokenizer": _TOKENIZER,
 }
+# Engines by a word: `rollout: auto`.
+_ENGINES = {
+    "auto": "oprd_tune.rollout.auto",
+    "native": "oprd_tune.rollout.NativeEngine",
+    "colocated": "oprd_tune.rollout.VLLMColocated",
+    "server": "oprd_tune.rollout.VLLMServer",
+}
 Values = dict[str, Any]
 
 
@@ -40,8 +47,8 @@ def expand(values: Mapping[str, Any]) -> Values:
     """Write a config's short form out, so that each section names its component.
 
     `student` and `teacher` imply sections. A section that the config has itself takes the place of an implied one if it
-    has a `_component_`, and adds to it if it has none. Any other section without a `_component_` gets the usual one. A
-    logger that takes a `log_dir` gets one in the run's folder.
+    has a `_component_`, and adds to it if it has none. Any other section without a `_component_` gets the usual one. An
+    engine may be a word. A logger that takes a `log_dir` gets one in the run's folder.
 
     Args:
         values: the config's content as plain values.
@@ -57,6 +64,8 @@ def expand(values: Mapping[str, Any]) -> Values:
         if takes(str(logger["_component_"]), "log_dir"):
             logger = {"log_dir": f"{found.get('output_dir')}/tensorboard", **logger}
         found["metric_logger"] = logger
+    if "rollout" in found:
+        found["rollout"] = _engine(found["rollout"])
     implied: dict[str, Values] = {"rollout": {}}
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
         if name is not None:
@@ -82,6 +91,15 @@ def expand(values: Mapping[str, Any]) -> Values:
         if isinstance(section, Mapping) and not _is_whole(section):
             found[name] = {"_component_": _USUAL.get(name), **implied.get(name, {}), **section}
     return found
+
+
+def _engine(given: object) -> object:
+    """The section of an engine, which may be a word or have one in place of a dotted path."""
+    section = {"_component_": given} if isinstance(given, str) else given
+    if not isinstance(section, Mapping) or not _is_whole(section):
+        return section
+    path = section["_component_"]
+    return {**section, "_component_": _ENGINES.get(str(path), path)}
 
 
 def _benchmarks(given: object) -> object:

@@ -21,7 +21,7 @@ def auto(*, temperature: float = 1.0) -> NoReturn:
 
 
 def choose_engine(parts: PartsT, saved: str | None, device: torch.device, ranks: Ranks) -> PartsT:
-    """Replace `auto` by a real engine, and print its name. All ranks must call. Any other engine is kept.
+    """Replace `auto` by a real engine, and print which and why. All ranks must call. Any other engine is kept.
 
     A run that resumes keeps the engine `saved` in its checkpoint; for a new run, `saved` is None.
 
@@ -36,7 +36,7 @@ def choose_engine(parts: PartsT, saved: str | None, device: torch.device, ranks:
             "trust it, name it yourself in rollout._component_"
         )
     chosen, why = best_engine(device, ranks) if saved is None else (saved, "as before")
-    print(f"rollout: {chosen.rpartition('.')[2]} ({why})")
+    print(f"rollout: {chosen.rpartition('.')[2]}, {why}")
     return parts.with_rollout(chosen)
 
 
@@ -48,4 +48,6 @@ def best_engine(device: torch.device, ranks: Ranks) -> tuple[str, str]:
     except ConfigError as error:
         obstacle = str(error)
     obstacles = [found for found in ranks.collect(obstacle) if found is not None]
-    return (_NATIVE, obstacles[0]) if obstacles else (_VLLM, "vLLM works here")
+    if obstacles:
+        return _NATIVE, f"since {obstacles[0].removeprefix('rollout: ')}"
+    return _VLLM, "since vLLM works here"

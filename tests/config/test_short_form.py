@@ -9,6 +9,7 @@ from oprd_tune.config.short_form import expand, shortened
 from oprd_tune.errors import ConfigError
 from oprd_tune.modeling.folders import find_folder
 from oprd_tune.registry import config_files
+from oprd_tune.torchtune_compat import component_at
 from tests.conftest import load_config
 from tests.teacher.transformers_models import save_model
 
@@ -80,6 +81,19 @@ def test_sections_of_the_configs_own_take_the_place_of_implied_ones_or_add_to_th
     assert found["optimizer"]["_component_"] == "torch.optim.AdamW"
     assert found["bridge"] is None
     assert found["eval_dataset"] == OWN
+
+
+def test_an_engine_may_be_a_word_in_place_of_a_path():
+    word = {"auto": "auto", "native": "NativeEngine", "colocated": "VLLMColocated", "server": "VLLMServer"}
+    for short, name in word.items():
+        full = {"_component_": f"oprd_tune.rollout.{name}"}
+        assert expand(TINY | {"rollout": short})["rollout"] == full
+        assert expand(TINY | {"rollout": full | {"temperature": 0.5}})["rollout"] == full | {"temperature": 0.5}
+        assert expand(TINY | {"rollout": {"_component_": short, "x": 1}})["rollout"] == full | {"x": 1}
+        assert component_at(full["_component_"])
+    assert expand(TINY | {"rollout": "my.Engine"})["rollout"] == {"_component_": "my.Engine"}
+    given = {"models": {"me": "x"}, "benchmarks": {}, "profile": "paper", "rollout": "auto"}
+    assert expand(given)["rollout"] == {"temperature": 0.7, "_component_": "oprd_tune.rollout.auto"}
 
 
 def test_a_logger_gets_a_folder_if_it_takes_one():
@@ -175,6 +189,12 @@ def test_what_is_missing_is_asked_for_by_the_models_names():
     missing = ["model", "checkpointer", "teacher_model", "teacher_checkpointer", "tokenizer", "loss"]
     assert shortened(missing) == ["teacher", "student", "loss"]
     assert shortened(["tokenizer", "teacher_model"]) == ["tokenizer", "teacher_model"]
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_configs_for_gpus_take_vllm_where_it_works_and_those_for_a_laptop_the_student(name):
+    on_laptop = name.startswith(("tiny/", "smollm2"))
+    assert (load_config(name).get("rollout") == "auto") != on_laptop
 
 
 @pytest.mark.parametrize("name", config_files())

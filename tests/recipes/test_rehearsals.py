@@ -37,7 +37,8 @@ def test_every_component_can_be_constructed(name, tmp_path):
     optimizer = parts.optimizer([torch.nn.Parameter(torch.zeros(2))])
     parts.lr_scheduler(optimizer, num_training_steps=settings.max_steps)
     parts.metric_logger()
-    assert hasattr(parts.rollout(), "generate")
+    for engine in ("NativeEngine", "VLLMColocated"):  # `auto` takes one of them, with the same arguments
+        assert hasattr(parts.with_rollout(f"oprd_tune.rollout.{engine}").rollout(), "generate")
 
 
 @pytest.mark.slow

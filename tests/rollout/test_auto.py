@@ -10,6 +10,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
 from oprd_tune.rollout.auto import AUTO
+from oprd_tune.rollout.vllm.requests import find_vllm
 from tests.conftest import load_config
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def vllm_works(monkeypatch):
     def say(works):
         def import_vllm(device):
             if not works:
-                raise ConfigError("rollout: vLLM cannot be imported")
+                raise ConfigError("rollout: vLLM cannot be imported; install it")
 
         for module in ("auto", "vllm.colocated"):
             monkeypatch.setattr(sys.modules[f"oprd_tune.rollout.{module}"], "import_vllm", import_vllm)
@@ -45,14 +46,23 @@ def vllm_works(monkeypatch):
 
 @pytest.mark.parametrize(
     ("works", "engine", "why"),
-    [(True, "VLLMColocated", "vLLM works here"), (False, "NativeEngine", "rollout: vLLM cannot be imported")],
+    [(True, "VLLMColocated", "vLLM works here"), (False, "NativeEngine", "vLLM cannot be imported; install it")],
 )
 def test_auto_gives_way_to_the_best_engine_that_works(works, engine, why, vllm_works, capsys):
     vllm_works(works)
     parts = checked(auto_parts())
     assert parts.record["rollout"] == {"_component_": f"oprd_tune.rollout.{engine}", "temperature": 0.7}
-    assert capsys.readouterr().out == f"rollout: {engine} ({why})\n"
+    assert capsys.readouterr().out == f"rollout: {engine}, since {why}\n"
     assert (type(parts.rollout()).__name__, parts.rollout().temperature) == (engine, 0.7)
+
+
+def test_without_vllm_one_line_says_so_and_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert checked(auto_parts(_component_="auto")).rollout.path == "oprd_tune.rollout.NativeEngine"
+    said = capsys.readouterr().out
+    assert said.startswith("rollout: NativeEngine, since vLLM cannot be imported (")
+    assert "; `pip install 'oprd-tune[vllm]'` installs it for CUDA" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("engine", ["NativeEngine", "VLLMColocated"])
@@ -65,7 +75,7 @@ def test_a_resumed_run_keeps_its_engine_whatever_works_now(engine, vllm_works, c
     else:
         with pytest.raises(ConfigError, match="vLLM cannot be imported"):
             checked(auto_parts(), saved)
-    assert capsys.readouterr().out == f"rollout: {engine} (as before)\n"
+    assert capsys.readouterr().out == f"rollout: {engine}, as before\n"
 
 
 def test_an_engine_that_is_named_stays_and_has_to_work(vllm_works, capsys):
@@ -76,6 +86,15 @@ def test_an_engine_that_is_named_stays_and_has_to_work(vllm_works, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match="oprd_tune.rollout.auto is no engine itself"):
         auto_parts().rollout()
+
+
+@pytest.mark.parametrize("missing", [("torchvision",), ("flashinfer",), ("torchvision", "flashinfer")])
+def test_what_vllm_imports_late_on_a_gpu_is_asked_for_early(missing, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else name)
+    find_vllm(CPU)
+    packages = " and ".join("flashinfer-python" if name == "flashinfer" else name for name in missing)
+    with pytest.raises(ConfigError, match=f"on CUDA vLLM needs {packages} too, .*; `pip install 'oprd-tune"):
+        find_vllm(torch.device("cuda"))
 
 
 BAD_ENGINE_ARGUMENTS = [

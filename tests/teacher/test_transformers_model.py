@@ -14,6 +14,7 @@ from oprd_tune.modeling.heads import LMHead
 from oprd_tune.modeling.taps import collect_states
 from oprd_tune.modeling.weights import build_on_meta, check_weights, hugging_face_checkpointer, load_decoder, width_of
 from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.native.pace import Pace
 from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.teacher import FrozenTeacher, TeacherPlan, load_teacher, transformers_files, transformers_teacher
 from oprd_tune.teacher.transformers_files import _cut
@@ -233,6 +234,9 @@ def test_it_samples_as_its_whole_forward_pass_says(family, saved):
     folder, theirs = saved(family)
     teacher, _ = load(folder)
     rollout = Sampler(teacher, REQUEST, temperature=0).sample(PROMPTS)
+    pace = Pace(check_every=3, rows_leave_at=0.5, steady=True, repeatable=lambda step: pytest.fail("its shapes change"))
+    late = Sampler(teacher, REQUEST, temperature=0, pace=pace).sample(PROMPTS)
+    assert torch.equal(late.tokens_BS, rollout.tokens_BS)
     assert len(set(rollout.lengths_B.tolist())) > 1
     with torch.no_grad():
         logits = theirs(rollout.tokens_BS).logits

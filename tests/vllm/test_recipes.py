@@ -65,13 +65,13 @@ def test_answers_to_benchmarks_are_sampled_by_vllm_and_leave_training_alone(out,
 def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out):
     extra = {"dtype": "bf16", "master_dtype": "fp32"}
     recipe, config = "opd_topk_distributed", "tiny/opd_topk"
-    auto = {**STEADY, **extra, "rollout._component_": "oprd_tune.rollout.auto", "teacher_placement": "sharded"}
+    auto = {**STEADY, **extra, "rollout": "auto", "teacher_placement": "sharded"}
     first = run(out, recipe, config, **{**auto, "max_steps": 2})
     assert first.returncode == 0, first.stderr
-    assert "rollout: VLLMColocated (vLLM works here)" in first.stdout
+    assert "rollout: VLLMColocated, since vLLM works here" in first.stdout
     second = run(out, recipe, config, **auto, resume="true")
     assert second.returncode == 0, second.stderr
-    assert "rollout: VLLMColocated (as before)" in second.stdout
+    assert "rollout: VLLMColocated, as before" in second.stdout
     assert json.loads((out / "summary.json").read_text())["max_logprob_gap"] < 1e-1
 
 

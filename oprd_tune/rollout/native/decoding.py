@@ -1,12 +1,12 @@
 """Incremental decoding with torchtune's attention: a scope in which every block has a key-value cache.
 
-torchtune's own cache is static. It expands the key-value heads, and every token attends over the cache's whole length.
-The cache here grows, and attention reads its filled part only. Query heads that share a key-value head become rows of
-one query in a decoding step, so nothing is expanded.
+torchtune's own cache expands the key-value heads, and every token attends over the cache's whole length. The caches
+here grow. Query heads that share a key-value head become rows of one query in a decoding step, so nothing is expanded.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,79 +14,17 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
 from oprd_tune.modeling.output import Head, LastPositionHead, swapped_output
 from oprd_tune.protocols import DecodesItself
+from oprd_tune.rollout.native.caches import DecodingCache, SteadyCache
 
 _FEW_ROWS = 64
-_MARGIN = 32  # spare columns when a cache grows
-
-
-class DecodingCache:
-    """The keys and values of all layers for B left-padded rows, and the columns that each row may see.
-
-    Args:
-        visible_BS: True on the tokens of the prompts, False on padding. The prompts fill the first columns.
-        capacity: the maximum number of columns, prompts included. Memory is allocated as they fill.
-    """
-
-    def __init__(self, visible_BS: Tensor, capacity: int) -> None:
-        batch, self._prompt_columns = visible_BS.shape
-        self.columns = 0
-        self.device = visible_BS.device
-        self._capacity = capacity
-        self._padded = not bool(visible_BS.all())
-        self._visible_BS = torch.ones(batch, capacity, dtype=torch.bool, device=visible_BS.device)
-        self._visible_BS[:, : self._prompt_columns] = visible_BS
-        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new columns of one layer. Returns views of all its columns so far."""
-        end = self.columns + key_BHSD.shape[2]
-        stores = self._keys_values.get(layer)
-        if stores is None or stores[0].shape[2] < end:
-            columns = min(self._capacity, max(end + _MARGIN, end * 5 // 4))
-            old = stores or (key_BHSD[:, :, :0], value_BHSD[:, :, :0])
-            self._keys_values[layer] = stores = (self._copy(old[0], columns), self._copy(old[1], columns))
-        for store, new in zip(stores, (key_BHSD, value_BHSD), strict=True):
-            store[:, :, self.columns : end] = new
-        return stores[0][:, :, :end], stores[1][:, :, :end]
-
-    def _copy(self, store: Tensor, columns: int, index_B: Tensor | None = None) -> Tensor:
-        """Copy the filled columns of the given rows, or of all rows, to a new store with room for `columns`."""
-        rows, heads, _, width = store.shape
-        copy = store.new_empty(rows if index_B is None else len(index_B), heads, columns, width)
-        filled = store[:, :, : self.columns]
-        copy[:, :, : filled.shape[2]] = filled if index_B is None else filled[index_B]
-        return copy
-
-    def advance(self, length: int) -> None:
-        """Count `length` columns as filled, after a forward pass has written them in all layers."""
-        self.columns += length
-
-    def mask(self, new_columns: int) -> Tensor | None:
-        """The columns that new queries see, [B, 1, Q, S] with Q = 1 in a decoding step. None means all, causally."""
-        if not self._padded:
-            return None
-        end = self.columns + new_columns
-        visible_B1S = self._visible_BS[:, None, :end]
-        if new_columns == 1:
-            return visible_B1S[:, None]
-        causal_SS = torch.ones(new_columns, end, dtype=torch.bool, device=visible_B1S.device).tril(end - new_columns)
-        # A query at a padding column sees itself. Otherwise its softmax would be empty and its output NaN.
-        itself_SS = torch.eye(new_columns, end, dtype=torch.bool, device=visible_B1S.device)
-        return ((visible_B1S & causal_SS) | itself_SS)[:, None]
-
-    def keep_rows(self, index_B: Tensor) -> None:
-        """Drop all other rows."""
-        self._visible_BS = self._visible_BS[index_B]
-        self._padded = not bool(self._visible_BS[:, : self._prompt_columns].all())
-        for layer, (keys, values) in self._keys_values.items():  # one by one, so memory never holds two caches
-            columns = keys.shape[2]
-            self._keys_values[layer] = (self._copy(keys, columns, index_B), self._copy(values, columns, index_B))
 
 
 def _cached_attention(
@@ -157,7 +95,9 @@ def _patches(model: TransformerDecoder, head: Head, cache: DecodingCache) -> dic
 
 
 @contextmanager
-def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int) -> Iterator[Any]:
+def incremental_decoding(
+    model: TransformerDecoder, visible_BP: Tensor, max_new_tokens: int, *, steady: bool = False
+) -> Iterator[Any]:
     """Within the scope, `model(tokens, mask=cache.mask(n), input_pos=…)` continues its rows by n columns.
 
     It returns the logits [B, 1, V] of the last column. Call `cache.advance(n)` after each pass. When the scope ends,
@@ -166,6 +106,7 @@ def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_
     Args:
         visible_BP: True on the tokens of left-padded prompts, False on padding.
         max_new_tokens: the maximum number of columns beyond the prompts.
+        steady: give a `SteadyCache`, if the model has none of its own.
 
     Raises:
         RuntimeError: if the model is already decoding or tapped.
@@ -174,7 +115,7 @@ def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_
         with swapped_output(model, LastPositionHead), model.decoding(visible_BP, max_new_tokens) as own_cache:
             yield own_cache
         return
-    cache = DecodingCache(visible_BP, visible_BP.shape[1] + max_new_tokens)
+    cache = (SteadyCache if steady else DecodingCache)(visible_BP, visible_BP.shape[1] + max_new_tokens)
     patches = _patches(model, model.output, cache)
     with swapped_output(model, LastPositionHead), torch.compiler.set_stance("force_eager"):
         for module, forward in patches.items():
@@ -184,3 +125,32 @@ def incremental_decoding(model: TransformerDecoder, visible_BP: Tensor, max_new_
         finally:
             for module in patches:
                 del module.forward
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[None]:
+    """Within the scope, FSDP2 and activation checkpointing take no part in forward passes.
+
+    A decoding step needs neither: there are no gradients, and weights are gathered. What they do besides at each pass
+    cannot be captured in a CUDA graph.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    checkpointed = [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
+    kept = [(module, module._forward_pre_hooks, module._forward_hooks) for module in sharded]
+    for module, before, after in kept:
+        module._forward_pre_hooks, module._forward_hooks = _without_fsdp(before), _without_fsdp(after)
+    for wrapper in checkpointed:
+        wrapper.forward = wrapper._checkpoint_wrapped_module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+        for wrapper in checkpointed:
+            del wrapper.forward
+
+
+def _without_fsdp(hooks: dict[int, Any]) -> dict[int, Any]:
+    fsdp = torch.distributed.fsdp.__name__
+    owners = {key: type(getattr(hook, "__self__", None)).__module__ for key, hook in hooks.items()}
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not owners[key].startswith(fsdp))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
@@ -10,7 +12,10 @@ from oprd_tune.modeling.adapters import merged_while_gathered
 from oprd_tune.modeling.output import device_of, evaluating
 from oprd_tune.modeling.sharding import gathered
 from oprd_tune.protocols import DecodesItself
-from oprd_tune.rollout.native.decoding import incremental_decoding
+from oprd_tune.rollout.native.caches import SteadyCache
+from oprd_tune.rollout.native.decoding import incremental_decoding, unwrapped
+from oprd_tune.rollout.native.pace import Pace, pace_for
+from oprd_tune.rollout.native.rows import Rows
 from oprd_tune.rollout.noise import inverse_cdf, sample_noise
 from oprd_tune.rollout.responses import Response, pack_responses
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
@@ -44,6 +49,7 @@ class Sampler:
         temperature: 0 is greedy; that of the request, if it has one, goes before it. Log-probabilities are always those
             at temperature 1.
         batch_size: the most rows decoded at once; None decodes all rows at once.
+        pace: None takes the one that suits the model's device.
     """
 
     def __init__(
@@ -53,12 +59,12 @@ class Sampler:
         *,
         temperature: float = 1.0,
         batch_size: int | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._model, self._request = model, request
         self._temperature = temperature if request.temperature is None else request.temperature
-        self._batch_size = batch_size
+        self._batch_size, self._pace = batch_size, pace
         self._device = device_of(model)
-        self._stop_tokens = torch.tensor(sorted(request.stop_tokens), device=self._device)
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, *, stream: int = 0, policy_version: int = 0) -> Rollout:
@@ -88,7 +94,7 @@ class Sampler:
             prompts,
             [responses[row] for row in range(len(rows))],
             samples_per_prompt=n,
-            stop_tokens=self._stop_tokens.tolist(),
+            stop_tokens=self._request.stop_tokens,
             pad_id=self._request.pad_id,
             policy_version=policy_version,
             device=self._device,
@@ -97,42 +103,44 @@ class Sampler:
     def _decode(self, prompts: list[tuple[int, ...]], noise_BT: Tensor) -> list[Response]:
         """Sample one response to each prompt, in the order of `prompts`."""
         tokens_BP, visible_BP = self._left_pad(prompts)
-        batch, length, top_k = len(prompts), self._request.max_new_tokens, self._request.top_k_ids
-        response_BT = torch.full((batch, length), self._request.pad_id, device=self._device)
-        logprob_BT = torch.zeros(batch, length, device=self._device)
-        top_ids_BTK = torch.zeros(batch, length, top_k, dtype=torch.long, device=self._device)
-        top_mass_BT = torch.zeros_like(logprob_BT)
-        length_B = torch.zeros(batch, dtype=torch.long, device=self._device)
-        row_B = torch.arange(batch, device=self._device)  # places in the batch of the rows that still decode
-        input_BS, position_BS = tokens_BP, (visible_BP.cumsum(1) - 1).clamp(min=0)
-        with incremental_decoding(self._model, visible_BP, length) as cache:
-            for step in range(length):
-                columns = input_BS.shape[1]
-                logits_B1V = self._model(input_BS, mask=cache.mask(columns), input_pos=position_BS)
-                cache.advance(columns)
-                logits_BV = logits_B1V[:, -1, : self._request.vocabulary].float()
-                normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
-                token_B = self._choose(logits_BV, noise_BT[row_B, step])
-                response_BT[row_B, step] = token_B
-                logprob_BT[row_B, step] = (logits_BV.gather(1, token_B[:, None]) - normaliser_B1).squeeze(1)
-                if top_k:
-                    top_BK, top_ids_BTK[row_B, step] = logits_BV.topk(top_k)
-                    top_mass_BT[row_B, step] = (top_BK - normaliser_B1).exp().sum(-1)
-                length_B[row_B] += 1
-                going_B = torch.isin(token_B, self._stop_tokens, invert=True).nonzero(as_tuple=True)[0]
+        pace = self._pace or pace_for(self._model, self._device)
+        rows = Rows(visible_BP, self._request, noise_BT)
+        new_tokens = self._request.max_new_tokens
+        with incremental_decoding(self._model, visible_BP, new_tokens, steady=pace.steady) as cache:
+            self._step(cache, rows, tokens_BP, (visible_BP.cumsum(1) - 1).clamp(min=0))
+            cache.advance(tokens_BP.shape[1])
+            with unwrapped(self._model):
+                self._go_on(cache, rows, pace)
+        return rows.responses()
+
+    def _go_on(self, cache: Any, rows: Rows, pace: Pace) -> None:
+        """Sample until all rows have ended, or are as long as was asked for."""
+
+        def step() -> None:
+            self._step(cache, rows, rows.token_B1, rows.position_B1)
+
+        steady = cache if isinstance(cache, SteadyCache) else None  # a model may have a cache of its own
+        run, has_moved = step, steady is not None
+        for place in range(1, self._request.max_new_tokens):
+            if place % pace.check_every == 0:
+                going_B = rows.going_B.nonzero(as_tuple=True)[0]
                 if not len(going_B):
-                    break
-                input_BS, position_BS = token_B[:, None], position_BS[:, -1:] + 1
-                if len(going_B) < len(row_B):
+                    return
+                if len(going_B) < len(rows) and len(going_B) <= pace.rows_leave_at * len(rows):
                     cache.keep_rows(going_B)
-                    row_B, input_BS, position_BS = row_B[going_B], input_BS[going_B], position_BS[going_B]
-        if not bool(logprob_BT.isfinite().all()):
-            raise FloatingPointError(
-                "the student's logits are not finite, so nothing can be sampled from it; lower the learning rate, or "
-                "set dtype=fp32 to see whether precision is the cause"
-            )
-        results = [result.cpu() for result in (response_BT, logprob_BT, top_ids_BTK, top_mass_BT)]
-        return [Response(*(result[b, :n] for result in results)) for b, n in enumerate(length_B.tolist())]
+                    rows.keep(going_B)
+                    has_moved = True
+            if steady is not None and (steady.make_room() or has_moved):
+                run, has_moved = pace.repeatable(step), False
+            rows.place_1.fill_(place)
+            run()
+            cache.advance(1)
+
+    def _step(self, cache: Any, rows: Rows, input_BS: Tensor, position_BS: Tensor) -> None:
+        """Read new columns of all rows, and sample the token after them."""
+        logits_B1V = self._model(input_BS, mask=cache.mask(input_BS.shape[1]), input_pos=position_BS)
+        logits_BV = logits_B1V[:, -1, : self._request.vocabulary].float()
+        rows.add(self._choose(logits_BV, rows.noise_B), logits_BV)
 
     def _choose(self, logits_BV: Tensor, noise_B: Tensor) -> Tensor:
         """Sample, or take the argmax at temperature 0."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from oprd_tune.config.checks import check_whole
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Policy
-from oprd_tune.ranks import Ranks
+from oprd_tune.ranks import Ranks, need_process_group
 from oprd_tune.rollout.vllm.fingerprints import Fingerprints, check_arrived, fingerprints_of
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.rollout.vllm.proof import prove_on_policy
@@ -30,6 +31,7 @@ from oprd_tune.rollout.vllm.requests import (
     Sampling,
     check_shared_arguments,
     check_versions,
+    find_vllm,
 )
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
@@ -37,7 +39,7 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 def import_vllm(device: torch.device) -> Any:
     """Import vLLM so that its engine runs in this process.
 
-    Raises ConfigError if vLLM is not installed, does not import, or cannot use the run's `device`.
+    Raises ConfigError if vLLM is not installed, not wholly, does not import, or cannot use the run's `device`.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -63,6 +65,7 @@ def import_vllm(device: torch.device) -> Any:
             f"rollout: this vLLM is built for {current_platform.device_type}, but the run computes on {device.type}; "
             f"{INSTALL}"
         )
+    find_vllm(device)
     return vllm
 
 
@@ -133,7 +136,7 @@ class VLLMColocated:
         if kv_cache_gib is None and not self._on_cuda:
             kv_cache_gib = CPU_CACHE_GIB
         vllm = import_vllm(weights.device)
-        self._had_process_group = dist.is_initialized()
+        need_process_group(weights.ranks)  # or vLLM makes one for GPUs alone, and takes it away at its end
         self._make_parameters = vllm.SamplingParams
         try:
             with _process_unchanged():
@@ -156,6 +159,8 @@ class VLLMColocated:
                     seed=request.seed % 2**31,
                     disable_log_stats=True,
                 )
+        except ImportError as error:
+            raise ConfigError(f"rollout: vLLM did not start: {error}; {INSTALL}, with all that it needs") from error
         except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"rollout: vLLM did not start: {error}") from error
         self._policy_version, self._has_forgotten = -1, False
@@ -231,22 +236,26 @@ class VLLMColocated:
     def close(self) -> None:
         """Free the engine's memory."""
         destroy = dist.destroy_process_group
-        if self._had_process_group:  # vLLM destroys the default group when it shuts down, but that is the run's
-            dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+        # vLLM destroys the default group when it shuts down, but that is the run's.
+        dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
         try:
+            with suppress(RuntimeError):  # such as no memory left: then vLLM complains at its end, and no more happens
+                self._wake()  # its allocator unmaps what it frees, and what sleeps is unmapped already
             self._llm.llm_engine.engine_core.shutdown()
         finally:
             dist.destroy_process_group = destroy
         del self._llm
+        gc.collect()  # the engine is awake, so whatever still holds a part of it would hold memory
 
     def _sleep(self) -> None:
         if self._on_cuda:
             self._llm.sleep(level=2)
 
-    def _wake(self, what: str) -> None:
+    def _wake(self, part: str | None = None) -> None:
+        """Wake a part of the engine, in vLLM's words; None for whatever sleeps."""
         if self._on_cuda:
             torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch keeps after training has freed it
-            self._llm.wake_up(tags=[what])
+            self._llm.wake_up(tags=None if part is None else [part])
 
 
 @contextmanager

