@@ -78,16 +78,17 @@ class Ranks:
         dist.all_gather_object(objects, value)
         return objects
 
-    def agree(self, action: Callable[[], T]) -> T:
-        """Carry out an action on every rank. If it raises RolloutError on one rank, all ranks raise it."""
-        failure: str | None = None
+    def agree(self, action: Callable[[], T], kind: type[Exception] = RolloutError) -> T:
+        """Carry out an action on every rank. If it raises an error of this kind on one rank, all ranks raise it."""
+        failure: Exception | None = None
         result: list[T] = []
         try:
             result.append(action())
-        except RolloutError as error:
-            failure = str(error)
-        if failures := [found for found in self.collect(failure) if found is not None]:
-            raise RolloutError(failures[0])
+        except kind as error:
+            failure = error
+        told = self.collect(None if failure is None else str(failure))
+        if failures := [found for found in told if found is not None]:
+            raise kind(failures[0]) from failure
         return result[0]
 
     def wait(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from oprd_tune.errors import ConfigError
 
 FILE = "metrics.jsonl"
+_TOTALS = {"step", "seconds", "tokens"}  # in each line
 
 
 class StepLog:
@@ -27,11 +28,18 @@ class StepLog:
         folder: the run's folder.
         first_step: the next step of the run. Lines of this step and later ones are removed: a crashed run has left
             them after its last checkpoint, and its resumption writes them again.
+        evaluated: the steps of all evaluations that the run knows of. Lines of others are removed: a run that was
+            killed after it had caught up on an evaluation will do so again. None stands for every step.
     """
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    def __init__(self, folder: Path, *, first_step: int, evaluated: Collection[int] | None = None) -> None:
         self._path = folder / FILE
-        remove_from_step(self._path, first_step)
+
+        def is_known(line: Mapping[str, Any]) -> bool:
+            step = line["step"]
+            return step < first_step and (evaluated is None or step in evaluated or not _is_evaluation(line))
+
+        keep_lines(self._path, is_known)
 
     def add(self, step: int, metrics: Mapping[str, float], *, seconds: float, tokens: int) -> None:
         """Append a line."""
@@ -41,11 +49,11 @@ class StepLog:
             file.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
 
 
-def remove_from_step(path: Path, first_step: int) -> None:
-    """Remove a file's lines of a step and of later ones, and damaged lines."""
+def keep_lines(path: Path, is_known: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Remove from a file the lines that a run does not know, and damaged ones."""
     if not path.exists():
         return
-    kept = [text for text, line in _lines(path) if line is not None and line["step"] < first_step]
+    kept = [text for text, line in _lines(path) if line is not None and is_known(line)]
     staged = path.with_name(f".{path.name}")
     staged.write_text("".join(kept), encoding="utf-8")
     os.replace(staged, path)
@@ -76,8 +84,12 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 line = json.loads(text)
             except ValueError:
                 line = None
-            whole = text.endswith("\n") and isinstance(line, dict) and line.keys() >= {"step", "seconds", "tokens"}
+            whole = text.endswith("\n") and isinstance(line, dict) and line.keys() >= _TOTALS
             yield text, line if whole else None
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return all(name.startswith("eval/") for name in line if name not in _TOTALS)
 
 
 def _plain(value: float) -> float | None:

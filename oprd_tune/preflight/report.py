@@ -91,7 +91,7 @@ def _plan(
     teacher: TransformerDecoder,
 ) -> Plan:
     """Collect what each component needs."""
-    ranks, token_losses = data.ranks, list(loss.token_losses.values())
+    ranks, token_losses, sharding = data.ranks, list(loss.token_losses.values()), choose_sharding(s, data.ranks)
     longest = s.max_prompt_tokens + s.max_new_tokens
     rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
     rows_at_once = min(rows, max(1, s.tokens_per_micro_batch // longest))
@@ -109,7 +109,7 @@ def _plan(
     return Plan(
         settings=s,
         ranks=ranks,
-        sharded=choose_sharding(s, ranks) is not None,
+        sharded=sharding is not None,
         trains_head=bool(token_losses),
         rows=rows_at_once,
         row_tokens=longest,
@@ -126,6 +126,8 @@ def _plan(
             dtype=s.torch_master_dtype,
             device=ranks.device,
             vectors=any(p.ndim < 2 for p in student.parameters() if p.requires_grad),
+            sharding=sharding,
+            folder=Path(s.output_dir),
         ),
         teacher_bytes=teacher_bytes,
         whole_teacher_bytes=whole_teacher_bytes,

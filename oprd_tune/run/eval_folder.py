@@ -2,6 +2,7 @@
 
 OUTPUT_DIR/config.yaml      the config, overrides included
 OUTPUT_DIR/samples.jsonl    every sample with its verdict
+OUTPUT_DIR/run.lock         names the process that evaluates here
 OUTPUT_DIR/summary.json, comparison.md, comparison.png, tensorboard/
 """
 
@@ -17,6 +18,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation.outcome import as_figure, as_markdown, flat, outcome_of
 from oprd_tune.evaluation.samples import Sample, SampleFile
 from oprd_tune.ranks import Ranks
+from oprd_tune.run.folder_lock import FolderLock
 from oprd_tune.run.records import read_config, write_config
 
 # These may change when an evaluation goes on: further models, and what concerns speed alone.
@@ -34,24 +36,34 @@ class EvalFolder:
         record: the config as plain values.
 
     Raises:
-        ConfigError: if the folder cannot be used, or holds the samples of another evaluation.
+        ConfigError: if the folder cannot be used, if another process runs there, or if it holds the samples of another
+            evaluation.
     """
 
     def __init__(self, output_dir: str, record: Mapping[str, Any], ranks: Ranks) -> None:
         self.path, self._ranks = Path(output_dir), ranks
-        self._file = SampleFile(self.path / "samples.jsonl")
+        self._file, self._lock = SampleFile(self.path / "samples.jsonl"), FolderLock(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir {self.path} cannot be used: {error}") from error
         if (self.path / "checkpoints").exists():
             raise ConfigError(f"output_dir {self.path} holds a training run; give another folder")
+        if refused := ranks.collect(self._refusal())[0]:
+            raise ConfigError(refused)
         if (self.path / "config.yaml").is_file():
             self._check_same(read_config(self.path), record)
         self.samples = ranks.collect(self._file.read() if ranks.first else [])[0]
         ranks.wait()
         if ranks.first:
             write_config(record, self.path)
+
+    def _refusal(self) -> str | None:
+        """Why this evaluation may not use the folder, as the first rank finds it. It keeps others out from now on."""
+        try:
+            return self._lock.refusal() if self._ranks.first else None
+        except OSError as error:
+            return f"output_dir {self.path} cannot be used: {error}"
 
     def _check_same(self, saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         models, before = record["models"], saved.get("models", {})
@@ -84,7 +96,10 @@ class EvalFolder:
             self._file.append(found)
 
     def report(self, names: Sequence[str], logger: Any) -> None:
-        """Write summary, table and picture of the named models, print the table, and log the numbers."""
+        """Write summary, table and picture of the named models, print the table, log the numbers, and leave the folder.
+
+        Others may then use it.
+        """
         order = {name: place for place, name in enumerate(names)}
         own = sorted((s for s in self.samples if s.model in order), key=lambda s: order[s.model])
         outcome = outcome_of(own)
@@ -96,3 +111,4 @@ class EvalFolder:
         logger.log_dict({f"math_eval/{name}": value for name, value in numbers.items()}, step=0)
         logger.close()
         print(f"\n{table}\n\nEvery sample is in {self.path / 'samples.jsonl'}, the picture in comparison.png.")
+        self._lock.release()

@@ -39,7 +39,7 @@ from oprd_tune.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from oprd_tune.modeling.safe_reading import STATE, why
 from oprd_tune.ranks import PATIENCE, Ranks
 from oprd_tune.run.export import STAGED, CheckpointerFactory, export_model, quiet, remove_leftovers
-from oprd_tune.run.folder_lock import FILE, FolderLock
+from oprd_tune.run.folder_lock import FolderLock
 from oprd_tune.run.manifest import check_whole
 from oprd_tune.run.publishing import ADVICE, PendingCheckpoint, checkpoints_in, set_aside, step_of
 from oprd_tune.run.records import write_config
@@ -99,11 +99,8 @@ class RunFolder:
         if not self._ranks.first:
             return None, None
         try:
-            if holder := self._lock.take():
-                raise ConfigError(
-                    f"output_dir {self.path} is in use by another run, {holder}; stop that one, or give another "
-                    f"folder. If its host is gone, a file system may keep the lock for minutes; removing {FILE} ends it"
-                )
+            if refused := self._lock.refusal():
+                return None, refused
             return self._own_checkpoint(resume=resume), None
         except OSError as error:
             return None, f"output_dir {self.path} cannot be used: {error}"
@@ -152,6 +149,10 @@ class RunFolder:
         """
         self._record = record
         self._ranks.wait()
+        if self._ranks.world_size > 1:
+            # Not with the first save: ranks that wait for a killed one to join a group hear no signal, and in the loop
+            # they have asked for signals.
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         if self._ranks.first:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)

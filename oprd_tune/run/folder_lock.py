@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 FILE = "run.lock"
+_SECONDS, _PAUSE = 3.0, 0.2  # how long a lock is tried, and how often
+_HELD = (errno.EACCES, errno.EAGAIN)  # by someone else
 # Descriptors of this process by path. The system drops a lock as soon as its process closes any descriptor of the file.
 _OPEN: dict[Path, int] = {}
 
@@ -27,26 +29,32 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
 
+    def refusal(self) -> str | None:
+        """Take the lock; returns why this run may not use the folder, or None if the lock is ours now."""
+        if (holder := self.take()) is None:
+            return None
+        return (
+            f"output_dir {self._path.parent} is in use by another run, {holder}; stop that one, or give another "
+            f"folder. If its host is gone, a file system may keep the lock for minutes; removing {FILE} ends it"
+        )
+
     def take(self) -> str | None:
         """Take the lock; returns who else holds it, such as `process 17 on host a`, or None if it is ours now.
 
-        Where the file system has no locks, it is said on stderr and the run goes on. Raises OSError if the file cannot
-        be written.
+        It is tried for some seconds: a run that was killed may take a moment to die, and NFS one to notice. Where the
+        file system has no locks, it is said on stderr and the run goes on. Raises OSError if the file cannot be
+        written.
         """
         where = self._path.resolve()
         if where in _OPEN:
             return None
         descriptor = os.open(where, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = _holder(descriptor)
-                os.close(descriptor)
-                return holder
-            print(f"{self._path} cannot be locked ({error}), so a second run there goes unseen", file=sys.stderr)
+        if (error := _lock(descriptor)) is not None:
+            holder = _holder(descriptor) if error.errno in _HELD else None
             os.close(descriptor)
-            return None
+            if holder is None:
+                print(f"{self._path} cannot be locked ({error}), so a second run there goes unseen", file=sys.stderr)
+            return holder
         me = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
@@ -66,6 +74,19 @@ def release_all() -> None:
     """Let others use every folder that this process has locked."""
     for path in list(_OPEN):
         FolderLock(path.parent).release()
+
+
+def _lock(descriptor: int) -> OSError | None:
+    """Lock a file; returns why it still cannot be locked after some seconds."""
+    end = time.monotonic() + _SECONDS
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except OSError as error:
+            if error.errno not in (*_HELD, errno.ENOLCK) or time.monotonic() > end:
+                return error
+        time.sleep(_PAUSE)
 
 
 def _holder(descriptor: int) -> str:

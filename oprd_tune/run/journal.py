@@ -19,7 +19,7 @@ from oprd_tune.metrics.history import History
 from oprd_tune.metrics.phases import PhaseTimer, peak_memory_bytes
 from oprd_tune.metrics.remarks import failure, remarks
 from oprd_tune.metrics.step import Metrics, StepResult, rollout_metrics, speed_metrics
-from oprd_tune.metrics.step_log import StepLog, remove_from_step
+from oprd_tune.metrics.step_log import StepLog, keep_lines
 from oprd_tune.preflight.data import RunData
 from oprd_tune.protocols import MetricLogger, RichLogger
 from oprd_tune.ranks import Ranks
@@ -49,7 +49,7 @@ class Journal:
         self._answers: SampleFile | None = None
         self._teacher_answers: Sequence[Sample] = ()
         self._graded: int | None = None  # answers of an evaluation
-        self._once: dict[str, float] = {}  # metrics that are logged with the first step only
+        self._once: dict[str, float] = {}  # metrics of the first row of the run, not of a resumption's
 
     def open(self, logger: MetricLogger | None, data: RunData, *, first_step: int) -> None:
         """Start logging.
@@ -57,14 +57,15 @@ class Journal:
         Args:
             logger: the first rank's logger; None on the other ranks.
             data: decodes and grades the samples that are logged.
-            first_step: the next step to log. Entries that a crashed run left at this step or later are hidden.
+            first_step: the next step to log. Entries that a crashed run left at this step or later are hidden, and so
+                are those of evaluations that are not in `history`.
         """
         self._logger, self._data = logger, data
         self._graded = getattr(data.task_accuracy, "samples", None)  # an evaluator of the user's may lack it
         if self._ranks.first:
-            folder = Path(self._settings.output_dir)
-            self._log = StepLog(folder, first_step=first_step)
-            remove_from_step(folder / _ANSWERS, first_step)
+            folder, evaluated = Path(self._settings.output_dir), {row["step"] for row in self.history.evaluations}
+            self._log = StepLog(folder, first_step=first_step, evaluated=evaluated)
+            keep_lines(folder / _ANSWERS, lambda line: line["step"] < first_step and line["step"] in evaluated)
             self._answers = SampleFile(folder / _ANSWERS)
         if isinstance(logger, RichLogger):
             logger.resume_at(first_step)
@@ -81,8 +82,7 @@ class Journal:
         metrics.merge(speed_metrics(seconds, sampled, read))
         metrics.set("memory/peak", self._ranks.largest(peak_memory_bytes(self._ranks.device)) / _GIB)
         metrics.set("optimizer/skipped_steps", history.skipped_steps)
-        self.logged = self._once | metrics.reduce(self._ranks)
-        self._once = {}
+        self.logged = (self._once if step == self._settings.log_every_n_steps else {}) | metrics.reduce(self._ranks)
         history.add_cosines(step, self.logged)
         history.add_logprob_gap(self.logged)
         history.add_responses(self.logged)

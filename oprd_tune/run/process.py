@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import torch
 from torchtune import training, utils
@@ -15,6 +17,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.ranks import Ranks, join_ranks
 
 _WATCH_SECONDS = 1.0
+_ANSWER_SECONDS = 5.0
 
 
 def join_run(settings: OPRDSettings | EvalSettings) -> Ranks:
@@ -52,11 +55,31 @@ def end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
+    if _was_gone_before():  # what has adopted this process since then is no launcher, and may live for ever
+        _end("the launcher")
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(_WATCH_SECONDS)
-        print(f"error: the launcher (process {launcher}) is gone; resume=true goes on", file=sys.stderr, flush=True)
-        os._exit(1)
+        _end(f"the launcher (process {launcher})")
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def _was_gone_before() -> bool:
+    """Whether no launcher answers where ranks meet. Its imports take a rank some seconds, and it may die meanwhile."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(place, timeout=_ANSWER_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, KeyError, ValueError):  # joining the others will tell
+        return False
+    return False
+
+
+def _end(gone: str) -> NoReturn:
+    print(f"error: {gone} is gone; resume=true goes on", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from oprd_tune.config import OPRDSettings, Parts
 from oprd_tune.config.components import check_offers
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import CheckpointError, ConfigError
 from oprd_tune.evaluation.samples import Sample
 from oprd_tune.metrics.step import StepResult
 from oprd_tune.preflight.data import RunData
@@ -192,8 +192,12 @@ class Run:
             self.journal.close()
             self._folder.release()
             return 128 + self._stopped
+        try:
+            self._folder.wait()  # first: a run that is killed between the two could not resume beside `final` alone
+        except CheckpointError:
+            self._export("final")
+            raise
         final = self._export("final")
-        self._folder.wait()
         succeeded = self.journal.finish(final, recipe=self._recipe, steps=self.step)
         self._folder.release()
         return int(self._ranks.largest(0 if succeeded else FAILED))  # no rank ends while the first one still writes

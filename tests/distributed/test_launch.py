@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,6 +137,20 @@ def test_ranks_end_with_their_launcher(start, out):
     _, errors = process.communicate(timeout=10)  # the ranks hold its pipes until they end
     assert not any(lives(rank) for rank in ranks)
     assert f"error: the launcher (process {process.pid}) is gone; resume=true goes on" in errors
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_rank_ends_whose_launcher_was_gone_before_it_looked(lives):
+    code = "from oprd_tune.run.process import end_with_launcher; end_with_launcher(); print('goes on')"
+    with socket.socket() as meeting:
+        meeting.bind(("127.0.0.1", 0))
+        if lives:
+            meeting.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1])}
+        launched = {**os.environ, **place, "TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        rank = subprocess.run([sys.executable, "-c", code], env=launched, capture_output=True, text=True, check=False)
+    assert (rank.returncode, rank.stdout) == ((0, "goes on\n") if lives else (1, ""))
+    assert lives or rank.stderr.splitlines()[-1] == "error: the launcher is gone; resume=true goes on"
 
 
 def lives(pid):

@@ -35,6 +35,17 @@ def test_steps_that_are_done_again_are_there_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+def test_an_evaluation_that_a_run_does_not_know_goes_and_its_step_stays(tmp_path):
+    for evaluated in ({0, 2}, {0}):  # killed after it had caught up on the evaluation of step 2, and again
+        log = StepLog(tmp_path, first_step=3 if read_log(tmp_path) else 0, evaluated=evaluated)
+        for step in (0, 1, 2) if evaluated == {0, 2} else ():
+            log.add(step, {"loss/total": 0.5, "eval/mine": 1.0}, seconds=1.0, tokens=10)
+        log.add(2, {"eval/accuracy": 0.5}, seconds=1.0, tokens=10)
+    assert [(line["step"], "loss/total" in line) for line in read_log(tmp_path)] == [
+        *((0, True), (1, True), (2, True), (2, False))
+    ]
+
+
 def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_is_told(tmp_path):
     write(tmp_path, (0, 1))
     with (tmp_path / FILE).open("a") as file:

@@ -46,6 +46,12 @@ def logged(out, *prefixes):
     return {step: own for step, own in found.items() if own}
 
 
+def rows(out):
+    """The steps of all rows, and whether each is an evaluation."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], "loss/total" not in line) for line in lines]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Four steps with two benchmarks, and the teacher's answers."""
@@ -137,6 +143,7 @@ def test_a_killed_run_that_goes_on_leaves_the_same_files(whole, tmp_path, monkey
 
 
 def test_an_engine_that_fails_at_an_evaluation_loses_none(out, tmp_path, monkeypatch):
+    """Also if the run that catches up on it is killed before its next checkpoint."""
     generate = NativeEngine.generate
 
     def lose(self, prompts, *, stream=0, request=None):
@@ -144,13 +151,23 @@ def test_an_engine_that_fails_at_an_evaluation_loses_none(out, tmp_path, monkeyp
             raise RolloutError("no server is left")
         return generate(self, prompts, stream=stream, request=request)
 
+    def kill(self, prompts, *, stream=0, request=None):
+        if request is None:
+            raise RuntimeError("killed")
+        return generate(self, prompts, stream=stream, request=request)
+
     with monkeypatch.context() as patch:
         patch.setattr(NativeEngine, "generate", lose)
         assert run(out, **EVAL) == 1
-    assert list(logged(out, "eval/")) == [0]
+        assert list(logged(out, "eval/")) == [0]
+        patch.setattr(NativeEngine, "generate", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(out, **EVAL, resume="true")
+    assert list(logged(out, "eval/")) == [0, 2]
     assert run(out, **EVAL, resume="true") == 0
     assert run(tmp_path / "other", **EVAL) == 0
     assert samples(out) == samples(tmp_path / "other")
+    assert rows(out) == rows(tmp_path / "other")
     assert_same_student(out, tmp_path / "other")
 
 

@@ -16,6 +16,7 @@ from oprd_tune.registry import config_files
 from oprd_tune.rollout import NativeEngine
 from oprd_tune.run import Run
 from oprd_tune.run.export import export_checkpoint
+from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.types import TeacherTargets
 from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
@@ -353,6 +354,28 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_student(tmp_pat
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming after step 2" in resumed.stdout
     assert_same_student(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_when_the_final_student_appears_its_checkpoint_is_there(out, monkeypatch):
+    """A run that is killed then could not go on beside `final` alone."""
+    export, found = RunFolder.export, []
+
+    def look(self, name, *args, **kwargs):
+        found.append((name, sorted(entry.name for entry in (out / "checkpoints").iterdir())))
+        return export(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(RunFolder, "export", look)
+    run_recipe(NAME, CONFIG, out)
+    assert found[-1] == ("final", ["step_00000004"])
+
+
+def test_the_error_of_quantisation_is_logged_once_in_a_run(out):
+    quantised = {"teacher_quantization": "int8_weight_only", "log_every_n_steps": 2}
+    schedule = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"}
+    run_recipe(NAME, CONFIG, out, **quantised, **schedule)
+    run_recipe(NAME, CONFIG, out, **quantised, **schedule, max_steps=6, resume="true")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "teacher/quantization_error_04" in line] == [2]
 
 
 @pytest.mark.slow

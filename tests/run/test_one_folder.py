@@ -1,5 +1,8 @@
 """One run, one folder: none beside a live one, none over a finished one, and none is kept out by a dead one."""
 
+import errno
+import fcntl
+import os
 import re
 import signal
 import subprocess
@@ -12,9 +15,12 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.registry import config_files, recipe_files
 from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.folder_lock import FILE, FolderLock
-from tests.conftest import SMALL
+from oprd_tune.run.launcher import run_recipe
+from tests.conftest import SMALL, load_config, recipe_class
+from tests.distributed.spawn import run_ranks
 
 NAME, CONFIG = "oprd_distributed", "tiny/oprd"
+LOCKF = "oprd_tune.run.folder_lock.fcntl.lockf"
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -22,6 +28,11 @@ from oprd_tune.run.folder_lock import FolderLock
 print(FolderLock(Path(sys.argv[1])).take(), flush=True)
 time.sleep(120)
 """
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch):
+    monkeypatch.setattr("oprd_tune.run.folder_lock._SECONDS", 0.3)
 
 
 def holder(folder):
@@ -62,9 +73,69 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     def none(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("oprd_tune.run.folder_lock.fcntl.lockf", none)
+    monkeypatch.setattr(LOCKF, none)
     assert FolderLock(tmp_path).take() is None
     assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES, errno.ENOLCK])
+def test_a_lock_that_lingers_for_a_moment_keeps_nobody_out(tmp_path, monkeypatch, capsys, number):
+    """As on NFS, when its client has just died."""
+    lock, tries = fcntl.lockf, []
+
+    def linger(*args):
+        tries.append(args)
+        if len(tries) < 2:
+            raise OSError(number, "not yet")
+        lock(*args)
+
+    monkeypatch.setattr(LOCKF, linger)
+    assert FolderLock(tmp_path).take() is None
+    assert f'"process": {os.getpid()}' in (tmp_path / FILE).read_text()
+    assert capsys.readouterr().err == ""
+    FolderLock(tmp_path).release()
+
+
+def evaluation(folder):
+    words = [f"output_dir={folder}", "benchmarks.addition.count=400", "problems_per_batch=1"]
+    command = [sys.executable, str(recipe_files()["math_eval"]), "--config", str(config_files()["tiny/eval"]), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_evaluations_at_once_in_one_folder(out, capsys):
+    first = evaluation(out)
+    end = time.monotonic() + 120
+    while not (out / "samples.jsonl").exists():
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    cfg = load_config("tiny/eval", output_dir=out, problems_per_batch=1, **{"benchmarks.addition.count": 400})
+    told = rf"output_dir {out} is in use by another run, process {first.pid} on host \S+, since [-\d: ]+; stop that one"
+    assert run_recipe(recipe_class("math_eval"), cfg) == 2
+    assert re.search(told, capsys.readouterr().err)
+    with pytest.raises(ConfigError, match=told):
+        RunFolder(str(out), keep=1).check(resume=False)  # nor may a training run
+    first.kill()
+    first.communicate()
+    cfg.models = {"student": "tiny/student"}
+    cfg.problems_per_batch = 400
+    assert run_recipe(recipe_class("math_eval"), cfg) == 0
+    assert (out / FILE).read_text() == ""  # which others may use now
+
+
+def on_two_ranks(rank, folder):
+    sys.stderr = open(folder / f"{rank}.err", "w")  # noqa: SIM115 - as long as the process
+    assert run_recipe(recipe_class("math_eval"), load_config("tiny/eval", output_dir=folder / "out")) == 2
+    sys.stderr.flush()
+
+
+def test_every_rank_of_an_evaluation_is_told(tmp_path):
+    (tmp_path / "out").mkdir()
+    process = holder(tmp_path / "out")
+    run_ranks(on_two_ranks, 2, tmp_path / "ranks", tmp_path)
+    process.kill()
+    process.wait()
+    assert all(f"another run, process {process.pid}" in (tmp_path / f"{rank}.err").read_text() for rank in range(2))
 
 
 @pytest.mark.parametrize("resume", [True, False])
