@@ -18,6 +18,7 @@ from oprd_tune.registry import config_files, recipe_files
 from oprd_tune.run.launcher import FAILED
 
 VOCAB, WIDTH, DEPTH = 23, 16, 3
+ENDED = (0, FAILED)  # statuses of a run that went to its end: after a few steps, many students are worse
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.conftest import load_config, recipe_class
+from tests.conftest import ENDED, load_config, recipe_class
 from tests.distributed.spawn import run_ranks
 
 PLACEMENTS = ("replicated", "sharded")  # by torchao, and in our own layout
@@ -15,7 +15,7 @@ def run(rank, folder, overrides, placements=PLACEMENTS):
         cfg = load_config("tiny/oprd", output_dir=folder / placement, **teacher, **overrides)
         recipe = recipe_class("oprd_distributed")(cfg)
         recipe.setup()
-        assert recipe.train() == 0
+        assert recipe.train() in ENDED
 
 
 def summaries(folder, placements=PLACEMENTS):

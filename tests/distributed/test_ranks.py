@@ -12,7 +12,7 @@ from oprd_tune.rollout.auto import best_engine
 from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.folder_lock import FolderLock
 from oprd_tune.training.drift import TiedHeadDrift
-from tests.conftest import SMALL, load_config, make_model, recipe_class
+from tests.conftest import ENDED, SMALL, load_config, make_model, recipe_class
 from tests.distributed.spawn import run_ranks
 
 
@@ -23,7 +23,7 @@ def run(rank, folder):
     cfg = load_config("tiny/oprd", output_dir=folder / "one prompt", **overrides)
     recipe = recipe_class("oprd_distributed")(cfg)
     recipe.setup()
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
     accuracies = [e["accuracy"] for e in recipe.run.journal.history.evaluations]
     assert set(accuracies) <= {0.0, 1.0}
     assert Ranks(rank, 2).collect(accuracies) == [accuracies] * 2

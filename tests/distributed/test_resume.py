@@ -14,7 +14,7 @@ import torch
 
 from oprd_tune.registry import config_files, recipe_files
 from oprd_tune.run.export import export_checkpoint
-from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, weights
+from tests.conftest import ENDED, SMALL, assert_same_student, load_config, recipe_class, weights
 from tests.distributed.spawn import run_ranks
 
 NAME, CONFIG = "oprd_distributed", "tiny/oprd"
@@ -42,7 +42,7 @@ def run(rank, folder, overrides):
     cfg = load_config(CONFIG, output_dir=folder, **{**STEADY, **overrides})
     recipe = recipe_class(NAME)(cfg)
     recipe.setup()
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
 
 
 def run_all(rank, folder):

@@ -22,7 +22,7 @@ from oprd_tune.preflight.memory import Plan, predict_memory
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny import checkpointer, lora_tiny_qwen2, tiny_qwen2
-from tests.conftest import SMALL, load_config, recipe_class
+from tests.conftest import ENDED, SMALL, load_config, recipe_class
 
 SETTINGS = OPRDSettings(
     output_dir="out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, dtype="fp32", sync_every_micro_batch=True
@@ -69,7 +69,7 @@ def predict(build=tiny_qwen2, **changes):
 def test_preflight_only_reads_no_weights_and_starts_nothing(recipe, config, out, monkeypatch, capsys):
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda self: pytest.fail("a model was loaded"))
     cfg = load_config(config, output_dir=out, preflight="only", **SMALL)
-    assert launch(recipe_class(recipe), cfg) == 0
+    assert launch(recipe_class(recipe), cfg) in ENDED
     told = capsys.readouterr().out
     assert "791k parameters, 4 blocks of width 128, vocabulary 16; 791k of them train" in told
     assert "4 prompts × 1 = 4 responses a step on one process" in told
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
     monkeypatch.setattr(module, "_free_bytes", lambda ranks: 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     cfg = load_config("tiny/oprd", output_dir=out, preflight="only", **SMALL)
-    assert launch(recipe_class("oprd_distributed"), cfg) == 0
+    assert launch(recipe_class("oprd_distributed"), cfg) in ENDED
     assert capsys.readouterr().out.count("This will not fit") == 2
 
 

@@ -13,7 +13,7 @@ from oprd_tune.modeling.weights import load_decoder
 from oprd_tune.registry import recipe_files
 from oprd_tune.tiny import checkpointer, tiny_qwen2
 from oprd_tune.types import TeacherTargets
-from tests.conftest import SMALL, load_config
+from tests.conftest import ENDED, SMALL, load_config
 
 OPRD, OPD = "oprd_distributed", "opd_topk_distributed"
 LOG = {"metric_logger._component_": "tests.distributed.components.JSONLogger"}
@@ -57,7 +57,7 @@ def test_a_metric_of_ones_own_reaches_the_logger(name, config, out, tmp_path):
     collect = "            metrics.merge(stream.metrics)\n"
     own = '            metrics.add_each("my/thing", -micro.sampler_logprobs_BS[micro.response_mask_BS])\n'
     recipe = prepared(copied(name, tmp_path, (collect, collect + own)), config, out, tokens_per_micro_batch=20)
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
     assert len(logged(out)) == 4
     for line in logged(out):
         assert line["my/thing"] == pytest.approx(line["rollout/entropy"], rel=1e-6)
@@ -82,7 +82,7 @@ def test_forward_kl_as_a_plain_function_is_what_trains(out, tmp_path):
     wanted.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm().item()
     reverse = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
     assert len(logged(out)) == 4
     assert logged(out)[0]["loss/total"] == pytest.approx(wanted.item(), rel=1e-5)
     assert logged(out)[0]["loss/total"] != pytest.approx(reverse, rel=0.05)

@@ -19,7 +19,7 @@ from oprd_tune.run.export import export_checkpoint
 from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.types import TeacherTargets
-from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
+from tests.conftest import ENDED, SMALL, assert_same_student, load_config, recipe_class, run_recipe
 
 NAME, CONFIG = "oprd_distributed", "tiny/oprd"
 
@@ -382,7 +382,7 @@ def test_the_error_of_quantisation_is_logged_once_in_a_run(out):
 def test_closes_95_percent_of_the_gap_in_200_steps(tmp_path):
     recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=tmp_path, evaluate_every_n_steps=200))
     recipe.setup()
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] <= 200
     assert summary["gap_closed"] >= 0.95

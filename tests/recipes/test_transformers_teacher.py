@@ -8,7 +8,7 @@ import pytest
 from oprd_tune import tiny
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny.model import MAX_SEQ_LEN, SYMBOLS, write_tokenizer
-from tests.conftest import SMALL, assert_same_student, load_config, recipe_class, run_recipe
+from tests.conftest import ENDED, SMALL, assert_same_student, load_config, recipe_class, run_recipe
 from tests.teacher.transformers_models import save_model
 
 SHAPE = {"vocab_size": len(SYMBOLS), "max_position_embeddings": MAX_SEQ_LEN}
@@ -40,7 +40,7 @@ def config(name, folder, out, **overrides):
 def run(recipe_name, config_name, folder, out, **overrides):
     recipe = recipe_class(recipe_name)(config(config_name, folder, out, **overrides))
     recipe.setup()
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
     return recipe
 
 

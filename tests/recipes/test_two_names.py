@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.tiny.model import MAX_SEQ_LEN, SYMBOLS, TEENS_SYMBOLS, write_tokenizer
-from tests.conftest import recipe_class, weights
+from tests.conftest import ENDED, recipe_class, weights
 from tests.teacher.transformers_models import FAMILIES, save_model
 
 BRIDGED = """
@@ -78,7 +78,7 @@ def test_a_llama_learns_from_two_names(text, family, symbols, tmp_path, capsys):
     filled = text.format(out=tmp_path / "out", prompts=tmp_path / "prompts.jsonl", **folders)
     cfg = OmegaConf.create(filled)
     assert leaves(OmegaConf.to_container(cfg)) <= 25
-    assert launch(recipe_class(cfg.recipe), cfg) == 0
+    assert launch(recipe_class(cfg.recipe), cfg) in ENDED
     assert ("loaded by transformers" in capsys.readouterr().out) == (family == "gemma3")
     before, after = weights(folders["student"]), weights(tmp_path / "out" / "final")
     assert before.keys() == after.keys()

@@ -14,7 +14,7 @@ from oprd_tune.run.folder import RunFolder
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.run.manifest import MANIFEST, check_whole
 from oprd_tune.run.publishing import checkpoints_in
-from tests.conftest import SMALL, load_config, make_model, recipe_class, run_recipe, weights
+from tests.conftest import ENDED, SMALL, load_config, make_model, recipe_class, run_recipe, weights
 
 NAME, CONFIG = "oprd_distributed", "tiny/oprd"
 
@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(out, capsys):
     run_recipe(NAME, CONFIG, out, checkpoint_every_n_steps=2)
     cut(out / "checkpoints" / "step_00000004" / "__0_0.distcp")
     cfg = load_config(CONFIG, output_dir=out, resume="true", **{**SMALL, "checkpoint_every_n_steps": 2})
-    assert launch(recipe_class(NAME), cfg) == 0
+    assert launch(recipe_class(NAME), cfg) in ENDED
     said = capsys.readouterr()
     assert "step_00000004 is damaged: __0_0.distcp has" in said.err
     assert "Resuming after step 2" in said.out

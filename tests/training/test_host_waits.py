@@ -14,7 +14,7 @@ from oprd_tune.modeling.weights import build_on_meta
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
 from oprd_tune.types import LayerPair, ResponseTokens, Selection
-from tests.conftest import DEPTH, SMALL, VOCAB, WIDTH, load_config, make_model, recipe_class
+from tests.conftest import DEPTH, ENDED, SMALL, VOCAB, WIDTH, load_config, make_model, recipe_class
 from tests.host_waits import noted_host_waits
 from tests.losses.token_losses import LOSSES
 from tests.modeling.bridges import make_bridge
@@ -111,7 +111,7 @@ def test_a_step_waits_for_nothing_between_its_first_microbatch_and_the_optimizer
         return update(*args, **kwargs)
 
     run.teacher.targets, run.student.update = first_targets, last_update
-    assert run.train() == 0
+    assert run.train() in ENDED
     assert len(waits) == 2
     for _, found in waits:
         known = [wait for wait in found if "heads.py" in wait and config == "tiny/opd_topk"]

@@ -12,7 +12,7 @@ from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer
 from oprd_tune.run.launcher import run_recipe as launch
-from tests.conftest import SMALL, load_config, recipe_class, weights
+from tests.conftest import ENDED, SMALL, load_config, recipe_class, weights
 from tests.vllm.students import make_student
 from tests.vllm.test_server import ENVIRONMENT
 
@@ -50,7 +50,7 @@ def test_answers_to_benchmarks_are_sampled_by_vllm_and_leave_training_alone(out,
     own |= {"eval.grader": "oprd_tune.grading.exact_match", "eval.max_new_tokens": 40, "eval.every_n_steps": 2}
     for folder, extra in ((out, own), (tmp_path / "without", {})):
         done = run(folder, **STEADY, **vllm, **extra)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode in ENDED, done.stderr
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (out, tmp_path / "without")
@@ -67,10 +67,10 @@ def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out):
     recipe, config = "opd_topk_distributed", "tiny/opd_topk"
     auto = {**STEADY, **extra, "rollout": "auto", "teacher_placement": "sharded"}
     first = run(out, recipe, config, **{**auto, "max_steps": 2})
-    assert first.returncode == 0, first.stderr
+    assert first.returncode in ENDED, first.stderr
     assert "rollout: VLLMColocated, since vLLM works here" in first.stdout
     second = run(out, recipe, config, **auto, resume="true")
-    assert second.returncode == 0, second.stderr
+    assert second.returncode in ENDED, second.stderr
     assert "rollout: VLLMColocated, as before" in second.stdout
     assert json.loads((out / "summary.json").read_text())["max_logprob_gap"] < 1e-1
 
