@@ -83,7 +83,7 @@ class Limit:
 
 def last_line(text: str) -> str:
     """The line that says most: the last error of ours, or of Python; else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"error( on rank \d+)?: ", line)]
     errors = errors or [line for line in lines if re.match(r"([\w.]+(Error|Exception)|RuntimeError)\b.*: ", line)]
     return (errors or lines or [""])[-1][:300]
