@@ -55,7 +55,8 @@ def write(shape: str, folder: Path, seed: int) -> None:
     write_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    names, weight_map = sorted(parameters), {}
+    names = sorted(parameters)
+    weight_map: dict[str, str] = {}
     for i in range(files):
         weights = {}
         for name in names[i::files]:

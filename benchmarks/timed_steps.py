@@ -23,7 +23,8 @@ from oprd_tune.run import load_recipe
 @config.parse
 def main(cfg: DictConfig) -> int:
     """Run the recipe."""
-    recipe: Any = load_recipe("oprd_distributed")(cfg)
+    make_recipe: Any = load_recipe("oprd_distributed")
+    recipe = make_recipe(cfg)
     recipe.setup()
     recipe.run._save = lambda: None  # gigabytes, of a model that knows nothing
     starts, train_step = [], recipe.train_step
