@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from oprd_tune.registry import recipe_files
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -53,14 +55,12 @@ def quieten_torchrun() -> None:
 
 
 def end_quietly(words: Sequence[str]) -> None:
-    """If a command line, such as torchtune's, runs one of our recipes or a copy, end this process as our launcher does.
+    """If the words after `tune` run one of our recipes or a copy, end this process as our launcher does.
 
     `tune run --nproc_per_node 2` calls torchrun within this process, and its error would end it in a traceback.
     """
-    from oprd_tune.registry import recipe_files
-
     known = recipe_files()
-    if not any(word in known or _is_ours(Path(word)) for word in words):
+    if words[:1] != ["run"] or not any(word in known or _is_ours(Path(word)) for word in words):
         return
     quieten_torchrun()
     usual = sys.excepthook

@@ -210,9 +210,10 @@ def main() -> int:
 
 def _run_on_all_ranks(asked: Namespace, counts: dict[str, int]) -> int:
     """Run the variants on every rank at once; returns 1 if one failed, or if the ranks disagree."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
-    first, alone = dist.get_rank() == 0, os.environ.pop("TORCHELASTIC_RUN_ID", None)  # no watch for each variant
-    assert alone is not None
+    # A rank may need all of its seconds for a variant that another one has refused at once.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3 * SECONDS))
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # no watch over the launcher for each variant
+    first = dist.get_rank() == 0
     found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
     keep_group = mock.patch.object(dist, "destroy_process_group")
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(launcher, "_LATER_SECONDS", 0), keep_group:

@@ -13,18 +13,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torchtune.models import qwen2_5
 from torchtune.models.qwen2 import qwen2
-from torchtune.modules.tied_linear import TiedLinear
 
+from benchmarks.random_models import write_model
 from oprd_tune import modeling
-from oprd_tune.modeling.families import FAMILIES
 from oprd_tune.modeling.families.llama import llama
-from oprd_tune.modeling.weights import build_on_meta
-from oprd_tune.tiny.model import write_tokenizer
 from tests.conftest import load_config, recipe_class
 
 BLOCKS = 2
@@ -67,58 +62,6 @@ SHAPES = {
 }
 
 
-def write_model(folder, build, *, blocks=None, seed=None, files=2):
-    """A Hugging Face folder of a builder's model: its config.json and a tokenizer, and with a seed random bf16 weights.
-
-    `blocks` cuts the model.
-    """
-    folder.mkdir(parents=True)
-    model = build_on_meta(build)
-    model.layers = model.layers[:blocks]
-    config = stated(model)
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder)
-    if seed is None:
-        return
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        weights[name] = value + 1 if name.endswith("scale") else value
-    to_hf = FAMILIES[config["model_type"]].to_hf
-    converted = {key: value.contiguous() for key, value in to_hf(weights, config).items()}
-    names = sorted(converted)
-    weight_map = {}
-    for i in range(files):
-        file = f"model-{i + 1:05}-of-{files:05}.safetensors"
-        own = names[i::files]
-        save_file({name: converted[name] for name in own}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(own, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def stated(model):
-    """The config.json of a model."""
-    attention, embedding = model.layers[0].attn, model.tok_embeddings
-    queries = attention.q_proj
-    kind = "qwen3" if hasattr(queries, "norm") else "llama" if queries.bias is None else "qwen2"
-    return {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "model_type": kind,
-        "head_dim": attention.head_dim,
-        "vocab_size": embedding.num_embeddings,
-        "hidden_size": embedding.embedding_dim,
-        "intermediate_size": model.layers[0].mlp.w1.weight.shape[0],
-        "num_hidden_layers": len(model.layers),
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "max_position_embeddings": model.max_seq_len,
-        "rms_norm_eps": model.norm.eps,
-        "rope_theta": attention.pos_embeddings.base,
-        "tie_word_embeddings": isinstance(model.output, TiedLinear),
-    }
-
-
 def with_folders(cfg, folder):
     """The config with folders without weights, but with config.json and tokenizer, in place of its models' names."""
     for model in ("student", "teacher"):
@@ -137,7 +80,7 @@ def prepare(name, folder, overrides):
     for seed, model in enumerate(("student", "teacher")):
         words[model] = folder / model
         if not (folder / model).exists():
-            write_model(folder / model, SHAPES[cfg[model]], blocks=BLOCKS, seed=seed)
+            write_model(folder / model, SHAPES[cfg[model]], blocks=BLOCKS, seed=seed, files=2)
     prompts = folder / "prompts.jsonl"
     words |= {
         "dataset.source": prompts,

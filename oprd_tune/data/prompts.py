@@ -46,7 +46,6 @@ class PromptDataset:
 
     Attributes:
         dropped: how many prompts were empty or too long.
-        dropped_for: how many of them for which of these two reasons.
         counts: how many prompts are used, were dropped and why, and how many of those used have no reference answer.
         largest_token: the largest token id in any prompt.
         largest_teacher_token: the same in the teacher's tokens; None without `teacher_tokenizer`.
@@ -93,8 +92,8 @@ class PromptDataset:
         self.dropped = len(rows) - len(kept)
         empty = sum(any(not read[i] for read in tokens.values()) for i in range(len(rows)))
         unanswered = sum(answers[i] is None for i in kept)
-        self.dropped_for = {"empty": empty, "too_long": self.dropped - empty}
-        self.counts = {"used": len(kept), "dropped": self.dropped, **self.dropped_for, "unanswered": unanswered}
+        why = {"empty": empty, "too_long": self.dropped - empty}
+        self.counts = {"used": len(kept), "dropped": self.dropped, **why, "unanswered": unanswered}
         if not kept:
             reason = f"all {len(rows)} prompts are empty or longer than max_prompt_tokens {max_prompt_tokens}"
             reason = reason if rows else "it has no rows"

@@ -38,10 +38,11 @@ def render(
         except ChildProcessError as error:
             raise ConfigError(f"chat templates cannot be rendered: {error}") from error
         if done is None:
-            limit = f"ran for more than {_POOL.seconds:.0f} s" if _POOL.late > late else "ended its process"
+            done = {"limit": f"ran for more than {_POOL.seconds:.0f} s" if _POOL.late > late else "ended its process"}
+        if "limit" in done:
             raise ConfigError(
-                f"the chat template {limit} on {len(part)} conversations, and was stopped; look at it in the model "
-                "folder, or give dataset.prompt_template instead"
+                f"the chat template {done['limit']} on {len(part)} conversations, and was stopped; look at it in the "
+                "model folder, or give dataset.prompt_template instead"
             )
         if "error" in done:
             raise ConfigError(f"the chat template rejects this conversation: {done['error']}")

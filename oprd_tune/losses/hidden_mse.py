@@ -49,7 +49,6 @@ class HiddenStateLoss:
     def __init__(self, error: StateError | str, coefficient: float = 1.0) -> None:
         check_not_negative("loss.coefficient", coefficient)
         self.error: StateError = find_function("loss.error", error)
-        self.evaluate = gradient_of(self.error)
         self.coefficient = coefficient
         self.needs_calibration = False
         self.scales: dict[int, float] = {}
@@ -169,7 +168,7 @@ class LayerStream:
 
         def evaluate(compared_TA: Tensor) -> tuple[Tensor, Tensor]:
             pair = StatePair(widened(compared_TA), teacher_TA)
-            found = self._loss.evaluate(pair)
+            found = gradient_of(self._loss.error)(pair)
             if self._measured:
                 self._measure(layer, pair)
             gradient_TA = torch.mul(found.direction_TA, found.weight * factor, out=torch.empty_like(compared_TA))

@@ -1,7 +1,7 @@
 """Errors between the hidden states of student and teacher, and their gradients without autograd where they are known.
 
 A loss on hidden states takes any function of two states. For the functions of this file the gradient has a closed form,
-which takes a few passes over the states instead of the dozens of autograd; see `gradient_of`.
+which takes fewer passes over the states than autograd; see `gradient_of`.
 """
 
 from __future__ import annotations

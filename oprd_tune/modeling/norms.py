@@ -12,8 +12,8 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 class FusedRMSNorm(RMSNorm):
     """torchtune's norm, with input and weight of one dtype: y = scale · x / √(mean(x²) + eps), formed in fp32.
 
-    torchtune converts the input to fp32 first. Beside a bf16 weight, PyTorch then has no fused kernel: it runs about
-    ten, and keeps copies in fp32 for the backward pass. The fused kernel computes in fp32 too, and rounds y once.
+    torchtune converts the input to fp32 first. Beside a bf16 weight, PyTorch then has no fused kernel: it runs
+    several, and keeps copies in fp32 for the backward pass. The fused kernel computes in fp32 too, and rounds y once.
     """
 
     def forward(self, x: Tensor) -> Tensor:

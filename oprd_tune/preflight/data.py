@@ -139,8 +139,8 @@ def _counts(dataset: PromptSource) -> Mapping[str, int]:
 
 def _dropped(dataset: PromptSource, limit: int) -> str:
     """How many prompts were dropped, and why."""
-    total, why = dataset.dropped + len(dataset), getattr(dataset, "dropped_for", None)
-    each = "empty or longer" if why is None else f"{why['empty']} empty, {why['too_long']} longer"
+    total, counts = dataset.dropped + len(dataset), _counts(dataset)
+    each = f"{counts['empty']} empty, {counts['too_long']} longer" if "empty" in counts else "empty or longer"
     return f"{dataset.dropped} of {total} prompts are dropped: {each} than {limit} tokens"
 
 

@@ -69,7 +69,8 @@ def _first_in(
         of_teacher += [layer for layer in list(targets.states) if not _is_finite(targets.states.pop(layer))]
         if targets.final_TC is not None and not _is_finite(targets.final_TC):
             of_teacher.append(len(student.layers))
-        with evaluating(student), layer_taps(student, range(1, len(student.layers) + 1), look):
+        taps = layer_taps(student, range(1, len(student.layers) + 1), look)
+        with evaluating(student), taps, torch.compiler.set_stance("force_eager"):
             student(micro.tokens_BS)
     if of_teacher:
         return (

@@ -7,12 +7,12 @@ from typing import Any
 
 from serving import serve
 
-_MOST_CHARACTERS = 2**26  # of the texts of one job together
+_MOST_CHARACTERS = 64 * 10**6  # of the texts of one job together
 _MOST_SAID = 500  # characters of a template's own message
 
 
 def renderer() -> Callable[[Any], Any]:
-    """The job of rendering: `{template, chats, add_generation_prompt, variables}` → `{texts}`, or `{error}`."""
+    """The job: `{template, chats, add_generation_prompt, variables}` → `{texts}`, `{error}` or `{limit}`, a reason."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def rendered(job: Any) -> Any:
@@ -29,9 +29,9 @@ def renderer() -> Callable[[Any], Any]:
                 texts.append(text)
                 size += len(text)
                 if size > _MOST_CHARACTERS:
-                    return {"error": f"it wrote more than {_MOST_CHARACTERS // 2**20} million characters"}
+                    return {"limit": f"wrote more than {_MOST_CHARACTERS // 10**6} million characters"}
         except MemoryError:
-            return {"error": "it asked for too much memory"}
+            return {"limit": "asked for too much memory"}
         except Exception as error:  # a template is a program of the folder's author
             return {"error": str(error)[:_MOST_SAID] or type(error).__name__}
         return {"texts": texts}

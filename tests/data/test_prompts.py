@@ -63,7 +63,7 @@ def test_takes_splits_and_the_first_rows(tmp_path):
 def test_drops_and_counts_prompts_that_are_too_long(tmp_path):
     data = load(write(tmp_path, ".jsonl"), max_prompt_tokens=4)
     assert (len(data), data.dropped) == (9, 20)
-    assert data.dropped_for == {"empty": 0, "too_long": 20}
+    assert (data.counts["empty"], data.counts["too_long"]) == (0, 20)
 
 
 def test_wraps_prompts_in_a_plain_template(tmp_path):

@@ -51,7 +51,8 @@ def told(template):
 )
 def test_hostile_templates(pool, template, reason):
     start = time.monotonic()
-    assert any(part in told(template) for part in reason.split("|"))
+    said = told(template)
+    assert any(part in said for part in reason.split("|")), said
     assert time.monotonic() - start < 20  # the limit, and the start of a process on a busy machine
     assert render("{{ messages[0].content }}", [CHAT], add_generation_prompt=False) == ["1+1="]
 

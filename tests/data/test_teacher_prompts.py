@@ -68,10 +68,10 @@ def test_a_prompt_is_dropped_for_both(student, teacher):
     found = data(student, teacher, ["1", "12", "", "123", "34"], prompt_template="{prompt}", max_prompt_tokens=2)
     assert [student.decode(found[i][0]) for i in range(len(found))] == ["1", "12", "34"]
     assert [teacher.decode(found.teacher_prompt(i)) for i in range(len(found))] == ["1", "12", "34"]
-    assert found.dropped_for == {"empty": 1, "too_long": 1}
+    assert (found.counts["empty"], found.counts["too_long"]) == (1, 1)
     silent = with_chat_that_says_nothing_to(teacher, "12")
     found = data(student, silent, ["1", "12", "34"], prompt_template="{prompt}", teacher_prompt_template="chat")
-    assert (len(found), found.dropped_for) == (2, {"empty": 1, "too_long": 0})
+    assert (len(found), found.counts["empty"], found.counts["too_long"]) == (2, 1, 0)
 
 
 def with_chat_that_says_nothing_to(teacher, prompt):
