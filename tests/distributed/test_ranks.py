@@ -123,9 +123,9 @@ def check_engine(rank):
                 raise ConfigError(f"no vLLM on rank {rank}")
 
         sys.modules["oprd_tune.rollout.auto"].import_vllm = import_vllm
-        wanted = ("oprd_tune.rollout.VLLMColocated", "vLLM works here")
+        wanted = ("oprd_tune.rollout.VLLMColocated", "since vLLM works here")
         if without:
-            wanted = ("oprd_tune.rollout.NativeEngine", f"no vLLM on rank {without[0]}")
+            wanted = ("oprd_tune.rollout.NativeEngine", f"since no vLLM on rank {without[0]}")
         assert best_engine(torch.device("cpu"), Ranks(rank, 2)) == wanted
 
 

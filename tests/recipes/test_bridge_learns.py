@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import load_config, recipe_class
+from tests.conftest import ENDED, load_config, recipe_class
 
 SHORT = {"max_steps": 60, "evaluate_every_n_steps": 60, "bridge.prompts": 1000}
 RATE = {"optimizer.lr": 2e-3}  # the shipped ones want their 200 steps
@@ -23,7 +23,7 @@ def gain(out, config, change=None, **overrides):
     recipe.setup()
     if change is not None:
         change(recipe)
-    assert recipe.train() == 0
+    assert recipe.train() in ENDED
     summary = json.loads((out / "summary.json").read_text())
     return summary["student_after"] - summary["student_before"]
 

@@ -56,7 +56,7 @@ def rows(out):
 def whole(tmp_path_factory):
     """Four steps with two benchmarks, and the teacher's answers."""
     out = tmp_path_factory.mktemp("eval") / "whole"
-    assert run(out, **EVAL, **{"eval.teacher": "true"}) == 0
+    assert run(out, **EVAL, **{"eval.teacher": "true"}) in ENDED
     return out
 
 
@@ -133,8 +133,8 @@ def test_a_killed_run_that_goes_on_leaves_the_same_files(whole, tmp_path, monkey
     monkeypatch.setattr(NativeEngine, "generate", generate)
     with (out / "eval_samples.jsonl").open("a") as file:
         file.write('{"step": 3, "seconds": 0.1, "tokens": 4}\n{"step": 3, "mod')
-    assert run(out, **often, resume="true") == 0
-    assert run(tmp_path / "other", **often) == 0
+    assert run(out, **often, resume="true") in ENDED
+    assert run(tmp_path / "other", **often) in ENDED
     assert samples(out) == samples(tmp_path / "other")
     assert logged(out, "eval/", "loss/") == logged(tmp_path / "other", "eval/", "loss/")
     assert_same_student(out, whole)
@@ -164,8 +164,8 @@ def test_an_engine_that_fails_at_an_evaluation_loses_none(out, tmp_path, monkeyp
         with pytest.raises(RuntimeError, match="killed"):
             run(out, **EVAL, resume="true")
     assert list(logged(out, "eval/")) == [0, 2]
-    assert run(out, **EVAL, resume="true") == 0
-    assert run(tmp_path / "other", **EVAL) == 0
+    assert run(out, **EVAL, resume="true") in ENDED
+    assert run(tmp_path / "other", **EVAL) in ENDED
     assert samples(out) == samples(tmp_path / "other")
     assert rows(out) == rows(tmp_path / "other")
     assert_same_student(out, tmp_path / "other")
@@ -174,8 +174,8 @@ def test_an_engine_that_fails_at_an_evaluation_loses_none(out, tmp_path, monkeyp
 @pytest.mark.parametrize(("recipe", "config"), [(NAME, CONFIG), ("opd_topk_distributed", "tiny/opd_topk")])
 def test_training_is_the_same_without_the_section(recipe, config, out, tmp_path):
     extra = {"task_accuracy": "null", "eval_dataset": "null"}
-    assert run(out, config, recipe, **extra) == 0
-    assert run(tmp_path / "with", config, recipe, **extra, **EVAL) == 0
+    assert run(out, config, recipe, **extra) in ENDED
+    assert run(tmp_path / "with", config, recipe, **extra, **EVAL) in ENDED
     assert logged(out, "loss/", "rollout/", "optimizer/") == logged(
         tmp_path / "with", "loss/", "rollout/", "optimizer/"
     )
@@ -184,7 +184,7 @@ def test_training_is_the_same_without_the_section(recipe, config, out, tmp_path)
 
 def on_ranks(rank, folder, name):
     few = {"eval.benchmarks.two.count": 1, "eval.problems_per_batch": 2, "optimizer.lr": 0.0}
-    assert run(folder / name, **{**EVAL, **few}, teacher_placement="sharded", **{"eval.teacher": "true"}) == 0
+    assert run(folder / name, **{**EVAL, **few}, teacher_placement="sharded", **{"eval.teacher": "true"}) in ENDED
 
 
 def test_two_processes_give_the_answers_of_one(tmp_path):
@@ -196,7 +196,7 @@ def test_two_processes_give_the_answers_of_one(tmp_path):
 
 
 def test_a_teacher_with_other_tokens_answers_in_its_own(out):
-    assert run(out, "tiny/cross_tokenizer", **EVAL, max_steps=1, **{"eval.teacher": "true"}) == 0
+    assert run(out, "tiny/cross_tokenizer", **EVAL, max_steps=1, **{"eval.teacher": "true"}) in ENDED
     first, second = (
         [one for one in samples(out) if one["model"] == name and one["step"] == 0] for name in ("teacher", "student")
     )
@@ -205,20 +205,20 @@ def test_a_teacher_with_other_tokens_answers_in_its_own(out):
 
 
 def test_what_is_measured_must_stay_but_not_how_often(out, capsys):
-    assert run(out, **EVAL, max_steps=2) == 0
+    assert run(out, **EVAL, max_steps=2) in ENDED
     changed = {"eval.samples_per_problem": 2, "eval.first": 3, "eval.temperature": 1.0, "eval.max_new_tokens": 9}
     changed |= {"eval.seed": 1, "eval.benchmarks.one.count": 19}
     for key, value in changed.items():
         assert run(out, **{**EVAL, key: value}, resume="true") == 2
         assert f"{key}: " in capsys.readouterr().err
-    assert run(out, **{**EVAL, "eval.every_n_steps": 1, "eval.problems_per_batch": 2}, resume="true") == 0
+    assert run(out, **{**EVAL, "eval.every_n_steps": 1, "eval.problems_per_batch": 2}, resume="true") in ENDED
     assert list(logged(out, "eval/")) == [0, 2, 3, 4]
 
 
 def test_a_run_may_go_on_with_the_section_or_without(out):
-    assert run(out, max_steps=2) == 0
-    assert run(out, **EVAL, max_steps=4, resume="true") == 0
-    assert run(out, max_steps=6, resume="true") == 0
+    assert run(out, max_steps=2) in ENDED
+    assert run(out, **EVAL, max_steps=4, resume="true") in ENDED
+    assert run(out, max_steps=6, resume="true") in ENDED
     assert list(logged(out, "eval/")) == [4]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["best_step"] == 4
@@ -286,14 +286,14 @@ class OldEngine(NativeEngine):
 
 
 def test_an_engine_that_takes_no_request_still_trains(out):
-    assert run(out, max_steps=1, **{"rollout._component_": "tests.recipes.test_eval_section.OldEngine"}) == 0
+    assert run(out, max_steps=1, **{"rollout._component_": "tests.recipes.test_eval_section.OldEngine"}) in ENDED
 
 
 def test_preflight_counts_what_the_answers_take(out, capsys):
     large = {**EVAL, "eval.first": 20, "eval.problems_per_batch": 20, "eval.max_new_tokens": 100}
     told = []
     for extra in ({}, large):
-        assert run(out, preflight="only", **extra) == 0
+        assert run(out, preflight="only", **extra) in ENDED
         told.append(capsys.readouterr().out)
     assert "one 20 × 3, two 5 × 3, every 2 steps" in told[1]
     assert "75 answers of at most 100 tokens each time; sampling 60 at once takes" in told[1]

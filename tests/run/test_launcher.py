@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.rollout import NativeEngine
 from oprd_tune.run.launcher import StopSignals, _processes_for, run_recipe
-from tests.conftest import SMALL, assert_same_student, load_config, recipe_class
+from tests.conftest import ENDED, SMALL, assert_same_student, load_config, recipe_class
 
 CFG = OmegaConf.create({"seed": 0, "max_steps": 3, "output_dir": "there"})
 
@@ -88,7 +88,7 @@ def test_what_was_learned_until_an_engine_is_lost_is_saved(when, out, monkeypatc
         assert run_recipe(recipe_class("oprd_distributed"), cfg) == 1
     saved = [folder.name for folder in sorted((out / "checkpoints").glob("step_*"))]
     assert saved == ([f"step_{steps:08d}"] if steps else [])
-    assert run_recipe(recipe_class("oprd_distributed"), OmegaConf.merge(cfg, {"resume": True})) == 0
+    assert run_recipe(recipe_class("oprd_distributed"), OmegaConf.merge(cfg, {"resume": True})) in ENDED
     run_recipe(recipe_class("oprd_distributed"), OmegaConf.merge(cfg, {"output_dir": str(out / "whole")}))
     assert_same_student(out, out / "whole")
 
