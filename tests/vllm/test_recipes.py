@@ -112,11 +112,12 @@ def test_killed_servers(servers, tmp_path, capsys, monkeypatch):
         return [path.name for path in sorted((tmp_path / out / "checkpoints").iterdir())]
 
     status, whole, _ = train("whole", third)
-    assert status == 0
+    assert status in ENDED
     assert [line.split()[:2] for line in whole] == [[str(step)] * 2 for step in range(4)]
 
     status, steps, said = train("batch", first, second, moments=f"batch 1 {first.pid}")
-    assert (status, steps) == (0, whole)
+    assert status in ENDED
+    assert steps == whole
     assert f"{first.address} was lost: no connection" in said
     assert said.count("1 left") == 1
 
@@ -126,7 +127,8 @@ def test_killed_servers(servers, tmp_path, capsys, monkeypatch):
     assert "resume=true goes on from there" in said
     assert saved("sync") == ["step_00000002"]
     status, steps, _ = train("sync", third, resume="true")
-    assert (status, steps) == (0, whole[2:])
+    assert status in ENDED
+    assert steps == whole[2:]
 
     status, steps, said = train("between", third, moments=f"between 3 {third.pid}")
     assert (status, steps) == (1, whole[:3])
