@@ -3,7 +3,7 @@
     python benchmarks/healing.py depth --jobs 2     SmolLM2-135M-Instruct without 6 of its 30 blocks
     python benchmarks/healing.py width --jobs 2     the same model with half of its channels and a third of its heads
 
-Each takes less than thirty minutes on two cores. Model and prompts come from the hub, unless --model names a folder and
+docs/healing.md says how long that takes. Model and prompts come from the hub, unless --model names a folder and
 --prompts a file. `python -m oprd_tune prune` makes the student. Every objective runs at each learning rate of its grid
 on the first seed, and at the best of them on the other seeds; each run is a process of its own, on one thread. What
 counts is the perplexity of reference answers that no run has trained on. Student and finished runs are kept in --work,

@@ -223,12 +223,13 @@ def _advance(schedule: LRScheduler) -> None:
 def _save(trained: _Parameters, optimizer: Optimizer, place: Path, *, alone: bool) -> None:
     weights, moments = get_state_dict(trained, optimizer, options=_OPTIONS)
     content: dict[str, Any] = {"model": weights, "optimizer": moments}
-    # As in `RunFolder.save`: a default group for GPUs only is refused.
+    # As in `RunFolder.save`: a default group for GPUs only is refused, also where each rank saves alone.
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None
     try:
         async_save(content, checkpoint_id=place, no_dist=alone, process_group=group).result()  # type: ignore[union-attr]
     finally:
         if group is not None:
+            dist.barrier(group)  # another rank may still be connecting
             dist.destroy_process_group(group)
 
 
