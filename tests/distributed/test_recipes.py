@@ -10,7 +10,7 @@ from oprd_tune.training import student
 from tests.conftest import ENDED, load_config, recipe_class
 from tests.distributed.spawn import run_ranks
 
-STEPS = 10
+STEPS = 6
 COMPONENTS = "tests.distributed.components"
 BASE = {
     "max_steps": STEPS,
@@ -19,7 +19,7 @@ BASE = {
     "eval_dataset": "null",
     "task_accuracy": "null",
     "reference_perplexity": "null",
-    "diagnostics_every_n_steps": 5,
+    "diagnostics_every_n_steps": 3,
     "diagnostics_tokens": 10_000,
     "metric_logger._component_": f"{COMPONENTS}.JSONLogger",
 }
@@ -115,7 +115,7 @@ def test_ranks_follow_their_twin_of_one_process(folder, name, world_size):
     if "tokens_per_micro_batch" in VARIANTS[name][1]:
         compared.pop()  # of which only a few responses fit
     assert len(alone) == len(together) == STEPS
-    assert "diagnostics/kl" in alone[4]
+    assert "diagnostics/kl" in alone[2]
     for step, (a, b) in enumerate(zip(alone, together, strict=True)):
         grown = 1 if step < STEPS // 2 else 5  # rounding, which training amplifies
         assert b["loss/total"] == pytest.approx(a["loss/total"], rel=grown * 1e-6)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.kill_runs import live, shares
 
-SHARES = shares(10)
+SHARES = shares(7)
 
 
 @pytest.mark.slow
