@@ -54,10 +54,7 @@ class OPDRecipe:
     def train_step(self, prompts: Prompts) -> StepResult:
         """One optimizer step on this process's prompts."""
         run, metrics = self.run, Metrics()
-        with run.phase("sync"):
-            self.engine.sync_weights(run.step)
-        with run.phase("rollout"):
-            sampled = self.engine.generate(prompts, stream=run.step)  # or an error, which leaves the step undone
+        sampled = run.sample(prompts)  # or an error, which leaves the step undone
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator a part for the whole step, over all processes, known before the first backward.
         counts = self.ranks.total(self.loss.counts(rollout, self.select))

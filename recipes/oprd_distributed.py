@@ -50,10 +50,7 @@ class OPRDRecipe:
     def train_step(self, prompts: Prompts) -> StepResult:
         """One optimizer step on this process's prompts."""
         run, metrics = self.run, Metrics()
-        with run.phase("sync"):
-            self.engine.sync_weights(run.step)
-        with run.phase("rollout"):
-            sampled = self.engine.generate(prompts, stream=run.step)  # or an error, which leaves the step undone
+        sampled = run.sample(prompts)  # or an error, which leaves the step undone
         sampled = self.data.read(sampled, prompts)  # adds the teacher's own tokens, if it has another tokenizer
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator for the whole step, over all processes and microbatches, known before the first backward.

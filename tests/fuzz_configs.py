@@ -222,6 +222,8 @@ def _run_on_all_ranks(asked: Namespace, counts: dict[str, int]) -> int:
         for number, variant in enumerate(variants(asked.variants, seed=asked.seed)):
             own = Path(place[0]) / str(number)
             own.mkdir(exist_ok=True)
+            if first and asked.show:
+                print(f"{variant.config} {variant.change}", flush=True)
             dist.all_gather_object(found, run(variant, own))
             outcomes = sorted({outcome for outcome, _ in found})
             alike = len(outcomes) == 1 and outcomes != ["failed"]

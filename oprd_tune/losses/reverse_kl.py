@@ -45,13 +45,18 @@ class SampledReverseKL(DenseTokenLoss):
                 check_positive(f"loss.{name}", value)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
-        """As in `TokenLoss`: the temperatures must be equal, and the cap needs another engine at temperature 1."""
+        """As in `TokenLoss`: temperatures must be equal, a cap needs another engine at 1, and older responses a cap."""
         if self.student_temperature != engine.temperature:
             raise ConfigError(
                 f"loss.student_temperature is {self.student_temperature} and rollout.temperature "
                 f"{engine.temperature}: {type(self).__name__} is unbiased only where they are equal"
             )
         if self.importance_ratio_cap is None:
+            if getattr(engine, "ahead", 0):
+                raise ConfigError(
+                    "rollout.ahead is 1, so responses are one step old: set loss.importance_ratio_cap, such as 2, or "
+                    f"{type(self).__name__} is not unbiased"
+                )
             return
         if engine.samples_with_student:
             raise ConfigError(

@@ -32,9 +32,13 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def build_on_meta(build: Builder) -> TransformerDecoder:
-    """The model on the meta device, with fused norms: it has shapes, but takes no memory."""
+    """The model on the meta device, with fused norms: it has shapes, but takes no memory.
+
+    What is no module, as a wrong component's result, is returned as it is.
+    """
     with torch.device("meta"):
-        return fuse_norms(build())
+        model = build()
+    return fuse_norms(model) if isinstance(model, nn.Module) else model
 
 
 def width_of(model: TransformerDecoder) -> int:

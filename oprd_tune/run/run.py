@@ -28,8 +28,10 @@ from oprd_tune.run.journal import Journal
 from oprd_tune.run.launcher import FAILED, StopSignals
 from oprd_tune.run.records import read_config
 from oprd_tune.run.restore import load_checkpoint
+from oprd_tune.run.rollouts import Rollouts
 from oprd_tune.teacher import TeacherPlan
 from oprd_tune.training.student import Student
+from oprd_tune.types import Prompts, Rollout
 
 _QUANTISATION_PROMPTS = 8  # the error of quantisation is measured on that many prompts
 
@@ -82,10 +84,16 @@ class Run:
 
     def open(self) -> None:
         """Construct the logger and claim the folder for this run. From here on, files are written."""
-        self._logger = self.parts.metric_logger() if self._ranks.first else None
-        if self._logger is not None:
-            check_offers("metric_logger", self._logger, MetricLogger)
+        self._logger = self._ranks.agree(self._make_logger, ConfigError)
         self._folder.open(self.parts.record)
+
+    def _make_logger(self) -> MetricLogger | None:
+        """The first rank's logger; None on the others."""
+        if not self._ranks.first:
+            return None
+        logger: MetricLogger = self.parts.metric_logger()
+        check_offers("metric_logger", logger, MetricLogger)
+        return logger
 
     def load_teacher(self, pair: ModelPair, data: RunData, *, top: int | None) -> TransformerDecoder:
         """Load the teacher and record the error of its quantisation. A run that starts also measures how good it is.
@@ -122,11 +130,13 @@ class Run:
         """
         s = self._settings
         self._student, self._data, self._engine, self._has_begun = student, data, engine, True
+        self._rollouts = Rollouts(engine, data.prompts, self._ranks, last=s.max_steps, phase=self.phase)
         self._stateful = {
             "history": self.journal.history,
             "drift": student.drift,
             "guard": student.guard,
             "lr_scheduler": student.lr_scheduler,
+            "rollouts": self._rollouts if self._rollouts.ahead else None,
             **stateful,
         }
         if self.checkpoint is not None:
@@ -163,6 +173,14 @@ class Run:
         """Whether to do another step: false after the last step, and after a signal. Every rank must call."""
         self._stopped = int(self._ranks.largest(self._stop.received))
         return not self._stopped and self.step < self._settings.max_steps
+
+    def sample(self, prompts: Prompts) -> Rollout:
+        """Sample responses to the step's prompts with the student's weights, or with those of the step before.
+
+        The latter, where `rollout.ahead` is 1, were sampled while that step trained. Raises RolloutError, which leaves
+        the step undone.
+        """
+        return self._rollouts.of_step(self.step, prompts)
 
     def record(self, result: StepResult) -> None:
         """Count and log a finished step. Evaluate and save if it is time for that."""
@@ -222,6 +240,7 @@ class Run:
 
     def _save(self) -> None:
         if self._has_begun and self.step > self.journal.history.skipped_steps:  # before that, nothing has been learned
+            self._rollouts.gather()
             self._folder.save(self.step, self._student.model, self._student.optimizer, self._stateful)
 
     def _export(self, name: str) -> Path:

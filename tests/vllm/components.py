@@ -51,13 +51,13 @@ class FragileServer(VLLMServer):
             del self._transfer.send
         self._strike("between", policy_version)
 
-    def generate(self, prompts, *, stream=0):
+    def generate(self, prompts, **kwargs):
         timer = threading.Timer(0.05, self._strike, ("batch", self._policy_version))
         timer.start()
         try:
-            rollout = super().generate(prompts, stream=stream)
+            rollout = super().generate(prompts, **kwargs)
         finally:
             timer.join()
         with open(self.record, "a") as file:
-            file.write(f"{stream} {rollout.policy_version} {list(prompts.positions)}\n")
+            file.write(f"{kwargs['stream']} {rollout.policy_version} {list(prompts.positions)}\n")
         return rollout

@@ -8,8 +8,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,13 +24,14 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.responses import Response
 from oprd_tune.rollout.vllm.client import Answer, LostServerError, RefusedRequestError, VLLMClient
 from oprd_tune.rollout.vllm.fingerprints import Digests, check_arrived
+from oprd_tune.rollout.vllm.in_flight import InFlight
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
-from oprd_tune.rollout.vllm.proof import prove_on_policy
+from oprd_tune.rollout.vllm.proof import PROOF_ROWS, PROOF_TOKENS, prove_on_policy
 from oprd_tune.rollout.vllm.requests import Sampling, check_shared_arguments, check_versions, find_vllm
 from oprd_tune.rollout.vllm.server_fit import ServerFit, wait_for_servers
 from oprd_tune.rollout.vllm.server_process import ServerProcess
 from oprd_tune.rollout.vllm.weight_transfer import FolderTransfer, NCCLTransfer, WeightTransfer, write_config
-from oprd_tune.types import Prompts, Rollout, SamplingRequest
+from oprd_tune.types import LogprobGap, Prompts, Rollout, SamplingRequest
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
@@ -46,6 +47,7 @@ class VLLMServer:
 
     Attributes:
         temperature: 1 is on-policy; 0 is greedy.
+        ahead: 1 samples each step's responses while the step before trains, with weights that are one step older.
         addresses: such as `http://host:8000`; None starts a server.
         transfer: how weights travel: `nccl` or `folder`; None takes `nccl` if the run computes on GPUs.
         shared_folder: the folder for weights, at the same path on all machines; None takes one in the run's folder.
@@ -64,6 +66,7 @@ class VLLMServer:
     """
 
     temperature: float = 1.0
+    ahead: int = 0
     addresses: Sequence[str] | None = None
     transfer: str | None = None
     shared_folder: str | None = None
@@ -86,6 +89,8 @@ class VLLMServer:
 
     def __post_init__(self) -> None:
         check_shared_arguments(self.temperature, self.gpu_memory_utilization, self.kv_cache_gib, self.logprob_gap_limit)
+        if self.ahead not in (0, 1) or isinstance(self.ahead, bool):
+            raise ConfigError(f"rollout.ahead is {self.ahead!r}; allowed are 0 and 1")
         check_whole("rollout.requests_in_flight", self.requests_in_flight)
         check_whole("rollout.checksum_every_n_syncs", self.checksum_every_n_syncs, at_least=0)
         check_positive("rollout.timeout", self.timeout)
@@ -95,6 +100,8 @@ class VLLMServer:
             raise ConfigError(f"rollout.addresses is {given!r}; give a list such as [http://host:8000], or null")
         self._process: ServerProcess | None = None
         self._lock, self._why_lost = threading.Lock(), ""
+        self._asked: tuple[Prompts, InFlight, LogprobGap | None] | None = None
+        self._taken: Rollout | None = None
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
         """Raise ConfigError if `transfer` is not possible here, or if a server is to start but vLLM is missing."""
@@ -149,7 +156,11 @@ class VLLMServer:
         return servers
 
     def sync_weights(self, policy_version: int) -> None:
-        """Send the student's weights to all servers, and compare checksums of what arrived."""
+        """Send the student's weights to all servers, and compare checksums of what arrived.
+
+        What was asked for before is waited for, since it is sampled with the weights that servers have until now.
+        """
+        self._settle()
         label = f"{self._run}/{policy_version}"
         compare = self.checksum_every_n_syncs > 0 and self._syncs % self.checksum_every_n_syncs == 0
         sent = Digests(enabled=compare and self._ranks.first)
@@ -178,13 +189,60 @@ class VLLMServer:
     def generate(self, prompts: Prompts, *, stream: int = 0, request: SamplingRequest | None = None) -> Rollout:
         """Have servers sample, and prove that the responses are on-policy."""
         sampling = self._sampling.of(request)
-        requests = sampling.requests(prompts, stream)
-        responses = self._together(lambda: self._ask_all(requests, sampling))
-        rollout = sampling.pack(prompts, responses, self._policy_version, self._weights.device)
+        rollout = self._receive(prompts, self._send(prompts, stream, sampling), sampling)
         return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
+
+    def ask(self, prompts: Prompts, *, stream: int) -> None:
+        """As in `SamplesAhead`. A few short responses prove that servers have the present weights."""
+        few = Prompts(prompts.tokens[:PROOF_ROWS], prompts.positions[:PROOF_ROWS], prompts.answers[:PROOF_ROWS])
+        request = self._sampling.request
+        length = min(PROOF_TOKENS, request.max_new_tokens)
+        short = replace(request, samples_per_prompt=1, max_new_tokens=length, top_k_ids=0)
+        gap = self.generate(few, stream=stream, request=short).logprob_gap
+        self._asked = prompts, self._send(prompts, stream, self._sampling), gap
+
+    def take(self) -> Rollout | None:
+        """As in `SamplesAhead`."""
+        self._settle()
+        taken, self._taken = self._taken, None
+        return taken
+
+    def _settle(self) -> None:
+        """Wait for what was asked for."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            prompts, in_flight, gap = asked
+            self._taken = replace(self._receive(prompts, in_flight, self._sampling), logprob_gap=gap)
+
+    def _send(self, prompts: Prompts, stream: int, sampling: Sampling) -> InFlight:
+        return InFlight(
+            self._ask, sampling.requests(prompts, stream), at_once=self.requests_in_flight * len(self._servers)
+        )
+
+    def _receive(self, prompts: Prompts, in_flight: InFlight, sampling: Sampling) -> Rollout:
+        """Wait for all responses."""
+
+        def receive() -> list[Response]:
+            with LateBar(total=len(in_flight), desc="rollout", unit="response", disable=not self._ranks.first) as bar:
+                answers = in_flight.answers(bar.update)
+            try:
+                return [sampling.response(answer.tokens, answer.logprobs) for answer in answers]
+            except (KeyError, ValueError) as error:
+                raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
+
+        try:
+            responses = self._together(receive)
+        except KeyboardInterrupt:  # the second Ctrl-C: end without waiting for anything
+            in_flight.stop()
+            self._servers = []
+            self.close()
+            raise
+        return sampling.pack(prompts, responses, self._policy_version, self._weights.device)
 
     def close(self) -> None:
         """Disconnect from all servers, and stop the one that was started here."""
+        if self._asked is not None:
+            self._asked[1].stop()
         self._transfer.close()
         if self._process is not None:
             self._process.close()
@@ -198,27 +256,6 @@ class VLLMServer:
         if not self._servers:
             raise RolloutError("no vLLM server is left that all processes can reach")
         return result
-
-    def _ask_all(self, requests: Sequence[tuple[list[int], dict[str, Any]]], sampling: Sampling) -> list[Response]:
-        """Send all requests, and return the responses in their order."""
-        answers: dict[int, Answer] = {}
-        pool = ThreadPoolExecutor(min(len(requests), self.requests_in_flight * len(self._servers)))
-        try:
-            with LateBar(total=len(requests), desc="rollout", unit="response", disable=not self._ranks.first) as bar:
-                places = {pool.submit(self._ask, place, *request): place for place, request in enumerate(requests)}
-                for done in as_completed(places):
-                    answers[places[done]] = done.result()
-                    bar.update()
-        except KeyboardInterrupt:  # the second Ctrl-C: end without waiting for anything
-            self._servers = []
-            self.close()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        try:
-            return [sampling.response(answers[i].tokens, answers[i].logprobs) for i in range(len(requests))]
-        except (KeyError, ValueError) as error:
-            raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
 
     def _ask(self, place: int, tokens: list[int], parameters: dict[str, Any]) -> Answer:
         """Get one response, from another server if the first is lost."""
