@@ -9,6 +9,7 @@ from dataclasses import dataclass
 ENFORCED_ON = re.compile(r"H100|H200")  # the cards that the bars were set for
 OBJECTIVES = {"oprd": "OPRD", "topk": "top-16", "sampled": "sampled token", "vopd": "vOPD", "full": "full KL"}
 SHORT, LONG = 4096, 16_384  # tokens of an update
+FLOOR = "bound and one state per layer and token"  # a target or its gradient waits until the backward pass comes there
 MATMUL_SHARE = "both models without head and loss: share of the measured matmul rate"
 NATIVE = "native decoding, tokens/s"
 SYNC = "vLLM: sync and proof, share of a step of 64 × 1,024 tokens"
@@ -48,7 +49,7 @@ class Bar:
 
 
 def ratio_name(objective: str, what: str, to: str, tokens: int) -> str:
-    """The figure of an update: `what` (time or Δpeak), as a ratio `to` the bound or the plain form."""
+    """The figure of an update: `what` (time or Δpeak), as a ratio `to` the bound, the floor or the plain form."""
     return f"{OBJECTIVES[objective]}: {what} / {to}, {tokens:,} tokens"
 
 
@@ -60,7 +61,7 @@ def _of_updates() -> list[Bar]:
             limit = to_bound.get((objective, tokens), 1.10 if objective == "topk" else 1.20)
             bars.append(Bar(ratio_name(objective, "time", "bound", tokens), limit, ("update",)))
             if objective == "oprd":
-                bars.append(Bar(ratio_name(objective, "Δpeak", "bound", tokens), 1.08, ("update",)))
+                bars.append(Bar(ratio_name(objective, "Δpeak", FLOOR, tokens), 1.03, ("update",)))
             else:
                 bars.append(Bar(ratio_name(objective, "time", "plain", tokens), 1.0, ("update",)))
     return bars

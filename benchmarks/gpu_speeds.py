@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpu_bars import LONG, MATMUL_SHARE, NATIVE, OBJECTIVES, SHORT, SYNC, ratio_name
+from gpu_bars import FLOOR, LONG, MATMUL_SHARE, NATIVE, OBJECTIVES, SHORT, SYNC, ratio_name
 from gpu_bench import Bench, Found
 from gpu_cases import environment
 from limited import Ended, Limit
@@ -59,6 +59,9 @@ def add_ratios(found: Found, cases: Mapping[tuple[str, str], Mapping[str, float]
                 row[f"{what} / {to}"] = "–" if ratio is None else f"{ratio:.2f}"
                 if ratio is not None:
                     found.figures[ratio_name(objective, what, to, tokens)] = ratio
+        if "waiting_bytes" in ours:
+            floor = bound["delta_peak_bytes"] + ours["waiting_bytes"]
+            found.figures[ratio_name(objective, "Δpeak", FLOOR, tokens)] = ours["delta_peak_bytes"] / floor
         found.rows.append(row | {"seconds": f"{ours['seconds']:.3f}", "bound, seconds": f"{bound['seconds']:.3f}"})
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/update_cost.py --tokens 2048
     python benchmarks/update_cost.py --tokens 512 1024 2048 4096 --objectives bound oprd topk full
+    python benchmarks/update_cost.py --launches
 
 An update is the teacher's forward, the student's forward and its backward, at the width and vocabulary of Qwen2.5-1.5B
 with few layers and activation checkpointing. `ours` is this package; `plain` is the same objective as it is usually
@@ -9,7 +10,8 @@ written: logits of both models materialised in fp32 (for hidden states too, wher
 stacked). `bound` runs both models without head and loss.
 
 Resident, and so not counted: both models' parameters and the student's gradient buffers, allocated beforehand (and an
-optimizer's state). Each case is a process of its own. Writes update_cost.json, a table and a plot.
+optimizer's state). Each case is a process of its own. Writes update_cost.json, a table and a plot. `--launches` counts
+instead what an update launches on the device beside its bound, and how often it waits, in update_launches.md.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from calls import count_calls
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY, WIDTH, PROMPT, LONGEST_RESPONSE, TOP_K = 151_936, 1536, 16, 1024, 16
@@ -198,6 +202,13 @@ def plain(case: Case, objective: str) -> Callable[[], float]:
     return update
 
 
+def updating(case: Case, objective: str, formulation: str) -> Callable[[], float | None]:
+    """A function that does one update."""
+    if objective == "bound":
+        return lambda: bound(case)
+    return {"ours": ours, "plain": plain}[formulation](case, objective)
+
+
 class PeakMemory:
     """Bytes above what is resident at `start`: tensors on CUDA, the process on Linux."""
 
@@ -242,10 +253,7 @@ def measure(args: argparse.Namespace) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     objective, formulation = args.case
     case = Case(args.layers, device, dtype)
-    if objective == "bound":
-        update: Callable[[], float | None] = lambda: bound(case)  # noqa: E731
-    else:
-        update = {"ours": ours, "plain": plain}[formulation](case, objective)
+    update = updating(case, objective, formulation)
     memory = PeakMemory(device)
     case.fill(WARM_UP_TOKENS)
     update()
@@ -263,6 +271,8 @@ def measure(args: argparse.Namespace) -> None:
     norm = torch.stack([parameter.grad.float().norm() for parameter in case.student.parameters()]).norm().item()
     row = {"objective": objective, "formulation": formulation, "tokens": args.tokens[0]}
     row |= {"delta_peak_bytes": int(statistics.median(peaks)), "seconds": statistics.median(seconds)}
+    if objective == "oprd":  # a target or the gradient made of it, for every layer, until the backward pass comes there
+        row["waiting_bytes"] = args.layers * args.tokens[0] * WIDTH * dtype.itemsize
     print(json.dumps(row | {"loss": loss, "grad_norm": norm}))
 
 
@@ -365,6 +375,38 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def report_launches(args: argparse.Namespace) -> None:
+    """Count each update's launches and waits, in this process."""
+    import torch
+
+    device, dtype = torch.device(args.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    forms = [("bound", "–"), *((objective, form) for objective in OBJECTIVES[1:] for form in FORMULATIONS)]
+    counts = {}
+    for objective, form in forms:
+        case = Case(args.layers, device, dtype)
+        case.fill(args.tokens[0])
+        update = updating(case, objective, form)
+        update()  # warms up
+        counts[objective, form] = count_calls(update)
+    least = counts["bound", "–"][0]
+    what = "launches" if device.type == "cuda" else "operators, each of which a GPU would launch"
+    lines = [
+        f"# What an update launches, {args.device}",
+        "",
+        f"Both models' passes with {args.layers} layers, {args.tokens[0]} tokens; {what}. "
+        f"`python benchmarks/update_cost.py {' '.join(sys.argv[1:])}`",
+        "",
+        "| objective | | launches | beside the bound's | of those, a layer | waits for a result |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (objective, form), (launches, waits) in counts.items():
+        layer = f"{(launches - least) / args.layers:.1f}" if objective == "oprd" else "–"
+        lines.append(f"| {objective} | {form} | {launches:,} | {launches - least:,} | {layer} | {waits} |")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "update_launches.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main() -> None:
     """Parse the command line, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -375,6 +417,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--launches", action="store_true", help="count launches instead of measuring")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device is None:
@@ -384,6 +427,9 @@ def main() -> None:
     args.dtype = args.dtype or {"cpu": "fp32", "cuda": "bf16"}[args.device]
     if args.case:
         measure(args)
+        return
+    if args.launches:
+        report_launches(args)
         return
     rows = run_cases(args)
     args.out.mkdir(parents=True, exist_ok=True)

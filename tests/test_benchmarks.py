@@ -145,6 +145,7 @@ def updates(module, seconds, plain=0.7):
     found = module("gpu_bench").Found()
     rows = {("bound", "ours"): 0.6, ("oprd", "ours"): seconds, ("topk", "ours"): 0.65, ("topk", "plain"): plain}
     rows = {case: {"seconds": value, "delta_peak_bytes": 100} for case, value in rows.items()}
+    rows["oprd", "ours"]["waiting_bytes"] = 25
     module("gpu_speeds").add_ratios(found, rows, 16_384)
     return lambda bench, limit: found
 
@@ -155,6 +156,7 @@ def test_a_gpu_is_fine_if_every_bar_is_reached(module, monkeypatch, tmp_path):
     assert record["failed"] == {}
     assert record["missed"] == []
     assert "| OPRD: time / bound, 16,384 tokens | 1.02 | ≤ 1.03 | ok |" in report
+    assert "| OPRD: Δpeak / bound and one state per layer and token, 16,384 tokens | 0.80 | ≤ 1.03 | ok |" in report
     assert "| vOPD: time / plain, 16,384 tokens | – | ≤ 1.00 | not measured |" in report
     assert report.index("## Ratios") < report.index("## Where") < report.index("## update")
     assert "`python benchmarks/gpu_check.py --out FOLDER`" in report

@@ -1,8 +1,10 @@
 """Recipes with vLLM end to end: they learn as with the native engine, and survive, or not, as the docs say."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,34 @@ def servers(tmp_path_factory):
     yield processes
     for process in processes:
         process.close()
+
+
+def test_one_step_ahead(servers, tmp_path, capsys):
+    """Weights, versions and prompts are those of one step before, and the checkpoint has what was sampled already."""
+    sampled = []
+
+    def train(out, **extra):
+        cfg = load_config(CONFIG, output_dir=tmp_path / out, **{**STEADY, "checkpoint_every_n_steps": 1, **extra})
+        cfg.rollout = {"_component_": "oprd_tune.rollout.VLLMServer", "ahead": 1}
+        cfg.rollout.addresses = [server.address for server in servers[:2]]
+        recipe = recipe_class(NAME)(cfg)
+        recipe.setup()
+        sample = recipe.run.sample
+        recipe.run.sample = lambda prompts: sampled.append(sample(prompts)) or sampled[-1]
+        assert recipe.train() in ENDED
+        seen = [(int(rollout.prompt_positions_B[0]), rollout.policy_version) for rollout in sampled]
+        return [sampled.pop(0) for _ in seen], seen
+
+    whole, seen = train("whole", keep_checkpoints=4)
+    assert seen == [(0, 0), (4, 0), (8, 1), (12, 2)]
+    assert all(0 < rollout.logprob_gap.largest < 1e-3 for rollout in whole)
+    (tmp_path / "killed" / "checkpoints").mkdir(parents=True)
+    place = Path("checkpoints") / "step_00000002"
+    shutil.copytree(tmp_path / "whole" / place, tmp_path / "killed" / place)
+    again, seen = train("killed", resume="true")
+    assert seen == [(8, 1), (12, 2)]
+    assert torch.equal(again[0].tokens_BS, whole[2].tokens_BS)
+    assert torch.equal(again[0].sampler_logprobs_BS, whole[2].sampler_logprobs_BS)
 
 
 def test_killed_servers(servers, tmp_path, capsys, monkeypatch):
