@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,6 +114,11 @@ def other_conversions_for_qwen2(to_tune: Callable[..., Any], to_hf: Callable[...
         yield
     finally:
         _qwen2.qwen2_hf_to_tune, _qwen2.qwen2_tune_to_hf = kept
+
+
+def compile_backend() -> str:
+    """The backend of `torch.compile`, which torchtune's users choose by a variable."""
+    return os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
 
 
 def set_output(model: TransformerDecoder, output: object) -> None:

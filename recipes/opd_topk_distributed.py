@@ -106,6 +106,8 @@ class OPDRecipe:
         self.loss = as_composite(parts.loss())
         if not self.loss.token_losses:
             raise ConfigError("loss has no token part; losses on hidden states alone are for oprd_distributed")
+        if s.compile:
+            self.loss.compile()
         plan = construct(parts.bridge)  # None without that section
         pair = load_pair(parts, s, hidden_loss=self.loss.hidden is not None, token_loss=True)
         self.pairs = pair.layers

@@ -89,6 +89,8 @@ class OPRDRecipe:
         self.loss = parts.loss()
         if not isinstance(self.loss, HiddenStateLoss):
             raise ConfigError(f"{type(self.loss).__name__} is no loss on hidden states; opd_topk_distributed takes it")
+        if s.compile:
+            self.loss.compile()
         plan = construct(parts.bridge)  # None without that section
         pair = load_pair(parts, s)
         self.pairs = pair.layers

@@ -96,6 +96,11 @@ class Composite:
                 streams[name] = part.stream(heads, targets.final_TC, tokens)
         return CompositeStream(streams, self.weights, probe)
 
+    def compile(self) -> None:
+        """As in `HiddenStateLoss`. Token losses are left as they are."""
+        if self.hidden is not None:
+            self.hidden.compile()
+
     def state_dict(self) -> dict[str, object]:
         """State of the hidden-state loss, if there is one; token losses have none."""
         return self.hidden.state_dict() if self.hidden is not None else {}

@@ -19,11 +19,12 @@ from oprd_tune.config.checks import check_not_negative
 from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.masking import PARTS
-from oprd_tune.losses.state_errors import StateError, StatePair, gradient_of, squared_error, unit_squared_error
+from oprd_tune.losses.state_errors import StateError, compared, has_closed_form, squared_error, unit_squared_error
 from oprd_tune.losses.streaming import evaluated_sum, selected_rows, widened
 from oprd_tune.metrics.history import COSINE_MAP
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import Projections
+from oprd_tune.torchtune_compat import compile_backend
 from oprd_tune.types import LayerPair, Selection
 
 
@@ -52,6 +53,12 @@ class HiddenStateLoss:
         self.coefficient = coefficient
         self.needs_calibration = False
         self.scales: dict[int, float] = {}
+        self.compared = compared
+
+    def compile(self) -> None:
+        """Fuse the operations of an error that is known in closed form; any other is left as it is."""
+        if has_closed_form(self.error):
+            self.compared = torch.compile(compared, dynamic=True, backend=compile_backend())
 
     def calibrate(self, square_sums: Mapping[int, float], count: int) -> None:
         """Fix the divisor of each layer's errors: the mean square of the paired teacher layer.
@@ -166,26 +173,25 @@ class LayerStream:
             student_TA = self._bridge.student(layer, widened(student_TA))
         factor = self._loss.coefficient / len(self.layers) / self._loss.scale(layer, self._bridge)
 
-        def evaluate(compared_TA: Tensor) -> tuple[Tensor, Tensor]:
-            pair = StatePair(widened(compared_TA), teacher_TA)
-            found = gradient_of(self._loss.error)(pair)
-            if self._measured:
-                self._measure(layer, pair)
-            gradient_TA = torch.mul(found.direction_TA, found.weight * factor, out=torch.empty_like(compared_TA))
-            return found.error_T.sum() * factor, gradient_TA
+        def evaluate(student_TA: Tensor) -> tuple[Tensor, Tensor]:
+            error = self._loss.error
+            total, gradient_TA, metrics = self._loss.compared(error, student_TA, teacher_TA, factor, self._measured)
+            if metrics is not None:
+                self._measure(layer, *metrics, width=student_TA.shape[-1])
+            return total, gradient_TA
 
         term = evaluated_sum(student_TA, evaluate)
         self.total = term if self.total is None else self.total + term
         return self.total
 
-    def _measure(self, layer: int, pair: StatePair) -> None:
+    def _measure(self, layer: int, square_T: Tensor, cosine_T: Tensor, *, width: int) -> None:
         """Keep a layer's metrics of each token; sum those of all layers at the last one."""
-        self._squares.append(pair.square_T)
-        self._cosines.append(pair.cosine_T)
+        self._squares.append(square_T)
+        self._cosines.append(cosine_T)
         if layer < self.layers[-1]:
             return
         part_T, count = self._selection.part_T, len(self._selection)
-        error_LT, cosine_LT = torch.stack(self._squares) / pair.student_TA.shape[-1], torch.stack(self._cosines)
+        error_LT, cosine_LT = torch.stack(self._squares) / width, torch.stack(self._cosines)
         for name, value_LT in (("mse", error_LT), ("cosine", cosine_LT)):
             for number, total in zip(self.layers, value_LT.sum(1, dtype=torch.float64), strict=True):
                 self.metrics.add(f"layers/{name}_{number:02d}", total, count)

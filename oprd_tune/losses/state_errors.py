@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,23 +54,30 @@ class StatePair:
         is_wider = torch.promote_types(student_TA.dtype, teacher_TA.dtype) != student_TA.dtype
         self.student_TA = student_TA
         self.teacher_TA = teacher_TA.to(student_TA.dtype) if is_wider else teacher_TA
+        self._found: dict[str, Any] = {}  # what was computed; torch.compile cannot read `functools.cached_property`
 
-    @cached_property
+    @property
     def difference_TA(self) -> Tensor:
         """h − g."""
-        return self.student_TA - self.teacher_TA
+        if "difference" not in self._found:
+            self._found["difference"] = self.student_TA - self.teacher_TA
+        return self._found["difference"]
 
-    @cached_property
+    @property
     def square_T(self) -> Tensor:
         """‖h − g‖²."""
-        return torch.linalg.vector_norm(self.difference_TA, dim=-1).square_()
+        if "square" not in self._found:
+            self._found["square"] = torch.linalg.vector_norm(self.difference_TA, dim=-1).square_()
+        return self._found["square"]
 
-    @cached_property
+    @property
     def norms_T1(self) -> tuple[Tensor, Tensor]:
         """‖h‖ and ‖g‖, at least 1e-12."""
-        both, dtype = (self.student_TA, self.teacher_TA), self.student_TA.dtype
-        h_T1, g_T1 = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp_(_SMALLEST) for x in both)
-        return h_T1, g_T1
+        if "norms" not in self._found:
+            both, dtype = (self.student_TA, self.teacher_TA), self.student_TA.dtype
+            norms_T1 = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) for x in both)
+            self._found["norms"] = tuple(norm_T1.clamp_(_SMALLEST) for norm_T1 in norms_T1)
+        return self._found["norms"]
 
     @property
     def cosine_T(self) -> Tensor:
@@ -88,6 +96,28 @@ class Gradient:
     error_T: Tensor
     direction_TA: Tensor
     weight: float | Tensor = 1.0
+
+
+def compared(
+    error: StateError, student_TA: Tensor, teacher_TA: Tensor, factor: float | Tensor, measured: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """What a loss needs of a pair of states: `factor` times the sum of errors, and its gradient in the student's dtype.
+
+    Args:
+        student_TA: the student's states or projections in the dtype of its layers; errors are computed in fp32 or more.
+        measured: whether to return ‖h − g‖² and the cosine, each [T], as well.
+    """
+    wide = torch.promote_types(student_TA.dtype, torch.float32)
+    pair = StatePair(student_TA.to(wide), teacher_TA)
+    found = gradient_of(error)(pair)
+    metrics = (pair.square_T, pair.cosine_T) if measured else None
+    gradient_TA = torch.mul(found.direction_TA, found.weight * factor, out=torch.empty_like(student_TA))
+    return found.error_T.sum() * factor, gradient_TA, metrics
+
+
+def has_closed_form(error: StateError) -> bool:
+    """Whether the gradient of an error is known, so that no autograd runs for it."""
+    return any(known is error for known, _ in CLOSED_FORMS)
 
 
 def gradient_of(error: StateError) -> Callable[[StatePair], Gradient]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -18,6 +17,7 @@ from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.sharding import Sharding, choose_sharding, sync_gradients
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
 from oprd_tune.ranks import Ranks
+from oprd_tune.torchtune_compat import compile_backend
 from oprd_tune.training.drift import TiedHeadDrift
 from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
 
@@ -133,7 +133,7 @@ def load_student(
 
     def prepare(number: int, block: nn.Module) -> nn.Module:
         if s.compile:
-            block.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))  # torchtune's variable
+            block.compile(backend=compile_backend())
         if every and number % every == 0:
             has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
             block = checkpoint_wrapper(block, preserve_rng_state=has_dropout)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd_tune.losses.state_errors import CLOSED_FORMS, StatePair, gradient_of, squared_error, unit_squared_error
+from oprd_tune.losses import HiddenStateLoss, HiddenStateMSE
+from oprd_tune.losses.state_errors import (
+    CLOSED_FORMS,
+    StatePair,
+    compared,
+    gradient_of,
+    squared_error,
+    unit_squared_error,
+)
 
 ERRORS = [error for error, _ in CLOSED_FORMS]
 each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
@@ -99,3 +107,22 @@ def test_error_gradient_and_metrics_take_few_passes_over_the_states(error, most)
         gradient_of(error)(pair)
         _ = pair.square_T, pair.cosine_T
     assert passes.found.total() <= most, passes.found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalisation", ["none", "l2"])
+def test_compiled_errors_are_the_same_numbers(normalisation, dtype):
+    loss = HiddenStateMSE(normalisation)
+    loss.compile()
+    for tokens in (5, 70, 300):  # one graph for all lengths
+        states = torch.randn(2, tokens, 32).to(dtype)
+        eager, fused = (f(loss.error, *states, 0.25, True) for f in (compared, loss.compared))
+        for found, wanted in zip((*fused[:2], *fused[2]), (*eager[:2], *eager[2]), strict=True):
+            assert found.dtype == wanted.dtype
+            torch.testing.assert_close(found, wanted, rtol=1e-2 if wanted.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_an_error_of_the_users_is_not_compiled():
+    loss = HiddenStateLoss(lambda h, g: (h - g).abs().sum(-1))
+    loss.compile()
+    assert loss.compared is compared
