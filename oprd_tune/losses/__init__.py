@@ -3,6 +3,7 @@
 from oprd_tune.losses.bridged_mse import BridgedMSE
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.control_variate import ControlVariateReverseKL
+from oprd_tune.losses.divergences import ForwardKL, GeneralisedJSD, MixedKL, TailedTopKKL
 from oprd_tune.losses.hidden_mse import HiddenStateLoss, HiddenStateMSE
 from oprd_tune.losses.per_token import PerTokenLoss
 from oprd_tune.losses.reverse_kl import FullReverseKL, SampledReverseKL
@@ -13,10 +14,14 @@ __all__ = [
     "Composite",
     "ControlVariateReverseKL",
     "DetachedTopKReverseKL",
+    "ForwardKL",
     "FullReverseKL",
+    "GeneralisedJSD",
     "HiddenStateLoss",
     "HiddenStateMSE",
+    "MixedKL",
     "PerTokenLoss",
     "SampledReverseKL",
+    "TailedTopKKL",
     "TopKReverseKL",
 ]

@@ -31,16 +31,19 @@ class SampledReverseKL(DenseTokenLoss):
 
     Attributes:
         reward_clip: limits r to ±reward_clip, which adds a bias; None does not clip.
+        reward_max: limits r from above alone: tokens that the teacher finds much more likely than the student does not
+            pull harder than that. A bias too; None does not.
         importance_ratio_cap: weights each token by w = min(p(y)/μ(y), importance_ratio_cap) to correct for a sampler
             that is another engine; μ is the probability that the sampler reported. None means w = 1.
     """
 
     reward_clip: float | None = None
+    reward_max: float | None = None
     importance_ratio_cap: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("reward_clip", "importance_ratio_cap"):
+        for name in ("reward_clip", "reward_max", "importance_ratio_cap"):
             if (value := getattr(self, name)) is not None:
                 check_positive(f"loss.{name}", value)
 
@@ -76,6 +79,8 @@ class SampledReverseKL(DenseTokenLoss):
         reward_T1 = -log_ratio_T1
         if self.reward_clip is not None:
             reward_T1.clamp_(-self.reward_clip, self.reward_clip)
+        if self.reward_max is not None:
+            reward_T1.clamp_(max=self.reward_max)
         weight_T1 = torch.ones_like(reward_T1)
         gap_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
         if self.student_temperature == 1:  # samplers report log-probabilities at temperature 1

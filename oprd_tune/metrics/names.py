@@ -37,6 +37,8 @@ token/logprob_gap | nats | mean over the step's response tokens |
     |log p − log μ| of the sampled tokens, trainer against sampler: rounding, or worse. With sampled objectives.
 token/importance_ratio | 1 | mean over the step's response tokens |
     min(p/μ, cap): trainer against sampler; 1 if they agree.
+token/clipped_share | 1 | mean over the step's response tokens |
+    Share of positions where `entry_clip` has limited at least one token's share of the divergence.
 diagnostics/kl | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
     KL(p‖q), student to teacher.
 diagnostics/student_mass | 1 | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |

@@ -1,5 +1,7 @@
 """Output-space losses: values and gradients against their formulas, the exact identities, and what stays in memory."""
 
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +12,23 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.losses import (
     ControlVariateReverseKL,
     DetachedTopKReverseKL,
+    ForwardKL,
     FullReverseKL,
+    GeneralisedJSD,
+    MixedKL,
     PerTokenLoss,
     SampledReverseKL,
+    TailedTopKKL,
     TopKReverseKL,
 )
 from oprd_tune.losses.diagnostics import diagnose, evenly_spaced
+from oprd_tune.losses.divergences import EntryDivergence
+from oprd_tune.losses.token_loss import Comparison
+from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads
+from oprd_tune.ranks import Ranks
 from oprd_tune.types import ResponseTokens
-from tests.losses.token_losses import LOSSES, Case, K, V, Weight, kl, live_tensors, on, plain_topk
+from tests.losses.token_losses import LOSSES, Case, D, K, V, Weight, kl, live_tensors, on, plain_topk
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -326,14 +336,18 @@ def test_a_subsample_is_spread_evenly():
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"a function"}))
-def test_at_most_two_chunks_of_logits_live_and_nothing_of_tokens_times_vocabulary(name):
+def test_few_chunks_of_logits_live_and_nothing_of_tokens_times_vocabulary(name):
     make, _ = LOSSES[name]
     case, tokens, vocabulary, chunk = Case((4, 100), marked=1.0), 400, V, 50
     case.gradients(case.stream(make(chunk_tokens=chunk)).total)
     step = lambda: case.gradients(case.stream(make(chunk_tokens=chunk)).total)  # noqa: E731
     largest, at_once = live_tensors(step, chunk * vocabulary)
     assert largest <= max(case.state_BSD.numel(), tokens * 2 * K) < tokens * vocabulary
-    assert at_once == (1 if isinstance(make(), TopKReverseKL) else 2)
+    if isinstance(make(), (EntryDivergence, TailedTopKKL)):
+        counted = make(chunk_tokens=chunk).working_bytes(V, D) - V * D * 4
+        assert at_once < counted / (4 * chunk * V)  # which counts one more, for the copy in the head's dtype
+    else:
+        assert at_once == (1 if isinstance(make(), TopKReverseKL) else 2)
 
 
 def test_the_head_s_gradient_goes_straight_into_its_buffer():
@@ -412,4 +426,83 @@ ON_POLICY = {"vocabulary": V, "engine": SimpleNamespace(temperature=1.0, samples
 )
 def test_mistakes_are_explained(make, message):
     with pytest.raises(ConfigError, match=message):
+        make()
+
+
+# ---- divergences ----
+
+
+def random_logs(tokens=6, vocabulary=9, spread=3.0):
+    return ((torch.randn(tokens, vocabulary, dtype=torch.float64) * spread).log_softmax(-1) for _ in range(2))
+
+
+def test_jensen_shannon_is_the_entropy_of_the_mixture_beyond_that_of_its_parts():
+    """By enumeration of both outcomes: JSD(β) = I(which model; token) with the models drawn at β and 1 − β."""
+    log_p, log_q = random_logs()
+    for beta in (0.1, 0.5, 0.8):
+        chunk = Comparison(log_p.clone(), log_p - log_q, None)
+        total, _ = GeneralisedJSD(beta=beta).objective(chunk, Metrics())
+        joint = torch.stack([beta * log_q.exp(), (1 - beta) * log_p.exp()])
+        apart = joint.sum(0, keepdim=True) * joint.sum(2, keepdim=True)
+        torch.testing.assert_close(total, (joint * (joint / apart).log()).sum(), **EXACT)
+
+
+def test_a_divergence_is_limited_entry_by_entry():
+    """A pivot token: the teacher is sure of what the student would hardly say."""
+    logits = torch.zeros(1, 50, dtype=torch.float64)
+    log_p, log_q = (logits.index_fill(1, torch.tensor([3]), x).log_softmax(-1) for x in (-9.0, 9.0))
+    gradients = {}
+    for clip in (None, 1.0):
+        metrics = Metrics()
+        chunk = Comparison(log_p.clone(), log_p - log_q, None)
+        total, gradients[clip] = ForwardKL(entry_clip=clip).objective(chunk, metrics)
+        found = metrics.reduce(Ranks())
+        assert found.get("token/clipped_share") == (None if clip is None else 1.0)
+        assert (total <= 1.0) == (clip is not None)
+    assert gradients[None].norm() > 100 * gradients[1.0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("name", ["forward", "mixed", "jsd", "tailed", "tailed forward"])
+def test_certain_models_that_disagree_give_numbers(name, dtype):
+    """Log-probabilities down to −200, which probabilities in fp32 cannot hold."""
+    logits = torch.full((2, 9), -200.0, dtype=dtype)
+    log_p = logits.index_fill(1, torch.tensor([1]), 0.0).log_softmax(-1)
+    log_q = logits.index_fill(1, torch.tensor([2]), 0.0).log_softmax(-1)
+    loss = LOSSES[name][0]()
+    total, gradient = loss.objective(Comparison(log_p.clone(), log_p - log_q, None), Metrics())
+    assert total.isfinite()
+    assert total > 0.1
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("tail", [0.5, 1e-3])
+def test_a_tail_keeps_mass_where_renormalising_lets_it_leak(tail):
+    """Both models agree on the ratios within 𝒮, and the student has lost mass to the tail."""
+    inside = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    rows = [torch.cat([inside * (1 - mass), torch.full((6,), mass / 6, dtype=torch.float64)]) for mass in (tail, 1e-6)]
+    log_p, log_q = (row.log()[None] for row in rows)
+    total, gradient = TailedTopKKL(k=3).objective(Comparison(log_p.clone(), log_p - log_q, None), Metrics())
+    ids = torch.tensor([[0, 1, 2]])
+    assert kl(*on(ids, log_p, log_q)).item() == pytest.approx(0, abs=1e-12)
+    wanted = tail * math.log(tail / 1e-6) + (1 - tail) * math.log((1 - tail) / (1 - 1e-6))
+    assert total.item() == pytest.approx(wanted, rel=1e-9)
+    assert (gradient[0, :3] < 0).all()  # a step along −gradient brings mass back
+    assert (gradient[0, 3:] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ForwardKL(entry_clip=0), "loss.entry_clip is 0; it must be a finite number above 0"),
+        (lambda: MixedKL(forward_weight=1.5), "loss.forward_weight is 1.5; it must lie within 0 and 1"),
+        (lambda: GeneralisedJSD(beta=-0.1), "loss.beta is -0.1; it must lie within 0 and 1"),
+        (lambda: TailedTopKKL(k=0), "loss.k is 0; it must be a whole number, at least 1"),
+        (lambda: TailedTopKKL(support="union"), "loss.support is 'union'; allowed are student, teacher"),
+        (lambda: TailedTopKKL(direction="both"), "loss.direction is 'both'; allowed are reverse, forward"),
+        (lambda: SampledReverseKL(reward_max=-1), "loss.reward_max is -1; it must be a finite number above 0"),
+    ],
+)
+def test_arguments_of_divergences_are_checked(make, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
         make()

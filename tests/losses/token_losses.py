@@ -1,5 +1,6 @@
 """Fixtures for the output-space losses: two heads on random states, and every loss beside its formula written out."""
 
+import math
 import weakref
 
 import torch
@@ -9,9 +10,13 @@ from torch.utils._pytree import tree_leaves
 from oprd_tune.losses import (
     ControlVariateReverseKL,
     DetachedTopKReverseKL,
+    ForwardKL,
     FullReverseKL,
+    GeneralisedJSD,
+    MixedKL,
     PerTokenLoss,
     SampledReverseKL,
+    TailedTopKKL,
     TopKReverseKL,
 )
 from oprd_tune.modeling.heads import Heads
@@ -92,11 +97,49 @@ def plain_forward(loss, log_p, log_q, tokens):
     return kl(log_q, log_p).sum()
 
 
+def entries(log_p, log_q):
+    """The terms of KL(p‖q), [T, V]."""
+    return log_p.exp() * (log_p - log_q)
+
+
+def clipped_sum(loss, entry):
+    return (entry if loss.entry_clip is None else entry.clamp(max=loss.entry_clip)).sum()
+
+
+def plain_forward_entries(loss, log_p, log_q, tokens):
+    return clipped_sum(loss, entries(log_q, log_p))
+
+
+def plain_mixed(loss, log_p, log_q, tokens):
+    weight = loss.forward_weight
+    return clipped_sum(loss, weight * entries(log_q, log_p) + (1 - weight) * entries(log_p, log_q))
+
+
+def plain_jsd(loss, log_p, log_q, tokens):
+    """As TRL defines it, its two ends included."""
+    beta = loss.beta
+    if beta in (0, 1):
+        return clipped_sum(loss, entries(log_q, log_p) if beta == 0 else entries(log_p, log_q))
+    mixture = torch.stack([log_p + math.log(1 - beta), log_q + math.log(beta)]).logsumexp(0)
+    return clipped_sum(loss, beta * entries(log_q, mixture) + (1 - beta) * entries(log_p, mixture))
+
+
+def plain_tailed(loss, log_p, log_q, tokens):
+    ids = (log_p if loss.support == "student" else log_q).topk(loss.k).indices
+    outcomes = []
+    for log in (log_p, log_q):
+        tail = log.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        outcomes.append(torch.cat([log.gather(1, ids), tail], dim=1))
+    return kl(*(outcomes if loss.direction == "reverse" else outcomes[::-1])).sum()
+
+
 def plain_sampled(loss, log_p, log_q, tokens):
     chosen, reference = (x.gather(1, tokens.tokens_T[:, None]).squeeze(1) for x in (log_p, log_q))
     reward = (reference - chosen).detach()
     if loss.reward_clip is not None:
         reward = reward.clamp(-loss.reward_clip, loss.reward_clip)
+    if loss.reward_max is not None:
+        reward = reward.clamp(max=loss.reward_max)
     if loss.importance_ratio_cap is not None:
         ratio = (chosen.detach() - tokens.sampler_logprobs_T).exp().clamp(max=loss.importance_ratio_cap)
     else:
@@ -167,5 +210,17 @@ LOSSES = {
     "top-k teacher": (lambda **k: TopKReverseKL(k=K, support="teacher", **k), plain_topk),
     "top-k union": (lambda **k: TopKReverseKL(k=K, support="union", **k), plain_topk),
     "top-k detached": (lambda **k: DetachedTopKReverseKL(k=K, **k), plain_detached),
+    "sampled limited": (lambda **k: SampledReverseKL(reward_max=0.3, **k), plain_sampled),
+    "forward": (ForwardKL, plain_forward_entries),
+    "forward clipped": (lambda **k: ForwardKL(entry_clip=0.05, **k), plain_forward_entries),
+    "mixed": (lambda **k: MixedKL(forward_weight=0.3, **k), plain_mixed),
+    "mixed clipped": (lambda **k: MixedKL(forward_weight=0.3, entry_clip=0.02, **k), plain_mixed),
+    "jsd": (lambda **k: GeneralisedJSD(beta=0.2, **k), plain_jsd),
+    "jsd clipped": (lambda **k: GeneralisedJSD(beta=0.2, entry_clip=0.004, **k), plain_jsd),
+    "jsd at 0": (lambda **k: GeneralisedJSD(beta=0, **k), plain_jsd),
+    "jsd at 1": (lambda **k: GeneralisedJSD(beta=1.0, **k), plain_jsd),
+    "tailed": (lambda **k: TailedTopKKL(k=K, **k), plain_tailed),
+    "tailed teacher": (lambda **k: TailedTopKKL(k=K, support="teacher", **k), plain_tailed),
+    "tailed forward": (lambda **k: TailedTopKKL(k=K, direction="forward", **k), plain_tailed),
     "a function": (lambda **k: PerTokenLoss(per_token=forward_kl, **k), plain_forward),
 }
