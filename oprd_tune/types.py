@@ -27,7 +27,7 @@ class Prompts:
         positions: index of each prompt in the run's endless stream of prompts. It does not depend on the number of
             ranks, and neither does sampling noise that is seeded with it.
         answers: reference answers; None for a prompt without one.
-        teacher_tokens: the prompts in the tokens of a teacher with another tokenizer; None if both models share one.
+        teacher_tokens: the prompts as the teacher reads them, if it has another tokenizer or reads more; else None.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -37,6 +37,12 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def among(self, positions: Collection[int]) -> Prompts:
+        """The prompts at these positions of the stream, in their order here."""
+        kept = [i for i, position in enumerate(self.positions) if position in positions]
+        picked = {name: tuple(value[i] for i in kept) for name, value in vars(self).items() if value is not None}
+        return replace(self, **picked)
 
     @property
     def as_teacher_reads(self) -> tuple[tuple[int, ...], ...]:
@@ -90,7 +96,7 @@ class LogprobGap:
 
 @dataclass(frozen=True)
 class Reading:
-    """The rows of a rollout in the tokens of a teacher with another tokenizer.
+    """The rows of a rollout as a teacher with another tokenizer, or with other prompts, reads them.
 
     Attributes:
         tokens_BU: the teacher's token ids: prompt, response, right padding.
@@ -106,7 +112,7 @@ class Reading:
     def rows(self, index_B: Tensor, width: int) -> Reading:
         """The given rows: teacher tokens trimmed to the longest of them, and `column_BS` to the rollout's `width`."""
         lengths_B = self.lengths_B[index_B]
-        tokens_BU = self.tokens_BU[index_B, : int(lengths_B.max())]
+        tokens_BU = self.tokens_BU[index_B, : int(lengths_B.max()) if len(index_B) else 0]
         return Reading(tokens_BU=tokens_BU, lengths_B=lengths_B, column_BS=self.column_BS[index_B, :width])
 
     def within(self, context: int) -> Reading:
@@ -134,8 +140,9 @@ class Rollout:
         policy_version: number of optimizer steps behind the weights that sampled.
         sampler_top_ids_BSK: the sampler's K most probable tokens at each response token; None unless requested.
         sampler_top_mass_BS: total probability of those K tokens.
+        given_B: True where the data's reference answer stands in the place of a sample; None if all were sampled.
         logprob_gap: difference from the trainer, measured when an engine with its own weights samples.
-        reading: the rows in the teacher's tokens; None if both models share a tokenizer.
+        reading: the rows as the teacher reads them; None if both models read the same.
     """
 
     tokens_BS: Tensor
@@ -147,6 +154,7 @@ class Rollout:
     policy_version: int
     sampler_top_ids_BSK: Tensor | None = None
     sampler_top_mass_BS: Tensor | None = None
+    given_B: Tensor | None = None
     logprob_gap: LogprobGap | None = None
     reading: Reading | None = None
 
@@ -164,6 +172,11 @@ class Rollout:
         return int(self.response_mask_BS.sum())
 
     @property
+    def sampled(self) -> Rollout:
+        """The rows that the student has sampled; there may be none."""
+        return self if self.given_B is None else self.rows((~self.given_B).nonzero(as_tuple=True)[0])
+
+    @property
     def matched_tokens(self) -> int:
         """Number of response tokens that end where a token of the teacher's also ends."""
         if self.reading is None:
@@ -172,7 +185,7 @@ class Rollout:
 
     def rows(self, index_B: Tensor) -> Rollout:
         """The given rows, trimmed to the longest of them."""
-        width = int(self.lengths_B[index_B].max())
+        width = int(self.lengths_B[index_B].max()) if len(index_B) else 0
         picked: dict[str, Any] = {k: v[index_B] for k, v in vars(self).items() if isinstance(v, Tensor)}
         trimmed: dict[str, Any] = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
         reading = None if self.reading is None else self.reading.rows(index_B, width)
@@ -250,6 +263,7 @@ class ResponseTokens:
 
     Attributes:
         index_T: for each token, the position in the flattened [B * S] grid of the state that predicts it.
+        teacher_index_T: the teacher's matching positions, as in `Selection`; None stands for the same.
     """
 
     index_T: Tensor
@@ -257,6 +271,7 @@ class ResponseTokens:
     sampler_logprobs_T: Tensor
     sampler_top_ids_TK: Tensor | None = None
     sampler_top_mass_T: Tensor | None = None
+    teacher_index_T: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index_T.numel()

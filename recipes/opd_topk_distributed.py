@@ -55,6 +55,7 @@ class OPDRecipe:
         """One optimizer step on this process's prompts."""
         run, metrics = self.run, Metrics()
         sampled = run.sample(prompts)  # or an error, which leaves the step undone
+        sampled = self.data.read(sampled, prompts)  # adds what the teacher reads, if that is another prompt
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator a part for the whole step, over all processes, known before the first backward.
         counts = self.ranks.total(self.loss.counts(rollout, self.select))
@@ -69,7 +70,7 @@ class OPDRecipe:
 
         for micro, (tokens, selection) in zip(micro_batches, chosen, strict=True):
             with run.phase("teacher"):
-                targets = self.teacher.targets(micro.tokens_BS, selection.index_T, tokens.index_T)
+                targets = self.teacher.targets(micro.teacher_tokens, selection.teacher_index_T, tokens.teacher_index_T)
             with run.phase("student"):
                 stream = self.loss.stream(
                     *(targets, tokens, selection),
@@ -111,7 +112,7 @@ class OPDRecipe:
         plan = construct(parts.bridge)  # None without that section
         pair = load_pair(parts, s, hidden_loss=self.loss.hidden is not None, token_loss=True)
         self.pairs = pair.layers
-        self.loss.check(pair.vocabulary, self.engine)
+        self.loss.check(pair.vocabulary, self.engine, references=s.takes_references)
         self.data = load_data(parts, s, pair, self.ranks)
         check_bridge(plan, self.loss.hidden, pair)
         preflight(parts, s, pair, self.data, self.loss, self.engine, plan)

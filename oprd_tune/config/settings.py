@@ -47,6 +47,7 @@ class OPRDSettings:
     prompts_per_step: int = 8
     samples_per_prompt: int = 2
     truncated_responses: str = "keep"
+    reference_share: float | list[float] = 0.0
     tokens_per_micro_batch: int = free(16384)
     layers: str | list[int] = "all"
     layer_pairs: list[list[int]] | None = None
@@ -103,6 +104,20 @@ class OPRDSettings:
                 "every n-th block"
             )
         check_share("min_matched_share", self.min_matched_share)
+        self._check_reference_share()
+
+    def _check_reference_share(self) -> None:
+        given = self.reference_share
+        shares = given[:2] if isinstance(given, list) else [given]
+        for share in shares:
+            check_share("reference_share", share)
+        if isinstance(given, list) and (len(given) not in (2, 3) or any(n < 1 or n % 1 for n in given[2:])):
+            raise ConfigError(f"reference_share is {given}; give a share, or [from, to], or [from, to, steps]")
+
+    @property
+    def takes_references(self) -> bool:
+        """Whether reference answers stand in the place of some samples."""
+        return any(self.reference_share[:2]) if isinstance(self.reference_share, list) else self.reference_share > 0
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -86,6 +86,32 @@ class Reader:
         )
 
 
+class PromptReader:
+    """Puts responses behind the prompts of a teacher that shares the student's tokens and reads other prompts.
+
+    Args:
+        pad_id: fills the teacher's rows.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def read(self, rollout: Rollout, teacher_prompts: Sequence[Sequence[int]]) -> Reading:
+        """Each state meets the teacher's at the same token of the response, from the prompt's last column on."""
+        columns_S = torch.arange(rollout.tokens_BS.shape[1], device=rollout.tokens_BS.device)
+        prompt_B = rollout.lengths_B - rollout.response_mask_BS.sum(1)
+        own_B = torch.tensor([len(prompt) for prompt in teacher_prompts], device=rollout.tokens_BS.device)
+        column_BS = columns_S + (own_B - prompt_B)[:, None]
+        meets_BS = (columns_S >= prompt_B[:, None] - 1) & (columns_S < rollout.lengths_B[:, None])
+        lengths_B = rollout.lengths_B + own_B - prompt_B
+        tokens_BU = torch.full((len(rollout), int(lengths_B.max())), self._pad_id)
+        ends = zip(prompt_B.tolist(), rollout.lengths_B.tolist(), strict=True)
+        for row, (prompt, (start, end)) in enumerate(zip(teacher_prompts, ends, strict=True)):
+            tokens_BU[row, : len(prompt)] = torch.tensor(prompt)
+            tokens_BU[row, len(prompt) : len(prompt) + end - start] = rollout.tokens_BS[row, start:end]
+        return Reading(tokens_BU.to(column_BS.device), lengths_B, column_BS.where(meets_BS, -1))
+
+
 @dataclass(frozen=True)
 class _Response:
     """A response as text.

@@ -18,6 +18,7 @@ from oprd_tune.data.benchmarks import (
 )
 from oprd_tune.data.chats import Messages, Prompt, as_answer, as_conversation, as_prompt, is_empty, with_system
 from oprd_tune.data.sources import Columns, column, read_columns
+from oprd_tune.data.templates import TeacherTemplate
 from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Tokenizer
@@ -41,15 +42,17 @@ class PromptDataset:
         prompt_template: a plain text around `{prompt}`; None uses the tokenizer's chat template, as messages need it.
         system_prompt: a system message for the chat template, if messages do not have one.
         teacher_tokenizer: the tokenizer of a teacher that reads the prompts in other tokens; None if it reads these.
-        teacher_prompt_template: the teacher's `prompt_template`; `chat` uses its chat template. None uses the student's
-            plain text if there is one, otherwise the teacher's own chat template.
+        teacher_prompt_template: what the teacher reads instead: a text, or a list of chat messages, around `{prompt}`,
+            with `{answer}` and any other column of the rows, see `TeacherTemplate`; or `chat`, its chat template alone.
+            None: a teacher with a tokenizer of its own reads the student's plain text if there is one, otherwise its
+            own chat template; any other reads what the student reads.
 
     Attributes:
         dropped: how many prompts were empty or too long.
         counts: how many prompts are used, were dropped and why, and how many of those used have no reference answer.
         largest_token: the largest token id in any prompt.
         largest_teacher_token: the same in the teacher's tokens; None without `teacher_tokenizer`.
-        longest_teacher_prompt: the most tokens in a prompt that the teacher reads; None without `teacher_tokenizer`.
+        longest_teacher_prompt: the most tokens in a prompt that the teacher reads; None if it reads the student's.
 
     Raises:
         ConfigError: if a value is of another type, a template lacks its placeholder, messages or a system prompt have
@@ -65,27 +68,29 @@ class PromptDataset:
         prompt_template: str | None = None,
         system_prompt: str | None = None,
         teacher_tokenizer: Tokenizer | None = None,
-        teacher_prompt_template: str | None = None,
+        teacher_prompt_template: str | list[Any] | None = None,
     ) -> None:
-        if teacher_prompt_template is not None and teacher_tokenizer is None:
-            raise ConfigError("dataset.teacher_prompt_template is for a teacher with another tokenizer; leave it out")
-        _check_template("prompt_template", prompt_template)
-        teacher_template = prompt_template if teacher_prompt_template is None else teacher_prompt_template
-        teacher_template = None if teacher_template == CHAT else teacher_template
-        _check_template("teacher_prompt_template", teacher_template, f", or be `{CHAT}`")
-        if system_prompt is not None and None not in (prompt_template, teacher_template):
+        if prompt_template is not None and PLACEHOLDER not in prompt_template:
+            raise ConfigError(f"dataset.prompt_template is {prompt_template!r}; it must contain {PLACEHOLDER}")
+        given, by_chat = teacher_prompt_template, prompt_template is None
+        template = None if given in (None, CHAT) else TeacherTemplate(given)
+        teacher_by_chat = by_chat if given is None else template is None or template.is_chat
+        reads_own = teacher_tokenizer is not None or given is not None
+        if system_prompt is not None and not by_chat and not (reads_own and teacher_by_chat):
             raise ConfigError("dataset.system_prompt belongs to a chat template; write it into prompt_template instead")
-        self._tokenizer = tokenizer
-        self._readers = {"tokens": (tokenizer, prompt_template)}
-        if teacher_tokenizer is not None:
-            self._readers["teacher_tokens"] = (teacher_tokenizer, teacher_template)
-        self._system_prompt = system_prompt
-        for own, template in self._readers.values():
-            _tell_of_beginning(own, template)
+        self._tokenizer, self._system_prompt = tokenizer, system_prompt
+        self._teacher_tokenizer = (teacher_tokenizer or tokenizer) if reads_own else None
+        _tell_of_beginning(tokenizer, prompt_template)
         rows = list(rows)
         prompts = [as_prompt(row["prompt"], _row(i)) for i, row in enumerate(rows)]
         answers = [as_answer(row.get("answer"), f"the answer of row {i}") for i, row in enumerate(rows)]
-        tokens = {name: self._tokenize(prompts, *reader) for name, reader in self._readers.items()}
+        own = prompts if prompt_template is None else _filled(prompt_template, prompts)
+        tokens = {"tokens": self._tokenize(own, tokenizer, chat=by_chat)}
+        if self._teacher_tokenizer is not None:
+            if isinstance(text := given or prompt_template, str) and not teacher_by_chat:
+                _tell_of_beginning(self._teacher_tokenizer, text)
+            asked = own if given is None else prompts if template is None else template.fill_all(prompts, answers, rows)
+            tokens["teacher_tokens"] = self._tokenize(asked, self._teacher_tokenizer, chat=teacher_by_chat)
         longest = max_prompt_tokens or max(map(len, tokens["tokens"]), default=0)
         fits = [0 < len(own) <= longest for own in tokens["tokens"]]
         kept = [i for i, fit in enumerate(fits) if fit and all(read[i] for read in tokens.values())]
@@ -100,8 +105,7 @@ class PromptDataset:
             raise ConfigError(f"the data set is empty after filtering: {reason}")
         self._answers = [answers[i] for i in kept]
         self._tokens = [tokens["tokens"][i] for i in kept]
-        has_reader = teacher_tokenizer is not None
-        self._teacher_tokens = [tokens["teacher_tokens"][i] for i in kept] if has_reader else None
+        self._teacher_tokens = [tokens["teacher_tokens"][i] for i in kept] if reads_own else None
         self.largest_token = max(map(max, self._tokens))
         self.largest_teacher_token = max(map(max, self._teacher_tokens)) if self._teacher_tokens else None
         self.longest_teacher_prompt = max(map(len, self._teacher_tokens)) if self._teacher_tokens else None
@@ -119,10 +123,10 @@ class PromptDataset:
 
     def as_teacher_reads(self) -> PromptDataset:
         """The same prompts and answers in the teacher's tokens; this data set if it reads the student's tokens."""
-        if self._teacher_tokens is None:
+        if self._teacher_tokens is None or self._teacher_tokenizer is None:
             return self
         view = copy(self)
-        view._tokens, view._tokenizer = self._teacher_tokens, self._readers["teacher_tokens"][0]
+        view._tokens, view._tokenizer = self._teacher_tokens, self._teacher_tokenizer
         return view
 
     @property
@@ -137,18 +141,18 @@ class PromptDataset:
             raise ConfigError("this data set has no reference answers; give dataset.answer_column")
         return (*self._tokenizer.encode(answer, add_bos=False, add_eos=False), self._tokenizer.eos_id)
 
-    def _tokenize(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, template: str | None) -> list[list[int]]:
-        """The tokens of each prompt; none for an empty one."""
+    def _tokenize(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, chat: bool) -> list[list[int]]:
+        """The tokens of each prompt, by the chat template or as the text that it is; none for an empty one."""
         asked = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None and not is_empty(prompt)]
         tokens: list[list[int]] = [[] for _ in prompts]
         with LateBar(desc="Tokenizing prompts", total=len(asked), unit="prompt") as bar:
             for start in range(0, len(asked), _AT_ONCE):
                 part = asked[start : start + _AT_ONCE]
-                if template is None:
+                if chat:
                     chats = [with_system(prompt, self._system_prompt, _row(i)) for i, prompt in part]
                     read = _tokenize_chats(tokenizer, chats)
                 else:
-                    read = _encode(tokenizer, [_fill(template, prompt, _row(i)) for i, prompt in part])
+                    read = _encode(tokenizer, [str(prompt) for _, prompt in part])
                 for (i, _), found in zip(part, read, strict=True):
                     tokens[i] = found
                 bar.update(len(part))
@@ -159,13 +163,17 @@ def _row(index: int) -> str:
     return f"the prompt of row {index}"
 
 
-def _fill(template: str, prompt: str | Messages, where: str) -> str:
-    if not isinstance(prompt, str):
-        raise ConfigError(
-            f"{where} is a list of chat messages, and only a chat template says how to write their roles; leave out "
-            "dataset.prompt_template (or give `chat` as teacher_prompt_template), or give prompts of plain text"
-        )
-    return template.replace(PLACEHOLDER, prompt)
+def _filled(template: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """A plain template around each prompt; None for an empty one."""
+    found: list[Prompt] = []
+    for i, prompt in enumerate(prompts):
+        if prompt is not None and not isinstance(prompt, str):
+            raise ConfigError(
+                f"{_row(i)} is a list of chat messages, and only a chat template says how to write their roles; leave "
+                "out dataset.prompt_template, or give prompts of plain text"
+            )
+        found.append(template.replace(PLACEHOLDER, prompt) if prompt else None)
+    return found
 
 
 def _tell_of_beginning(tokenizer: Tokenizer, template: str | None) -> None:
@@ -198,11 +206,6 @@ def _tokenize_chats(tokenizer: Tokenizer, chats: Sequence[Messages]) -> list[lis
     return [tokenizer.tokenize_messages([*chat, header], add_eos=False)[0] for chat in turns]
 
 
-def _check_template(name: str, template: str | None, otherwise: str = "") -> None:
-    if template is not None and PLACEHOLDER not in template:
-        raise ConfigError(f"dataset.{name} is {template!r}; it must contain {PLACEHOLDER}{otherwise}")
-
-
 def prompt_dataset(
     tokenizer: Tokenizer,
     *,
@@ -220,7 +223,7 @@ def prompt_dataset(
     prompt_template: str | None = None,
     system_prompt: str | None = None,
     teacher_tokenizer: Tokenizer | None = None,
-    teacher_prompt_template: str | None = None,
+    teacher_prompt_template: str | list[Any] | None = None,
 ) -> PromptDataset:
     """Load prompts from the hub or from a local file. `PromptDataset` describes the arguments that are not listed here.
 
@@ -247,8 +250,10 @@ def prompt_dataset(
     own = {"prompt_column": prompt_column, "answer_column": answer_column, "instruction": instruction}
     found = find_benchmark(benchmark, source, path, split=split, subset=subset, revision=revision, **own)
     columns = read_columns(found.source, found.split, found.subset, found.revision)
+    given = teacher_prompt_template
+    further = [] if given in (None, CHAT) else TeacherTemplate(given).columns
     return PromptDataset(
-        _read_rows(columns, found if path is None else fit_to_columns(found, list(columns), **own), first),
+        _read_rows(columns, found if path is None else fit_to_columns(found, list(columns), **own), first, further),
         tokenizer,
         max_prompt_tokens=max_prompt_tokens,
         prompt_template=prompt_template,
@@ -258,8 +263,10 @@ def prompt_dataset(
     )
 
 
-def _read_rows(columns: Columns, found: Benchmark, first: int | None) -> list[dict[str, Any]]:
-    """The prompts, with their instruction, and the reference answers of the first rows."""
+def _read_rows(
+    columns: Columns, found: Benchmark, first: int | None, further: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The prompts, with their instruction, the reference answers, and `further` columns of the first rows."""
     source, instruction = found.source, instruction_text(found.instruction)
     name = found.prompt_column or next((name for name in PROMPT_COLUMNS if name in columns), None)
     if name is None:
@@ -278,7 +285,12 @@ def _read_rows(columns: Columns, found: Benchmark, first: int | None) -> list[di
         where = f"column {found.answer_column!r} in {source}"
         answers = [as_answer(answer, f"row {i} of {where}") for i, answer in enumerate(answers)]
     prompts = [with_instruction(p, instruction, place) for (p, _), place in zip(pairs, places, strict=True)]
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    for own in further:
+        if own != "answer":
+            for row, value in zip(rows, column(columns, own, source=source, first=first), strict=True):
+                row[own] = value
+    return rows
 
 
 def _prompt_alone(value: Any, where: str) -> tuple[Prompt, str | None]:

@@ -67,3 +67,8 @@ class PromptStream:
             answers=tuple(answer for _, answer in rows),
             teacher_tokens=tuple(read) or None,
         )
+
+    def answer_tokens(self, position: int) -> tuple[int, ...]:
+        """The reference answer to the prompt at a position of the stream: its tokens and EOS."""
+        size = len(self._dataset)
+        return self._dataset.answer_tokens(self._permutation(position // size)[position % size])

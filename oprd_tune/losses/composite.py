@@ -63,9 +63,15 @@ class Composite:
         """How many of the sampler's most probable tokens the parts need with the rollout."""
         return max((part.sampler_top_k for part in self.token_losses.values()), default=0)
 
-    def check(self, vocabulary: int, engine: RolloutEngine) -> None:
+    def check(self, vocabulary: int, engine: RolloutEngine, *, references: bool = False) -> None:
+        """As in `TokenLoss`, for each part. With `references`, some responses are not the student's own."""
         for part in self.token_losses.values():
             part.check(vocabulary, engine)
+            if references and part.needs_samples:
+                raise ConfigError(
+                    f"reference_share: {type(part).__name__} needs what the sampler says of each token, and reference "
+                    "answers are not sampled; set it to 0, or take a loss that compares whole distributions or states"
+                )
 
     def counts(self, rollout: Rollout, select: StateSelector) -> list[int]:
         """N of each part: the selected states for a hidden-state loss, all response tokens for a token loss."""

@@ -52,20 +52,24 @@ class StateSelector:
     def __call__(self, rollout: Rollout) -> Selection:
         """The selected states. If the teacher has another tokenizer, only states that match one of its own."""
         selection = select_states(rollout.response_mask_BS, positions=self.positions, k=self.k, anchor=self.anchor)
-        if (reading := rollout.reading) is None:
+        if rollout.reading is None:
             return selection
-        row_T = selection.index_T // rollout.tokens_BS.shape[1]
-        column_T = reading.column_BS.flatten()[selection.index_T]
-        met_T = column_T >= 0
-        return Selection(
-            index_T=selection.index_T[met_T],
-            part_T=selection.part_T[met_T],
-            teacher_index_T=(row_T * reading.tokens_BU.shape[1] + column_T)[met_T],
-        )
+        teacher_index_T = teacher_positions(rollout, selection.index_T)
+        met_T = teacher_index_T >= 0
+        return Selection(selection.index_T[met_T], selection.part_T[met_T], teacher_index_T[met_T])
 
     def most(self, response_length: int) -> int:
         """The largest number of states that can be selected in a response of this length."""
         return min(response_length, {"last": 1, "all": response_length}.get(self.positions, self.k))
+
+
+def teacher_positions(rollout: Rollout, index_T: Tensor) -> Tensor:
+    """The teacher's matching positions in its own [B * U] grid; -1 where no state of its own matches."""
+    reading = rollout.reading
+    if reading is None:
+        return index_T
+    row_T, column_T = index_T // rollout.tokens_BS.shape[1], reading.column_BS.flatten()[index_T]
+    return (row_T * reading.tokens_BU.shape[1] + column_T).where(column_T >= 0, -1)
 
 
 def select_states(
@@ -93,10 +97,12 @@ def response_tokens(rollout: Rollout) -> ResponseTokens:
     """All response tokens of a rollout, with the positions of the states that predict them."""
     at_T = rollout.response_mask_BS.flatten().nonzero(as_tuple=True)[0]
     top_ids_BSK, top_mass_BS = rollout.sampler_top_ids_BSK, rollout.sampler_top_mass_BS
+    index_T = select_states(rollout.response_mask_BS).index_T
     return ResponseTokens(
-        index_T=select_states(rollout.response_mask_BS).index_T,
+        index_T=index_T,
         tokens_T=rollout.tokens_BS.flatten()[at_T],
         sampler_logprobs_T=rollout.sampler_logprobs_BS.flatten()[at_T],
         sampler_top_ids_TK=None if top_ids_BSK is None else top_ids_BSK.flatten(0, 1)[at_T],
         sampler_top_mass_T=None if top_mass_BS is None else top_mass_BS.flatten()[at_T],
+        teacher_index_T=teacher_positions(rollout, index_T),
     )

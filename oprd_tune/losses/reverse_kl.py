@@ -43,6 +43,7 @@ class SampledReverseKL(DenseTokenLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.needs_samples = True
         for name in ("reward_clip", "reward_max", "importance_ratio_cap"):
             if (value := getattr(self, name)) is not None:
                 check_positive(f"loss.{name}", value)

@@ -46,6 +46,7 @@ class TokenLoss:
         chunk_tokens: how many tokens have logits at the same time. Each takes 4·V bytes, once or twice. This limits
             memory and never changes the loss.
         sampler_top_k: how many of the sampler's most probable tokens the loss needs with the rollout.
+        needs_samples: whether the loss needs what the sampler says of each token, which given responses have not.
 
     Raises:
         ConfigError: for a temperature that is not positive, or an empty chunk.
@@ -55,6 +56,7 @@ class TokenLoss:
     teacher_temperature: float = 1.0
     chunk_tokens: int = 512
     sampler_top_k: int = field(default=0, init=False)
+    needs_samples: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_positive("loss.student_temperature", self.student_temperature)

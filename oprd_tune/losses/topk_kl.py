@@ -101,7 +101,8 @@ class TopKReverseKL(TokenLoss):
         if self.support not in SUPPORTS:
             raise ConfigError(f"loss.support is {self.support!r}; allowed are {', '.join(SUPPORTS)}")
         self._choose = SUPPORTS[self.support]
-        self.sampler_top_k = self.k if self.support == "sampler" else 0
+        self.needs_samples = self.support == "sampler"
+        self.sampler_top_k = self.k if self.needs_samples else 0
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         check_k("k", self.k, vocabulary)

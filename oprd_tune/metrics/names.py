@@ -70,6 +70,8 @@ rollout/entropy | nats/token | mean over response tokens |
     Entropy of the student, estimated as the mean of −log p of what it sampled; no head runs for it.
 rollout/distinct_4grams | 1 | mean over up to 16 responses of each rank |
     Share of a response's 4-grams that differ from each other; 1 without repetition.
+rollout/reference_share | 1 | mean over responses |
+    Share of responses that are reference answers (`reference_share`). Other metrics of `rollout` leave them out.
 rollout/matched_share | 1 | mean over the step's response tokens |
     Share of tokens that end where one of the teacher's ends too, for a teacher with a tokenizer of its own.
 rollout/logprob_gap | nats/token | mean over up to 128 sampled tokens of each rank |

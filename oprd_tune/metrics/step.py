@@ -120,16 +120,19 @@ class StepResult:
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """The metrics that follow from a rollout alone."""
+    """The metrics that follow from a rollout alone: of what was sampled, and of given responses only their share."""
     metrics = Metrics()
+    if rollout.given_B is not None:
+        metrics.add("rollout/reference_share", rollout.given_B.sum(), len(rollout))
+    if rollout.reading is not None:
+        metrics.add("rollout/matched_share", rollout.matched_tokens, rollout.response_tokens)
+    rollout = rollout.sampled
     rows, tokens = len(rollout), rollout.response_tokens
     metrics.add("rollout/response_tokens", rollout.response_mask_BS.sum(), rows)
     metrics.add("rollout/truncated_share", rollout.truncated_B.sum(), rows)
     metrics.add("rollout/entropy", -rollout.sampler_logprobs_BS.sum(), tokens)
     shares = [share for row in _responses(rollout, _READ_FOR_REPETITION) if (share := distinct_share(row)) is not None]
     metrics.add("rollout/distinct_4grams", sum(shares), len(shares))
-    if rollout.reading is not None:
-        metrics.add("rollout/matched_share", rollout.matched_tokens, tokens)
     if (gap := rollout.logprob_gap) is not None:
         metrics.set("rollout/logprob_gap", gap.mean)
         metrics.set("rollout/logprob_gap_max", gap.largest)

@@ -68,12 +68,17 @@ class ModelPair:
                 "the models' own tokenizer"
             )
 
-    def check_answers(self, dataset: PromptSource) -> None:
-        """Raise ConfigError if a held-out reference answer has a token that a model does not know, nor can say."""
-        for i in range(len(dataset)):
+    def check_answers(self, name: str, dataset: PromptSource, *, most: int | None = None) -> None:
+        """Raise ConfigError if a reference answer has a token that a model does not know, nor can say.
+
+        Args:
+            name: the data set's config key.
+            most: how many answers to read; None reads all.
+        """
+        for i in range(len(dataset))[:most]:
             if (largest := max(dataset.answer_tokens(i))) >= self.vocabulary:
                 raise ConfigError(
-                    f"eval_dataset: the reference answer {dataset[i][1]!r} has the token {largest}, but the models' "
+                    f"{name}: the reference answer {dataset[i][1]!r} has the token {largest}, but the models' "
                     f"vocabulary ends at {self.vocabulary - 1}, so no response could be it; take such rows out, or "
                     "give the models' own tokenizer"
                 )

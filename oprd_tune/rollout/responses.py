@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -74,3 +74,28 @@ def pack_responses(
         sampler_top_ids_BSK=top_ids_BSK.to(device) if top_k else None,
         sampler_top_mass_BS=top_mass_BS.to(device) if top_k else None,
     )
+
+
+def joined(rollouts: list[Rollout]) -> Rollout:
+    """The rows of all rollouts, one after the other, padded with zeros. All have the same fields."""
+    width = max(rollout.tokens_BS.shape[1] for rollout in rollouts)
+    tensors: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(Rollout)):
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        if isinstance(parts[0], Tensor):
+            if "_BS" in name:
+                parts = [torch.cat([part, part.new_zeros(_missing(part, width))], dim=1) for part in parts]
+            tensors[name] = torch.cat(parts)
+    return replace(rollouts[0], **tensors)  # type: ignore[arg-type]
+
+
+def _missing(part: Tensor, width: int) -> tuple[int, ...]:
+    """The shape of the columns that a part lacks."""
+    return (part.shape[0], width - part.shape[1], *part.shape[2:])
+
+
+def rows_of(rollout: Rollout, positions: Sequence[int]) -> Rollout:
+    """The rows of some prompts, in their order."""
+    rows = rollout.prompt_positions_B.tolist()
+    chosen = [row for position in positions for row, found in enumerate(rows) if found == position]
+    return rollout.rows(torch.tensor(chosen, device=rollout.tokens_BS.device))

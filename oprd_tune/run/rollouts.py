@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from oprd_tune.data.stream import PromptStream
 from oprd_tune.errors import RolloutError
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.ranks import Ranks
+from oprd_tune.rollout.responses import joined, rows_of
+from oprd_tune.training.references import References
 from oprd_tune.types import LogprobGap, Prompts, Rollout
 
 
@@ -44,12 +46,13 @@ class SamplesAhead(RolloutEngine, Protocol):
 
 
 class Rollouts:
-    """Samples the responses of each step. With `ahead`, its state is the rollout of the next step.
+    """Samples the responses of each step. With `ahead`, its state is what was sampled for the next step.
 
     Args:
         prompts: the stream from which the run takes the prompts of its steps.
         last: the number of steps in the run. Nothing is asked for beyond the last.
         phase: times a scope, as `PhaseTimer` does.
+        references: put the data's answers in the place of some samples; None samples all.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class Rollouts:
         *,
         last: int,
         phase: Callable[[str], AbstractContextManager[None]],
+        references: References | None = None,
     ) -> None:
         self._engine, self._prompts, self._ranks, self._last, self._phase = engine, prompts, ranks, last, phase
+        self._references = references
         self._ahead: Any = engine if getattr(engine, "ahead", 0) else None
         self._next: Rollout | None = None  # of the next step, once it is there
         self._everyones: list[Rollout] = []
@@ -80,19 +85,29 @@ class Rollouts:
             RolloutError: if sampling fails, or if the responses are not those of this step's policy or, with `ahead`,
                 of the one before.
         """
+        asked, following = self._to_sample(step, prompts), None
         sampled = None
         if self._ahead:
             with self._phase("wait"):
-                sampled = self._take(step, prompts)
-        with self._phase("sync"):
-            self._engine.sync_weights(step)
-        if sampled is None:
+                sampled = self._take(step, asked)
+            following = self._to_sample(step + 1, self._prompts.at_step(step + 1)) if step + 1 < self._last else None
+        if (asked and sampled is None) or following:
+            with self._phase("sync"):
+                self._engine.sync_weights(step)
+        if asked and sampled is None:
             with self._phase("rollout"):
-                sampled = self._engine.generate(prompts, stream=step)
-        if self._ahead and step + 1 < self._last:
+                sampled = self._engine.generate(asked, stream=step)
+        if following:
             with self._phase("wait"):
-                self._ahead.ask(self._prompts.at_step(step + 1), stream=step + 1)
-        return sampled
+                self._ahead.ask(following, stream=step + 1)
+        if self._references is None:
+            assert sampled is not None
+            return sampled
+        return self._references.beside(sampled, prompts, step)
+
+    def _to_sample(self, step: int, prompts: Prompts) -> Prompts:
+        """The prompts of a step whose answers are not taken from the data. If one rank has none, no rank has."""
+        return prompts if self._references is None else self._references.to_sample(prompts, step)
 
     def _take(self, step: int, prompts: Prompts) -> Rollout | None:
         """What was asked for in the step before, or None in a run's first step."""
@@ -131,10 +146,9 @@ class Rollouts:
         """Take this rank's rows of the next step's rollout, whichever ranks have sampled them."""
         found = [_from_plain(plain) for plain in state["next"]]
         if found:
-            policy = found[0].policy_version
-            positions = self._prompts.at_step(policy + 1).positions
-            own = _rows_of(_joined(found), positions)
-            self._next = _on(own, self._ranks.device)
+            step = found[0].policy_version + 1
+            own = self._to_sample(step, self._prompts.at_step(step))
+            self._next = _on(rows_of(joined(found), own.positions), self._ranks.device)
 
 
 def _as_plain(rollout: Rollout) -> dict[str, Any]:
@@ -152,28 +166,3 @@ def _on(rollout: Rollout, device: torch.device) -> Rollout:
     """The rollout on a device."""
     moved = {name: value.to(device) for name, value in vars(rollout).items() if isinstance(value, Tensor)}
     return replace(rollout, **moved)  # type: ignore[arg-type]
-
-
-def _joined(rollouts: list[Rollout]) -> Rollout:
-    """The rows of all rollouts, one after the other, padded with zeros."""
-    width = max(rollout.tokens_BS.shape[1] for rollout in rollouts)
-    joined: dict[str, Tensor] = {}
-    for name in (field.name for field in fields(Rollout)):
-        parts = [getattr(rollout, name) for rollout in rollouts]
-        if isinstance(parts[0], Tensor):
-            if "_BS" in name:
-                parts = [torch.cat([part, part.new_zeros(_missing(part, width))], dim=1) for part in parts]
-            joined[name] = torch.cat(parts)
-    return replace(rollouts[0], **joined)  # type: ignore[arg-type]
-
-
-def _missing(part: Tensor, width: int) -> tuple[int, ...]:
-    """The shape of the columns that a part lacks."""
-    return (part.shape[0], width - part.shape[1], *part.shape[2:])
-
-
-def _rows_of(rollout: Rollout, positions: tuple[int, ...]) -> Rollout:
-    """The rows of some prompts, in their order."""
-    rows = rollout.prompt_positions_B.tolist()
-    chosen = [row for position in positions for row, found in enumerate(rows) if found == position]
-    return rollout.rows(torch.tensor(chosen))

@@ -130,7 +130,9 @@ class Run:
         """
         s = self._settings
         self._student, self._data, self._engine, self._has_begun = student, data, engine, True
-        self._rollouts = Rollouts(engine, data.prompts, self._ranks, last=s.max_steps, phase=self.phase)
+        self._rollouts = Rollouts(
+            engine, data.prompts, self._ranks, last=s.max_steps, phase=self.phase, references=data.references
+        )
         self._stateful = {
             "history": self.journal.history,
             "drift": student.drift,

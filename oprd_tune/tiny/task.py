@@ -52,8 +52,9 @@ def addition(
     seed: int = 0,
     max_prompt_tokens: int | None = None,
     teacher_tokenizer: Tokenizer | None = None,
+    teacher_prompt_template: str | None = None,
 ) -> PromptDataset:
-    """Problems from `sample_problems` as a data set. `PromptDataset` describes the last two arguments.
+    """Problems from `sample_problems` as a data set. `PromptDataset` describes the last three arguments.
 
     Raises:
         ConfigError: if the count or the seed cannot be.
@@ -68,4 +69,5 @@ def addition(
         max_prompt_tokens=max_prompt_tokens,
         prompt_template="{prompt}",
         teacher_tokenizer=teacher_tokenizer,
+        teacher_prompt_template=teacher_prompt_template,
     )

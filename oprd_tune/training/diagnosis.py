@@ -63,7 +63,7 @@ class Diagnosis:
         share = math.ceil(s.diagnostics_tokens / self._ranks.world_size)
         micro = _some_rows(rollout, share, s.tokens_per_micro_batch)
         tokens = response_tokens(micro)
-        final_TC = teacher.targets(micro.tokens_BS, tokens.index_T[:0], tokens.index_T).final_TC
+        final_TC = teacher.targets(micro.teacher_tokens, tokens.index_T[:0], tokens.teacher_index_T).final_TC
         if final_TC is None:  # a teacher of the user's that has no distribution
             return Metrics()
         probe = Probe(heads, final_TC, tokens, micro, count=share, k=s.diagnostics_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from oprd_tune.config import OPRDSettings
@@ -9,7 +10,6 @@ from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import Policy, RolloutEngine
 from oprd_tune.training.student import Student
-from oprd_tune.types import SamplingRequest
 
 _SCRATCH = "sampler"  # within the run's folder; a server starts from it and writes its log there
 
@@ -29,14 +29,5 @@ def start_engine(
         ranks=data.ranks,
         folder=Path(settings.output_dir) / _SCRATCH,
     )
-    request = SamplingRequest(
-        stop_tokens=data.tokenizer.stop_tokens,
-        pad_id=data.tokenizer.pad_id,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        samples_per_prompt=settings.samples_per_prompt,
-        seed=settings.seed,
-        vocabulary=pair.vocabulary,
-        top_k_ids=top_k_ids,
-    )
+    request = replace(data.request, top_k_ids=top_k_ids)
     engine.start(policy, request, *([] if data.benchmarks is None else [data.benchmarks.request]))

@@ -167,7 +167,7 @@ def test_a_teacher_reads_the_same_messages_with_its_own_template(tmp_path, token
         assert data[0][0] == reference(SEVERAL)
         assert list(data.teacher_prompt(0)) == teacher.tokenize_chats([SEVERAL])[0]
         assert data.as_teacher_reads()[0][0] == data.teacher_prompt(0) != data[0][0]
-    with pytest.raises(ConfigError, match="or give `chat` as teacher_prompt_template"):
+    with pytest.raises(ConfigError, match="give `chat` as dataset.teacher_prompt_template, or a list"):
         PromptDataset([{"prompt": SEVERAL}], tokenizer, teacher_tokenizer=teacher, teacher_prompt_template="{prompt}")
 
 

@@ -115,7 +115,12 @@ def test_loaders_pass_the_teachers_tokenizer_on(tmp_path, student, teacher):
             {"prompt_template": "{prompt}", "teacher_prompt_template": "3{prompt}", "system_prompt": "7"},
             "write it into prompt_template",
         ),
-        ({"teacher_tokenizer": None, "teacher_prompt_template": "chat"}, "for a teacher with another tokenizer"),
+        ({"teacher_prompt_template": [{"role": "user"}]}, "or a list of messages, each with `role` and `content`"),
+        ({"teacher_prompt_template": []}, "or a list of messages"),
+        (
+            {"teacher_prompt_template": "{prompt}{hint}"},
+            "row 0 has no hint, which dataset.teacher_prompt_template uses",
+        ),
     ],
 )
 def test_mistakes_are_explained(student, teacher, arguments, message):

@@ -105,7 +105,7 @@ def test_without_top_tokens_there_are_none():
 
 
 def test_a_response_and_its_log_probabilities_are_equally_long():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(RolloutError, match="lacks log-probabilities: .* shorter"):
         sampling().response([9, 1], [logs(t9=0.5)])
 
 

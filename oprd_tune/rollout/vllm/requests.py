@@ -87,8 +87,15 @@ class Sampling:
         ]
 
     def response(self, tokens: Sequence[int], logprobs: Sequence[Mapping[int, float]]) -> Response:
-        """A response from its ids and, at each id, the log-probabilities of the sampled token and the top tokens."""
-        chosen = [by_id[token] for token, by_id in zip(tokens, logprobs, strict=True)]
+        """A response from its ids and, at each id, the log-probabilities of the sampled token and the top tokens.
+
+        Raises:
+            RolloutError: if a log-probability is missing.
+        """
+        try:
+            chosen = [by_id[token] for token, by_id in zip(tokens, logprobs, strict=True)]
+        except (KeyError, ValueError) as error:
+            raise RolloutError(f"vLLM's response lacks log-probabilities: {error}") from error
         k = self.request.top_k_ids
         top = [sorted(by_id.items(), key=lambda item: -item[1])[:k] for by_id in logprobs]
         return Response(

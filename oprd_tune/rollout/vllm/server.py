@@ -26,7 +26,7 @@ from oprd_tune.rollout.vllm.client import Answer, LostServerError, RefusedReques
 from oprd_tune.rollout.vllm.fingerprints import Digests, check_arrived
 from oprd_tune.rollout.vllm.in_flight import InFlight
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
-from oprd_tune.rollout.vllm.proof import PROOF_ROWS, PROOF_TOKENS, prove_on_policy
+from oprd_tune.rollout.vllm.proof import PROOF_ROWS, prove_on_policy
 from oprd_tune.rollout.vllm.requests import Sampling, check_shared_arguments, check_versions, find_vllm
 from oprd_tune.rollout.vllm.server_fit import ServerFit, wait_for_servers
 from oprd_tune.rollout.vllm.server_process import ServerProcess
@@ -35,6 +35,7 @@ from oprd_tune.types import LogprobGap, Prompts, Rollout, SamplingRequest
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
+_SHORT = 8  # tokens of a response that only proves
 T = TypeVar("T")
 
 
@@ -193,13 +194,17 @@ class VLLMServer:
         return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def ask(self, prompts: Prompts, *, stream: int) -> None:
-        """As in `SamplesAhead`. A few short responses prove that servers have the present weights."""
-        few = Prompts(prompts.tokens[:PROOF_ROWS], prompts.positions[:PROOF_ROWS], prompts.answers[:PROOF_ROWS])
-        request = self._sampling.request
-        length = min(PROOF_TOKENS, request.max_new_tokens)
-        short = replace(request, samples_per_prompt=1, max_new_tokens=length, top_k_ids=0)
-        gap = self.generate(few, stream=stream, request=short).logprob_gap
-        self._asked = prompts, self._send(prompts, stream, self._sampling), gap
+        """As in `SamplesAhead`. Meanwhile a few short responses prove that servers have the present weights."""
+        in_flight = self._send(prompts, stream, self._sampling)
+        few = prompts.among(prompts.positions[:PROOF_ROWS])
+        length = min(_SHORT, self._sampling.request.max_new_tokens)
+        short = replace(self._sampling.request, samples_per_prompt=1, max_new_tokens=length, top_k_ids=0)
+        try:
+            gap = self.generate(few, stream=stream, request=short).logprob_gap
+        except RolloutError:
+            in_flight.stop()
+            raise
+        self._asked = prompts, in_flight, gap
 
     def take(self) -> Rollout | None:
         """As in `SamplesAhead`."""
@@ -215,9 +220,8 @@ class VLLMServer:
             self._taken = replace(self._receive(prompts, in_flight, self._sampling), logprob_gap=gap)
 
     def _send(self, prompts: Prompts, stream: int, sampling: Sampling) -> InFlight:
-        return InFlight(
-            self._ask, sampling.requests(prompts, stream), at_once=self.requests_in_flight * len(self._servers)
-        )
+        at_once = self.requests_in_flight * len(self._servers)
+        return InFlight(self._ask, sampling.requests(prompts, stream), at_once)
 
     def _receive(self, prompts: Prompts, in_flight: InFlight, sampling: Sampling) -> Rollout:
         """Wait for all responses."""
@@ -225,10 +229,7 @@ class VLLMServer:
         def receive() -> list[Response]:
             with LateBar(total=len(in_flight), desc="rollout", unit="response", disable=not self._ranks.first) as bar:
                 answers = in_flight.answers(bar.update)
-            try:
-                return [sampling.response(answer.tokens, answer.logprobs) for answer in answers]
-            except (KeyError, ValueError) as error:
-                raise RolloutError(f"a server's response lacks log-probabilities: {error}") from error
+            return [sampling.response(answer.tokens, answer.logprobs) for answer in answers]
 
         try:
             responses = self._together(receive)

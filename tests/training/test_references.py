@@ -1,0 +1,136 @@
+"""Reference answers in the place of samples: which prompts, how many, what the losses see, and who refuses."""
+
+import json
+
+import pytest
+import torch
+
+from oprd_tune.config import OPRDSettings
+from oprd_tune.errors import ConfigError, RolloutError
+from oprd_tune.ranks import Ranks
+from oprd_tune.run.launcher import run_recipe as launch
+from oprd_tune.training.references import References
+from oprd_tune.types import SamplingRequest
+from tests.conftest import ENDED, SMALL, load_config, recipe_class, weights
+from tests.run.test_rollouts import AHEAD, rollout_of, stream
+
+REQUEST = SamplingRequest(stop_tokens=(1,), pad_id=0, max_prompt_tokens=4, max_new_tokens=3, vocabulary=120)
+CONSTANT = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup", "checkpoint_every_n_steps": 1}
+
+
+def made(share, *, rank=0, world_size=1, steps=11, request=REQUEST):
+    ranks = Ranks(rank, world_size)
+    return References(share, stream(rank, world_size), request, ranks, prompts_per_step=4, steps=steps)
+
+
+def test_a_share_may_move_over_the_run_or_its_first_steps():
+    assert [made(0.25).share(step) for step in (0, 10)] == [0.25, 0.25]
+    assert [made([1, 0]).share(step) for step in (0, 5, 10, 20)] == [1, 0.5, 0, 0]
+    assert [made([0.2, 0.6, 3]).share(step) for step in (0, 1, 2, 10)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
+    assert made([1, 0], steps=1).share(0) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.8, 1])
+def test_ranks_sample_and_take_the_same_prompts_however_many_they_are(share, world_size):
+    sampled, kept = [], []
+    for rank in range(world_size):
+        references, prompts = made(share, rank=rank, world_size=world_size), stream(rank, world_size).at_step(2)
+        own = references.to_sample(prompts, 2)
+        sampled += own.positions
+        kept.append(len(own))
+    assert all(kept) or not any(kept)  # engines need every rank
+    wanted = 4 - round(4 * share)
+    assert len(sampled) == (0 if wanted == 0 else max(wanted, world_size))
+    assert sorted(sampled) == list(range(8, 12))[4 - len(sampled) :]
+
+
+def test_answers_stand_beside_samples_in_the_order_of_prompts(monkeypatch):
+    references, prompts = made(0.5), stream().at_step(2)  # 8 to 11
+    monkeypatch.setattr(references._prompts, "answer_tokens", lambda position: (position, 7, 7, 7, 1)[: position - 5])
+    found = references.beside(rollout_of((10, 11), 1), prompts, 2)
+    assert found.prompt_positions_B.tolist() == [8, 9, 10, 11]
+    assert found.given_B.tolist() == [True, True, False, False]
+    assert found.policy_version == 1
+    answers = [found.tokens_BS[row][found.response_mask_BS[row]].tolist() for row in (0, 1)]
+    assert answers == [[8, 7, 7], [9, 7, 7]]  # cut at three tokens
+    assert found.truncated_B.tolist()[:2] == [True, True]
+    assert found.sampler_logprobs_BS[:2].abs().max() == 0
+    assert found.sampled.prompt_positions_B.tolist() == [10, 11]
+    everything = made(1.0)
+    monkeypatch.setattr(everything._prompts, "answer_tokens", lambda position: (position, 1))
+    found = everything.beside(None, prompts, 2)
+    assert (found.policy_version, found.given_B.tolist()) == (2, [True] * 4)
+    assert found.truncated_B.tolist() == [False] * 4
+    assert len(found.sampled) == 0
+
+
+def test_an_answer_that_no_model_can_say_is_named(monkeypatch):
+    references = made(1.0)
+    monkeypatch.setattr(references._prompts, "answer_tokens", lambda position: (3, 500))
+    with pytest.raises(RolloutError, match="the reference answer to prompt 8 has the token 500, but .* ends at 119"):
+        references.beside(None, stream().at_step(2), 2)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1.2, "reference_share is 1.2; it must lie within 0 and 1"),
+        ([1.0], "give a share, or [from, to], or [from, to, steps]"),
+        ([1.0, -0.5], "reference_share is -0.5; it must lie within 0 and 1"),
+        ([1.0, 0.0, 2.5], "give a share, or [from, to], or [from, to, steps]"),
+        ([1.0, 0.0, 3.0, 4.0], "give a share, or [from, to], or [from, to, steps]"),
+    ],
+)
+def test_a_share_that_is_none_is_refused(share, said):
+    with pytest.raises(ConfigError) as error:
+        OPRDSettings(output_dir="out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, reference_share=share)
+    assert said in str(error.value)
+
+
+# ---- in recipes ----
+
+
+def run(out, config="tiny/oprd", status=ENDED, **overrides):
+    cfg = load_config(config, output_dir=out, **{**SMALL, **CONSTANT, **overrides})
+    assert launch(recipe_class(cfg.recipe), cfg) in status
+    rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    return [row for row in map(json.loads, rows) if "loss/total" in row]
+
+
+@pytest.mark.parametrize("config", ["tiny/oprd", "tiny/opd_topk", "tiny/cross_tokenizer"])
+@pytest.mark.parametrize("ahead", [{}, {**AHEAD}], ids=["in step", "one step ahead"])
+def test_a_run_goes_over_from_answers_to_samples_and_resumes(tmp_path, config, ahead):
+    whole = run(tmp_path / "whole", config, reference_share="[1,0]", **ahead)
+    assert [row["rollout/reference_share"] for row in whole] == pytest.approx([1, 0.75, 0.25, 0], abs=0.01)
+    assert "rollout/entropy" not in whole[0]
+    assert "time/sync" not in whole[0] or ahead
+    assert all("rollout/response_tokens" in row for row in whole[1:])
+    if not ahead:
+        run(tmp_path / "parts", config, reference_share="[1,0,4]", max_steps=2)
+        run(tmp_path / "parts", config, reference_share="[1,0,4]", resume="true")
+        wanted = weights(tmp_path / "whole" / "final")
+        assert all(torch.equal(w, wanted[name]) for name, w in weights(tmp_path / "parts" / "final").items())
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "said"),
+    [
+        ("tiny/vopd", {}, "reference_share: ControlVariateReverseKL needs what the sampler says of each token"),
+        ("tiny/opd_topk", {"loss.support": "sampler"}, "reference_share: TopKReverseKL needs what the sampler says"),
+        ("tiny/oprd", {"dataset._component_": "tests.training.test_references.prompts_alone"}, "some prompts of"),
+    ],
+)
+def test_what_cannot_use_them_says_so(tmp_path, capsys, config, overrides, said):
+    run(tmp_path / "out", config, (2,), reference_share=0.5, **overrides)
+    assert said in capsys.readouterr().err
+
+
+def prompts_alone(tokenizer, *, max_prompt_tokens, split, count):
+    """The sums without their results."""
+    from oprd_tune.tiny import addition
+
+    dataset = addition(tokenizer, max_prompt_tokens=max_prompt_tokens, split=split, count=count)
+    kind = type("PromptsAlone", (type(dataset),), {"has_answers": False})
+    dataset.__class__ = kind
+    return dataset
