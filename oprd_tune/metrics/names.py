@@ -78,7 +78,8 @@ rollout/logprob_gap | nats/token | mean over up to 128 sampled tokens of each ra
     Absolute difference of the sampler's and the trainer's log p, at each rollout of an engine with weights of its
     own: the proof that it has this step's. About 1e-5 or less in fp32, below 1e-2 in bf16.
 rollout/logprob_gap_max | nats | maximum over those tokens, over ranks | The same at the worst token.
-rollout/proof_seconds | seconds | of the step | What that comparison took, a part of `time/rollout` or `time/wait`.
+rollout/proof_seconds | seconds | of the step |
+    What that comparison took, a part of `time/rollout`, or with `rollout.ahead` of `time/optimizer`.
 head/drift | 1 | over up to 1,024 evenly spaced rows |
     ‖W − W₀‖/‖W₀‖ of an embedding that is also the LM head: representation matching moves it unseen.
 optimizer/grad_norm | 1 | over all parameters | Gradient norm before clipping.
@@ -86,8 +87,8 @@ optimizer/lr | 1 | last | Learning rate of the step.
 optimizer/skipped_steps | steps | sum since the start | Steps without update: nothing selected, or not finite.
 time/<phase> | seconds | sum over the step |
     Time of rollout, teacher, student (forward and backward), optimizer, sync, and of the diagnosis in runs without a
-    token loss, every `diagnostics_every_n_steps`; with `rollout.ahead` of the wait for responses, and for their proof,
-    instead of rollout. time/step is the sum. On CUDA by the device's own clock.
+    token loss, every `diagnostics_every_n_steps`; with `rollout.ahead` of the wait for responses instead of
+    rollout. time/step is the sum. On CUDA by the device's own clock.
 speed/rollout | tokens/s | step | Sampled tokens per second of rollout.
 speed/teacher | tokens/s | step | Prompt and response tokens per second of the teacher's forward.
 speed/student | tokens/s | step | Prompt and response tokens per second of forward and backward.

@@ -29,10 +29,15 @@ class SamplesAhead(RolloutEngine, Protocol):
     ahead: int
 
     def ask(self, prompts: Prompts, *, stream: int) -> None:
-        """Begin to sample with the weights of the last sync, proving that it has them, and return.
+        """Begin to sample with the weights of the last sync, and return."""
+
+    def prove(self) -> None:
+        """Prove that what was asked for is sampled with the student's present weights, before they change.
+
+        Every rank calls. Without anything to prove, it does nothing.
 
         Raises:
-            RolloutError: as `generate` does.
+            RolloutError: if nothing proves it. What was asked for is then forgotten.
         """
 
     def take(self) -> Rollout | None:
@@ -126,6 +131,11 @@ class Rollouts:
                 "as the shipped recipes do, or set it to 0"
             )
         return taken
+
+    def prove(self) -> None:
+        """Prove what was asked for, before the student changes. Every rank calls."""
+        if self._ahead:
+            self._ahead.prove()
 
     def settle(self) -> None:
         """Wait for what was asked for, if anything was. Every rank calls."""

@@ -133,6 +133,8 @@ class Run:
         self._rollouts = Rollouts(
             engine, data.prompts, self._ranks, last=s.max_steps, phase=self.phase, references=data.references
         )
+        if self._rollouts.ahead:  # after the forward passes, so that nothing waits for the proof
+            student.optimizer.register_step_pre_hook(lambda *_: self._rollouts.prove())
         self._stateful = {
             "history": self.journal.history,
             "drift": student.drift,

@@ -34,6 +34,8 @@ class AskedAhead(NativeEngine):
     def ask(self, prompts, *, stream):
         self.pending = self.generate(prompts, stream=stream)
 
+    def prove(self): ...
+
     def take(self):
         taken, self.pending = self.pending, None
         return taken
@@ -123,6 +125,8 @@ class Stub:
         self.taken, self.asked = list(taken), []
 
     def sync_weights(self, version): ...
+
+    def prove(self): ...
 
     def take(self):
         return self.taken.pop(0) if self.taken else None

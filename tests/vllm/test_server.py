@@ -234,3 +234,19 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path):
         ConfigError, match="(?s)vLLM's server ended; from .*log:\napi_server.py: error: .*no-such-argument"
     ):
         process.wait_until_ready(60)
+
+
+def test_a_rollout_ahead_is_proven_before_the_student_changes(make_engine, monkeypatch):
+    model, engine = make_engine(temperature=1.0, ahead=1)
+    engine.sync_weights(0)
+    engine.ask(PROMPTS, stream=1)
+    engine.prove()
+    move(model, "w1")
+    taken = engine.take()
+    assert (taken.policy_version, len(taken)) == (0, len(PROMPTS))
+    assert 0 < taken.logprob_gap.largest < 1e-3
+    assert engine.take() is None
+    engine.ask(PROMPTS, stream=2)  # servers still have the weights before the change
+    with pytest.raises(RolloutError, match="the rollout of policy version 0 is not the student's"):
+        engine.prove()
+    assert engine.take() is None

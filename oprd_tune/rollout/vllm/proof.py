@@ -16,7 +16,7 @@ from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
 from oprd_tune.types import LogprobGap, Rollout
 
 PROOF_ROWS = 4
-_TOKENS = 32  # of each response: the first ones, so the forward pass can end after them
+PROOF_TOKENS = 32  # of each response: the first ones, so the forward pass can end after them
 _COLUMNS = 192  # of all rows together, prompts and padding included, unless the first row alone has more
 # Rounding does not reach these mean gaps: two implementations agree to about 1e-5 in fp32, and to 1e-2 in bf16.
 _DEFAULT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
@@ -53,11 +53,11 @@ def measure_gap(
     started = time.perf_counter()
     counts_B = rollout.response_mask_BS.sum(1)
     prompts_B, order_B = (rollout.lengths_B - counts_B).sort(stable=True)
-    widths_B = (prompts_B + counts_B[order_B].clamp(max=_TOKENS)).cummax(0).values
+    widths_B = (prompts_B + counts_B[order_B].clamp(max=PROOF_TOKENS)).cummax(0).values
     sizes_B = widths_B * torch.arange(1, len(order_B) + 1, device=widths_B.device)  # tokens in the first 1, 2, … rows
     chosen_B = order_B[: max(1, int((sizes_B[:PROOF_ROWS] <= _COLUMNS).sum()))]
     few, width = rollout.rows(chosen_B), int(widths_B[len(chosen_B) - 1])
-    mask_BS = few.response_mask_BS & (few.response_mask_BS.cumsum(1) <= _TOKENS)
+    mask_BS = few.response_mask_BS & (few.response_mask_BS.cumsum(1) <= PROOF_TOKENS)
     tokens_BS, mask_BS = few.tokens_BS[:, :width], mask_BS[:, :width]
     # FSDP2 gathers blocks and an untied head when they run, but not an embedding that is used as the head.
     with gathered(model.tok_embeddings), torch.compiler.set_stance("force_eager"):

@@ -59,6 +59,11 @@ class Sampling:
         """The same for another request; itself for None."""
         return self if request is None else replace(self, request=request)
 
+    def shortened(self, tokens: int) -> Sampling:
+        """One response to each prompt, of so many tokens at most, and no other token's log-probability."""
+        length = min(tokens, self.request.max_new_tokens)
+        return self.of(replace(self.request, samples_per_prompt=1, max_new_tokens=length, top_k_ids=0))
+
     @property
     def logprobs(self) -> int:
         """How many log-probabilities to request at each token. One is extra: servers count the sampled token too."""

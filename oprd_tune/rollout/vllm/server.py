@@ -26,7 +26,7 @@ from oprd_tune.rollout.vllm.client import Answer, LostServerError, RefusedReques
 from oprd_tune.rollout.vllm.fingerprints import Digests, check_arrived
 from oprd_tune.rollout.vllm.in_flight import InFlight
 from oprd_tune.rollout.vllm.policy_weights import PolicyWeights
-from oprd_tune.rollout.vllm.proof import PROOF_ROWS, prove_on_policy
+from oprd_tune.rollout.vllm.proof import PROOF_ROWS, PROOF_TOKENS, prove_on_policy
 from oprd_tune.rollout.vllm.requests import Sampling, check_shared_arguments, check_versions, find_vllm
 from oprd_tune.rollout.vllm.server_fit import ServerFit, wait_for_servers
 from oprd_tune.rollout.vllm.server_process import ServerProcess
@@ -35,7 +35,6 @@ from oprd_tune.types import LogprobGap, Prompts, Rollout, SamplingRequest
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
-_SHORT = 8  # tokens of a response that only proves
 T = TypeVar("T")
 
 
@@ -101,8 +100,10 @@ class VLLMServer:
             raise ConfigError(f"rollout.addresses is {given!r}; give a list such as [http://host:8000], or null")
         self._process: ServerProcess | None = None
         self._lock, self._why_lost = threading.Lock(), ""
-        self._asked: tuple[Prompts, InFlight, LogprobGap | None] | None = None
+        self._asked: tuple[Prompts, InFlight] | None = None
+        self._proof: tuple[Prompts, InFlight, Sampling] | None = None
         self._taken: Rollout | None = None
+        self._gap: LogprobGap | None = None
 
     def check(self, device: torch.device, ranks: Ranks) -> None:
         """Raise ConfigError if `transfer` is not possible here, or if a server is to start but vLLM is missing."""
@@ -194,17 +195,18 @@ class VLLMServer:
         return prove_on_policy(rollout, self._weights, self.logprob_gap_limit)
 
     def ask(self, prompts: Prompts, *, stream: int) -> None:
-        """As in `SamplesAhead`. Meanwhile a few short responses prove that servers have the present weights."""
-        in_flight = self._send(prompts, stream, self._sampling)
-        few = prompts.among(prompts.positions[:PROOF_ROWS])
-        length = min(_SHORT, self._sampling.request.max_new_tokens)
-        short = replace(self._sampling.request, samples_per_prompt=1, max_new_tokens=length, top_k_ids=0)
-        try:
-            gap = self.generate(few, stream=stream, request=short).logprob_gap
-        except RolloutError:
-            in_flight.stop()
-            raise
-        self._asked = prompts, in_flight, gap
+        """As in `SamplesAhead`. A few short responses are asked for too, for the proof."""
+        few, short = prompts.among(prompts.positions[:PROOF_ROWS]), self._sampling.shortened(PROOF_TOKENS)
+        self._proof = few, self._send(few, stream, short), short
+        self._asked = prompts, self._send(prompts, stream, self._sampling)
+
+    def prove(self) -> None:
+        """As in `SamplesAhead`."""
+        proof, self._proof = self._proof, None
+        if proof is not None:
+            asked, self._asked = self._asked, None  # which nobody takes if the proof fails
+            self._gap = prove_on_policy(self._receive(*proof), self._weights, self.logprob_gap_limit).logprob_gap
+            self._asked = asked
 
     def take(self) -> Rollout | None:
         """As in `SamplesAhead`."""
@@ -214,10 +216,10 @@ class VLLMServer:
 
     def _settle(self) -> None:
         """Wait for what was asked for."""
+        self.prove()
         asked, self._asked = self._asked, None
         if asked is not None:
-            prompts, in_flight, gap = asked
-            self._taken = replace(self._receive(prompts, in_flight, self._sampling), logprob_gap=gap)
+            self._taken = replace(self._receive(*asked, self._sampling), logprob_gap=self._gap)
 
     def _send(self, prompts: Prompts, stream: int, sampling: Sampling) -> InFlight:
         at_once = self.requests_in_flight * len(self._servers)
@@ -234,16 +236,13 @@ class VLLMServer:
         try:
             responses = self._together(receive)
         except KeyboardInterrupt:  # the second Ctrl-C: end without waiting for anything
-            in_flight.stop()
-            self._servers = []
             self.close()
             raise
         return sampling.pack(prompts, responses, self._policy_version, self._weights.device)
 
     def close(self) -> None:
         """Disconnect from all servers, and stop the one that was started here."""
-        if self._asked is not None:
-            self._asked[1].stop()
+        self._servers = []  # what still waits to be sent is not sent
         self._transfer.close()
         if self._process is not None:
             self._process.close()
