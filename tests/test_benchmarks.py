@@ -235,3 +235,16 @@ def test_gpu_check_runs_small_on_a_cpu(tmp_path):
     assert list(record["failed"]) == ["recipes"]
     assert "| OPRD, fp32 | failed: error: dtype is 'fp8'; allowed are" in report
     assert record["parts"]["matmul"]["rows"]
+
+
+def test_what_sampling_ahead_hides(module, monkeypatch, tmp_path):
+    """One second of the 2 that sampling takes beside 3 of training."""
+    before = {"time/rollout": 2.0, "time/teacher": 1.0, "time/student": 1.5, "time/optimizer": 0.5, "time/sync": 0.1}
+    after = {**before, "time/rollout": 0.0, "time/wait": 1.0}
+    steps = {key: [{**row, "time/step": sum(row.values())}] * 3 for key, row in (("0", before), ("1", after))}
+    ahead = module("ahead")
+    monkeypatch.setattr(ahead, "measure", lambda folder, args: steps)
+    monkeypatch.setattr(sys, "argv", ["ahead.py", "--out", str(tmp_path)])
+    ahead.main()
+    assert "| 2.00 | 3.00 | 0.10 | 5.10 | 4.10 | 1.00 | 50% |" in (tmp_path / "ahead.md").read_text()
+    assert json.loads((tmp_path / "ahead.json").read_text())["hidden"] == pytest.approx(0.5)
