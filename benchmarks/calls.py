@@ -8,7 +8,8 @@ from typing import Any
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 WAITS_ON_CPU = ("aten::_local_scalar_dense", "aten::nonzero")  # operators for whose results a GPU is waited for
-NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view", "aten::detach")
+NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::empty_like")
+NO_LAUNCH += ("aten::_unsafe_view", "aten::detach", "aten::promote_types")
 
 
 def count_calls(action: Callable[[], object]) -> tuple[int, int]:

@@ -76,7 +76,8 @@ class Journal:
         history.skipped_steps += result.loss is None
         seconds = self.phase.take()
         history.loop_seconds += sum(seconds.values())
-        sampled, read = map(int, self._ranks.total([rollout.response_tokens, int(rollout.lengths_B.sum())]))
+        counts = [rollout.sampled.response_tokens, int(rollout.lengths_B.sum())]
+        sampled, read = map(int, self._ranks.total(counts))
         history.response_tokens += sampled
         metrics.merge(rollout_metrics(rollout))
         metrics.merge(speed_metrics(seconds, sampled, read))
@@ -100,10 +101,11 @@ class Journal:
         """Log some responses, and where along them student and teacher differ."""
         if not isinstance(self._logger, RichLogger):
             return
-        rollout, evaluator = result.rollout, self._data.task_accuracy
-        answers = self._data.prompts.at(rollout.prompt_positions_B[:_SAMPLES].tolist()).answers
-        text = samples_as_markdown(rollout, self._data.tokenizer, answers, getattr(evaluator, "grader", None))
-        self._logger.log_text("rollout/samples", text, step)
+        rollout, evaluator = result.rollout.sampled, self._data.task_accuracy
+        if len(rollout):
+            answers = self._data.prompts.at(rollout.prompt_positions_B[:_SAMPLES].tolist()).answers
+            text = samples_as_markdown(rollout, self._data.tokenizer, answers, getattr(evaluator, "grader", None))
+            self._logger.log_text("rollout/samples", text, step)
         for name, map_LP in maps.items():
             self._logger.log_figure(name, self.history.map_figure(name, map_LP), step)
 

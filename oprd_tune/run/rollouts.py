@@ -156,9 +156,11 @@ class Rollouts:
         """Take this rank's rows of the next step's rollout, whichever ranks have sampled them."""
         found = [_from_plain(plain) for plain in state["next"]]
         if found:
-            step = found[0].policy_version + 1
+            step, rows = found[0].policy_version + 1, joined(found)
             own = self._to_sample(step, self._prompts.at_step(step))
-            self._next = _on(rows_of(joined(found), own.positions), self._ranks.device)
+            missing = set(own.positions) - set(rows.prompt_positions_B.tolist())
+            if not self._ranks.sum(len(missing)):  # other numbers of ranks may share a step with references otherwise
+                self._next = _on(rows_of(rows, own.positions), self._ranks.device)
 
 
 def _as_plain(rollout: Rollout) -> dict[str, Any]:

@@ -203,3 +203,11 @@ def test_ranks_take_their_rows_whoever_has_sampled_them():
             assert length == 2 + position % 5
             assert found.tokens_BS[row, :length].tolist() == [3] + [position] * (length - 1)
         assert found.policy_version == 1
+
+
+def test_rows_that_nobody_has_sampled_leave_the_step_to_be_sampled_anew():
+    saving = made(Stub(rollout_of((10, 11), 1)))
+    saving.gather()
+    loading = made(Stub())
+    loading.load_state_dict(saving.state_dict())
+    assert loading._next is None

@@ -101,7 +101,7 @@ def run(out, config="tiny/oprd", status=ENDED, **overrides):
 @pytest.mark.parametrize("config", ["tiny/oprd", "tiny/opd_topk", "tiny/cross_tokenizer"])
 @pytest.mark.parametrize("ahead", [{}, {**AHEAD}], ids=["in step", "one step ahead"])
 def test_a_run_goes_over_from_answers_to_samples_and_resumes(tmp_path, config, ahead):
-    whole = run(tmp_path / "whole", config, reference_share="[1,0]", **ahead)
+    whole = run(tmp_path / "whole", config, reference_share="[1,0]", log_samples_every_n_steps=1, **ahead)
     assert [row["rollout/reference_share"] for row in whole] == pytest.approx([1, 0.75, 0.25, 0], abs=0.01)
     assert "rollout/entropy" not in whole[0]
     assert "time/sync" not in whole[0] or ahead
