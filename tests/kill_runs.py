@@ -117,7 +117,7 @@ CASES = {
     "bridge": Case("tiny/bridge", {**TRAINING, **BRIDGE}, kinds=("fit", "save")),
     "math_eval": Case("tiny/eval", ANSWERS, kinds=("row", "start")),
 }
-_TURNS = ("one process", "two ranks", "bridge", "one process", "two ranks", "one process", "math_eval", "bridge")
+_TURNS = ("one process", "two ranks", "bridge", "math_eval", "one process", "two ranks", "one process", "bridge")
 _TURNS += ("two ranks", "one process")
 
 

@@ -64,8 +64,8 @@ def _first_in(
 
     for micro in micro_batches:  # all of them on every rank, so that sharded models meet
         selection = select(micro)
-        final_index_T = response_tokens(micro).teacher_index_T if final else None
-        targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, final_index_T)
+        of_final = [response_tokens(micro).teacher_index_T] if final else []
+        targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, *of_final)
         of_teacher += [layer for layer in list(targets.states) if not _is_finite(targets.states.pop(layer))]
         if targets.final_TC is not None and not _is_finite(targets.final_TC):
             of_teacher.append(len(student.layers))

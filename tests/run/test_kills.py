@@ -7,7 +7,7 @@ import pytest
 
 from tests.kill_runs import live, shares
 
-SHARES = shares(7)
+SHARES = shares(5)
 
 
 @pytest.mark.slow
