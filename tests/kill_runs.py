@@ -44,7 +44,7 @@ TIMES = ("seconds", "time/", "speed/", "memory/", "tokens_per_second", "peak_mem
 
 TRAINING: dict[str, object] = {
     **SMALL,
-    **{"checkpoint_every_n_steps": STEPS_A_KILL, "evaluate_every_n_steps": 2, "optimizer.lr": 1e-3},
+    **{"checkpoint_every_n_steps": STEPS_A_KILL, "evaluate_every_n_steps": 2, "optimizer.lr": 1e-5},
     "lr_scheduler._component_": "oprd_tune.training.constant_with_warmup",  # max_steps shapes a cosine
 }
 SELDOM: dict[str, object] = {"evaluate_every_n_steps": 1000}  # so that the first part ends without an evaluation
