@@ -31,7 +31,6 @@ from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.preflight import load_data, load_pair, preflight
 from oprd_tune.run import Run, join_run, launch
-from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
@@ -120,10 +119,10 @@ class OPDRecipe:
         run.open()
         self.student = Student(parts, s, pair.student_files, self.ranks, top=pair.depth, trains_head=True)
         start_engine(self.engine, self.student, pair, self.data, s, top_k_ids=self.loss.sampler_top_k)
-        teacher = run.load_teacher(pair, self.data, top=None)
+        teacher = run.load_teacher(pair, self.data, self.student, top=None)
         self.heads = Heads(LMHead(self.student.model), LMHead(teacher, "teacher_model"), pair.vocabulary)
         self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
-        self.teacher = FrozenTeacher(teacher, self.pairs, final=True, bridge=self.bridge)
+        self.teacher = self.student.taught_by(teacher, self.pairs, final=True, bridge=self.bridge)
         run.begin(self.student, self.data, self.engine, loss=self.loss)
 
     def train(self) -> int:

@@ -26,7 +26,6 @@ from oprd_tune.metrics import Metrics, StepResult
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.preflight import load_data, load_pair, preflight
 from oprd_tune.run import Run, join_run, launch
-from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
@@ -102,10 +101,10 @@ class OPRDRecipe:
         top = self.pairs[-1].student
         self.student = Student(parts, s, pair.student_files, self.ranks, top=top, trains_head=False)
         start_engine(self.engine, self.student, pair, self.data, s)
-        teacher = run.load_teacher(pair, self.data, top=pair.teacher_top(plan))
+        teacher = run.load_teacher(pair, self.data, self.student, top=pair.teacher_top(plan))
         self.diagnosis = Diagnosis(self.student.model, teacher, pair, s, self.ranks)  # while the teacher has its head
         self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
-        self.teacher = FrozenTeacher(teacher, self.pairs, final=pair.diagnosed, bridge=self.bridge)
+        self.teacher = self.student.taught_by(teacher, self.pairs, final=pair.diagnosed, bridge=self.bridge)
         run.begin(self.student, self.data, self.engine, loss=self.loss)
 
     def train(self) -> int:

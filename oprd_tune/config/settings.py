@@ -64,6 +64,7 @@ class OPRDSettings:
     sync_every_micro_batch: bool = free(False)
     teacher_placement: str = free("replicated")
     teacher_quantization: str | None = None
+    teacher_weights: str | dict[str, float] = "initial"
     evaluate_teacher: bool = free(True)
     min_matched_share: float = free(0.5)
     preflight: bool | str = free(True)
@@ -105,6 +106,14 @@ class OPRDSettings:
             )
         check_share("min_matched_share", self.min_matched_share)
         self._check_reference_share()
+        self._check_teacher_weights()
+
+    def _check_teacher_weights(self) -> None:
+        given = self.teacher_weights
+        if given not in ("initial", "live") and [*given] != ["ema"]:
+            raise ConfigError(f"teacher_weights is {given!r}; allowed are initial, live and `ema: 0.99`")
+        if isinstance(given, dict):
+            check_share("teacher_weights.ema", given["ema"])
 
     def _check_reference_share(self) -> None:
         given = self.reference_share
@@ -118,6 +127,16 @@ class OPRDSettings:
     def takes_references(self) -> bool:
         """Whether reference answers stand in the place of some samples."""
         return any(self.reference_share[:2]) if isinstance(self.reference_share, list) else self.reference_share > 0
+
+    @property
+    def teacher_decay(self) -> float | None:
+        """How much of its weights a teacher keeps that is the student's moving average; None for any other teacher."""
+        return self.teacher_weights["ema"] if isinstance(self.teacher_weights, dict) else None
+
+    @property
+    def teacher_is_student(self) -> bool:
+        """Whether the student's present weights teach, so that there is no second model."""
+        return self.teacher_weights == "live"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -68,7 +68,9 @@ def expand(values: Mapping[str, Any]) -> Values:
         found["rollout"] = _engine(found["rollout"])
     implied: dict[str, Values] = {"rollout": {}}
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
-        if name is not None:
+        if key == "teacher" and name == "student":
+            implied |= _student_as_teacher(implied, found)
+        elif name is not None:
             implied |= _model_sections(key, prefix, name, found)
     if "tokenizer" not in found or (isinstance(found["tokenizer"], Mapping) and not _is_whole(found["tokenizer"])):
         implied |= _tokenizer_sections(implied)
@@ -141,6 +143,14 @@ def _model_sections(key: str, prefix: str, name: object, given: Mapping[str, Any
         f"{prefix}model": {"_component_": loader[0], "path": str(folder)},
         f"{prefix}checkpointer": {"_component_": loader[1], **files},
     }
+
+
+def _student_as_teacher(implied: Mapping[str, Values], given: Mapping[str, Any]) -> dict[str, Values]:
+    """The sections of a teacher that is the student: the same model and files."""
+    sections = {name: {**implied.get(name, {}), **(given.get(name) or {})} for name in ("model", "checkpointer")}
+    if not all(map(_is_whole, sections.values())):
+        raise ConfigError("teacher is the student, but there is no `student`; name a model folder there")
+    return {f"teacher_{name}": section for name, section in sections.items()}
 
 
 def _tokenizer_sections(implied: Mapping[str, Values]) -> dict[str, Values]:

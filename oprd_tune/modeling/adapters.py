@@ -22,7 +22,6 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.torchtune_compat import dora_weight_norm, has_quantised_base
 
 _ADAPTED = (LoRALinear, DoRALinear)
-_WRAPPER = "_checkpoint_wrapped_module."
 _INNER = ".linear"  # suffix of a linear inside a projection, where Hugging Face names only the projection
 
 
@@ -40,9 +39,14 @@ class _BiasedDoRA(DoRALinear):
         return self.magnitude / norm * (base + self.scaling * self.lora_b(self.lora_a(x))) + self.bias
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrapper of blocks that are recomputed."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def adapter_names(model: nn.Module) -> set[str]:
     """Names of the adapters' parameters in the model's state dict. The set is empty for a model without adapters."""
-    return {name.replace(_WRAPPER, "") for name in get_adapter_params(model)}
+    return {plain_name(name) for name in get_adapter_params(model)}
 
 
 def check_adapters(name: str, model: nn.Module) -> None:
@@ -99,7 +103,7 @@ def merge_adapters(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     if not linears:
         return weights
     # torchtune merges in place, so the weights that it changes are copied first.
-    names = {name.replace(_WRAPPER, "") for name, module in model.named_modules() if isinstance(module, _ADAPTED)}
+    names = {plain_name(name) for name, module in model.named_modules() if isinstance(module, _ADAPTED)}
     copies = {f"{name}.weight": weights[f"{name}.weight"].clone() for name in names}
     return get_merged_lora_ckpt(weights | copies, *_rank_and_alpha(linears[0]))
 

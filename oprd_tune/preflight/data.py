@@ -168,6 +168,11 @@ def _reader(
     if parts.reader is not None:
         raise ConfigError("reader aligns a teacher's own tokens with the student's; give teacher_tokenizer too")
     if train.longest_teacher_prompt is None:
+        if s.teacher_is_student:
+            raise ConfigError(
+                "teacher_weights is live, but the teacher reads what the student reads, so they never differ; give "
+                "dataset.teacher_prompt_template, with a column that helps, such as the answer"
+            )
         return None
     _check_teacher_prompts(s, pair, train)
     return PromptReader(tokenizer.pad_id)

@@ -142,12 +142,13 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
         training = gradients + max(working, embedding)
     fitted = (plan.tapped + plan.trains_head) * plan.selected * plan.teacher_width * compute  # whole states
     fitting = plan.moment_bytes + max(sampling, fitted) if plan.moment_bytes else 0
-    checkpoint = (trained * master + optimizer) // ranks
-    offloaded = 0 if on_device else (resident + trained * master + optimizer) // ranks
+    average = 0 if s.teacher_decay is None else trained * _WIDE // ranks
+    checkpoint = (trained * master + optimizer) // ranks + average
+    offloaded = 0 if on_device else (resident + trained * master + optimizer) // ranks + average
     return Memory(
         student=on_device * resident // ranks + sum(buffer.nbytes for buffer in student.buffers()),
         optimizer=on_device * optimizer // ranks,
-        teacher=plan.teacher_bytes,
+        teacher=plan.teacher_bytes + on_device * average,
         engine=plan.engine_bytes,
         bridge=plan.bridge_bytes,
         sampling=sampling,

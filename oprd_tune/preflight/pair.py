@@ -18,6 +18,7 @@ from oprd_tune.modeling.heads import LMHead, why_no_matrix
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkpointer, width_of
 from oprd_tune.protocols import DecodesItself, PromptSource, TeacherFiles, Tokenizer
+from oprd_tune.teacher.self_teaching import check_teacher_weights
 from oprd_tune.torchtune_compat import folder_of
 from oprd_tune.types import LayerPair
 
@@ -118,14 +119,7 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
     student_files = _opened(parts.checkpointer, settings.output_dir)
     teacher_files = _opened(parts.teacher_checkpointer, settings.output_dir)
     student, teacher = _built(parts.model), _built(parts.teacher_model)
-    check_adapters("model", student)
-    if settings.activation_checkpointing > len(student.layers):
-        raise ConfigError(
-            f"activation_checkpointing is {settings.activation_checkpointing}, but the student has "
-            f"{len(student.layers)} blocks, so none would be recomputed; give true, or a smaller number"
-        )
-    if adapter_names(teacher):
-        raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
+    _check_each(parts, settings, student, teacher)
     pairs: list[LayerPair] = []
     if hidden_loss:
         if parts.bridge is None:
@@ -159,6 +153,19 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
         diagnosed=not token_loss and _diagnosed(settings, student, teacher, own_tokens=own_tokens),
     )
+
+
+def _check_each(parts: Parts, s: OPRDSettings, student: TransformerDecoder, teacher: TransformerDecoder) -> None:
+    """Raise ConfigError if the student cannot train as the settings say, or the teacher cannot teach so."""
+    check_adapters("model", student)
+    if s.activation_checkpointing > len(student.layers):
+        raise ConfigError(
+            f"activation_checkpointing is {s.activation_checkpointing}, but the student has "
+            f"{len(student.layers)} blocks, so none would be recomputed; give true, or a smaller number"
+        )
+    check_teacher_weights(parts, s, adapted=bool(adapter_names(student)))
+    if adapter_names(teacher) and not s.teacher_is_student:
+        raise ConfigError("teacher_model has adapters; merge them into its weights, and give the plain builder")
 
 
 def _opened(component: Component, output_dir: str) -> FullModelHFCheckpointer:

@@ -58,7 +58,7 @@ def preflight(
         disk = predict_disk(s, student, memory, ranks, evaluated=_is_evaluated(data))
         rows = [
             ("student", _describe(student)),
-            ("teacher", _describe(teacher.requires_grad_(False)) + _by_transformers(teacher)),
+            ("teacher", _describe_teacher(teacher, s)),
             *_differing_conventions(pair),
             *_describe_batch(s, data, ranks),
             *_describe_benchmarks(data, engine, student, teacher, s.torch_dtype),
@@ -160,6 +160,8 @@ def _teacher_bytes(
     teacher: TransformerDecoder,
 ) -> tuple[int, int]:
     """The teacher's bytes in its placement, and while it is gathered for its evaluation; 0 if it never is gathered."""
+    if s.teacher_is_student:
+        return 0, 0
     keeps_head = bool(loss.token_losses) or pair.diagnosed
     top = (None if keeps_head else pair.teacher_top(bridge)) or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
@@ -183,8 +185,12 @@ def _describe(model: TransformerDecoder) -> str:
     return f"{_number(total)} parameters, {shape}" + (f"; {_number(trained)} of them train" if trained else "")
 
 
-def _by_transformers(model: TransformerDecoder) -> str:
-    return "; loaded by transformers" if isinstance(model, DecodesItself) else ""
+def _describe_teacher(model: TransformerDecoder, s: OPRDSettings) -> str:
+    if s.teacher_is_student:
+        return "the student itself, with its present weights"
+    kind = "; loaded by transformers" if isinstance(model, DecodesItself) else ""
+    kind += f"; follows the student, keeping {s.teacher_decay} a step" if s.teacher_decay is not None else ""
+    return _describe(model.requires_grad_(False)) + kind
 
 
 def _number(count: int) -> str:

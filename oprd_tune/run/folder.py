@@ -44,6 +44,7 @@ from oprd_tune.run.manifest import check_whole
 from oprd_tune.run.publishing import ADVICE, PendingCheckpoint, checkpoints_in, set_aside, step_of
 from oprd_tune.run.records import write_config
 from oprd_tune.run.restore import TRAINED, rng_state
+from oprd_tune.teacher.self_teaching import MovingAverage
 
 # The background thread of a single process prints this warning, so `quiet` cannot catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -180,7 +181,15 @@ class RunFolder:
         """The newest checkpoint, or None. It may have been damaged since."""
         return next(reversed(checkpoints_in(self._checkpoints)), None)
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, parts: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        parts: Mapping[str, Any],
+        *,
+        average: MovingAverage | None = None,
+    ) -> None:
         """Copy the trained parameters and the optimizer's state to CPU memory, and write them in the background.
 
         The checkpoint appears in the folder once it is complete. Checkpoints beyond `keep` are then removed.
@@ -190,6 +199,7 @@ class RunFolder:
             model: the student. Frozen parameters are not saved.
             optimizer: the optimizer of the student's trainable parameters.
             parts: further objects with a state, by name. The first rank's state is saved. None is left out.
+            average: the student's moving average, if that is its teacher.
         """
         if step in (0, self._saved_step):
             return
@@ -213,7 +223,7 @@ class RunFolder:
             if self._group is None and dist.is_initialized():
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             saved = async_save(
-                {"model": weights, "optimizer": moments},
+                {"model": weights, "optimizer": moments} | ({} if average is None else {"average": average.tensors}),
                 checkpoint_id=staged,
                 process_group=self._group,
                 no_dist=self._ranks.world_size == 1,

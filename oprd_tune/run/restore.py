@@ -18,6 +18,7 @@ from torchtune import training
 from oprd_tune.modeling.safe_reading import load_state, load_tensors
 from oprd_tune.ranks import Ranks
 from oprd_tune.run.export import quiet
+from oprd_tune.teacher.self_teaching import MovingAverage
 from oprd_tune.training.schedules import restore_schedule
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of a model
@@ -29,6 +30,7 @@ def load_checkpoint(
     optimizer: Optimizer,
     parts: Mapping[str, Any],
     *,
+    average: MovingAverage | None = None,
     seed: int,
     ranks: Ranks | None = None,
 ) -> int:
@@ -39,17 +41,22 @@ def load_checkpoint(
         model: the student, wrapped as it trains.
         optimizer: the optimizer of the student's trainable parameters.
         parts: the same objects as those that were saved.
+        average: the student's, which becomes the teacher's weights again.
         seed: seeds the random numbers if the number of ranks has changed, since no saved state fits then. Shuffling and
             sampling do not depend on that state: they follow from the run's seed and the step.
     """
     ranks = ranks or Ranks()
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     saved: dict[str, Any] = {"model": weights, "optimizer": moments}
+    if average is not None:
+        saved["average"] = average.tensors  # they are read into their places
     with quiet():
         load_tensors(saved, checkpoint, no_dist=ranks.world_size == 1)
     set_state_dict(
         model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=TRAINED
     )
+    if average is not None:
+        average.hand_over()
     state = load_state(checkpoint)
     for name, part in parts.items():
         if isinstance(part, LRScheduler):

@@ -95,23 +95,27 @@ class Run:
         check_offers("metric_logger", logger, MetricLogger)
         return logger
 
-    def load_teacher(self, pair: ModelPair, data: RunData, *, top: int | None) -> TransformerDecoder:
+    def load_teacher(self, pair: ModelPair, data: RunData, student: Student, *, top: int | None) -> TransformerDecoder:
         """Load the teacher and record the error of its quantisation. A run that starts also measures how good it is.
 
-        `top` is the highest layer that the run reads; None stands for the whole teacher with its head.
+        With `teacher_weights: live` that is the student's model, and nothing is loaded. `top` is the highest layer that
+        the run reads; None stands for the whole teacher with its head.
         """
         s = self._settings
         starts = self.checkpoint is None
         measure = data.teacher_accuracy if starts and s.evaluate_teacher else None
         benchmarks = data.teacher_benchmarks if starts else None
-        teacher, errors = TeacherPlan(s.teacher_placement, s.teacher_quantization, self._ranks).load(
-            self.parts.teacher_model,
-            pair.teacher_files,
-            dtype=s.torch_dtype,
-            top=top if measure is None and benchmarks is None else None,
-            prompts=data.prompts.at(range(_QUANTISATION_PROMPTS)).as_teacher_reads,
-        )
-        self.journal.add_teacher_errors(errors)
+        if s.teacher_is_student:
+            teacher = student.model
+        else:
+            teacher, errors = TeacherPlan(s.teacher_placement, s.teacher_quantization, self._ranks).load(
+                self.parts.teacher_model,
+                pair.teacher_files,
+                dtype=s.torch_dtype,
+                top=top if measure is None and benchmarks is None else None,
+                prompts=data.prompts.at(range(_QUANTISATION_PROMPTS)).as_teacher_reads,
+            )
+            self.journal.add_teacher_errors(errors)
         if measure is not None:
             self.journal.history.teacher_accuracy = measure(teacher)
         if benchmarks is not None:
@@ -145,7 +149,13 @@ class Run:
         }
         if self.checkpoint is not None:
             self.step = load_checkpoint(
-                self.checkpoint, student.model, student.optimizer, self._stateful, seed=s.seed, ranks=self._ranks
+                self.checkpoint,
+                student.model,
+                student.optimizer,
+                self._stateful,
+                average=student.average,
+                seed=s.seed,
+                ranks=self._ranks,
             )
         if data.teacher_benchmarks is not None and self.step and not self.journal.history.teacher_benchmarks:
             print("eval.teacher: the teacher is asked before the first step only, so this run goes on without it")
@@ -245,7 +255,8 @@ class Run:
     def _save(self) -> None:
         if self._has_begun and self.step > self.journal.history.skipped_steps:  # before that, nothing has been learned
             self._rollouts.gather()
-            self._folder.save(self.step, self._student.model, self._student.optimizer, self._stateful)
+            student = self._student
+            self._folder.save(self.step, student.model, student.optimizer, self._stateful, average=student.average)
 
     def _export(self, name: str) -> Path:
         make_checkpointer = self.parts.checkpointer.plainly

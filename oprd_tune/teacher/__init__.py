@@ -1,4 +1,4 @@
-"""The frozen model that the student learns from."""
+"""The model that the student learns from."""
 
 from oprd_tune.teacher.frozen import FrozenTeacher
 from oprd_tune.teacher.loading import TeacherPlan, load_teacher

@@ -72,13 +72,13 @@ def _first_in(
         taps = layer_taps(student, range(1, len(student.layers) + 1), look)
         with evaluating(student), taps, torch.compiler.set_stance("force_eager"):
             student(micro.tokens_BS)
+    if weights:  # before the teacher, which may be the student
+        return f"the student's weights are not, such as {weights[0]}: an update has overflowed; lower optimizer.lr"
     if of_teacher:
         return (
             f"the teacher's states are not, first those for student layer {min(of_teacher)}. All its weights were "
             "finite when they were read, so it overflows: set dtype=fp32, or take another teacher"
         )
-    if weights:
-        return f"the student's weights are not, such as {weights[0]}: an update has overflowed; lower optimizer.lr"
     if of_student:
         return (
             f"the student's states are not, from block {min(of_student)} on, although its weights are: it overflows; "

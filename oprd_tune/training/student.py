@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,14 @@ from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.sharding import Sharding, choose_sharding, sync_gradients
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
+from oprd_tune.protocols import Projections
 from oprd_tune.ranks import Ranks
+from oprd_tune.teacher.frozen import FrozenTeacher, TappedTeacher
+from oprd_tune.teacher.self_teaching import MovingAverage
 from oprd_tune.torchtune_compat import compile_backend
 from oprd_tune.training.drift import TiedHeadDrift
 from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
+from oprd_tune.types import LayerPair
 
 
 class Student:
@@ -31,6 +35,7 @@ class Student:
         lr_scheduler: advances once a step; None keeps the rate constant.
         guard: refuses updates that are not finite.
         drift: measures how far a head that is tied to the embedding has moved.
+        average: a teacher that follows the student, or None.
     """
 
     def __init__(
@@ -52,8 +57,28 @@ class Student:
         self.lr_scheduler = construct(parts.lr_scheduler, self.optimizer, num_training_steps=s.max_steps)
         self.guard = FiniteGuard(s.max_nonfinite_steps)
         self.drift = TiedHeadDrift(self.model, ranks)
+        self.average: MovingAverage | None = None
         self._ranks, self._settings = ranks, s
         self._loss_P: Tensor | None = None
+
+    def taught_by(
+        self,
+        model: TransformerDecoder,
+        pairs: Sequence[LayerPair],
+        *,
+        final: bool = False,
+        bridge: Projections | None = None,
+    ) -> TappedTeacher:
+        """The teacher with this model, which may be the student's own. See `FrozenTeacher` for the arguments.
+
+        If the settings say so, the model, which then has the student's first weights, follows the student from here on.
+        """
+        if model is self.model:
+            return TappedTeacher(model, pairs)
+        teacher = FrozenTeacher(model, pairs, final=final, bridge=bridge)
+        if (decay := self._settings.teacher_decay) is not None:
+            self.average = MovingAverage(self.model, model, decay)
+        return teacher
 
     def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
@@ -90,6 +115,8 @@ class Student:
         finite = self.guard.allows(step, loss=loss, grad_norm=grad_norm)
         if finite:
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         metrics.set("loss/total", loss)
         if len(parts) > 1:

@@ -29,6 +29,9 @@ CONFIGS = {
     "composite": "tiny/oprd_plus_opd",
 }
 LORA = {"lora.rank": 4}
+TOLD = {"teacher": "student", "dataset.teacher_prompt_template": "'{answer}={prompt}'"}
+LIVE = {**TOLD, "teacher_weights": "live"}
+FOLLOWS = {**TOLD, "teacher_weights.ema": 0.5}
 # Name: (which twin's rollouts, overrides of the sharded run).
 VARIANTS = {
     "oprd": ("oprd", {}),
@@ -46,6 +49,9 @@ VARIANTS = {
     "lora": ("lora", LORA),
     "dora": ("dora", {**LORA, "lora.use_dora": "true"}),
     "truncated": ("truncated", {"layers": "[1,3]"}),
+    "the student teaches": ("live", {"teacher_placement": "replicated"}),
+    "the teacher follows": ("follows", {}),
+    "the teacher follows, replicated": ("follows", {"teacher_placement": "replicated"}),
     "embedding frozen": ("frozen", {"freeze_embedding": "true"}),
 }
 # Twins with an objective of their own.
@@ -54,6 +60,8 @@ TWINS = {
     "lora": ("tiny/oprd", LORA),
     "dora": ("tiny/oprd", {**LORA, "lora.use_dora": "true"}),
     "truncated": ("tiny/oprd", {"layers": "[1,3]"}),
+    "live": ("tiny/oprd_plus_opd", LIVE),
+    "follows": ("tiny/oprd_plus_opd", FOLLOWS),
     "frozen": ("tiny/opd_topk", {"freeze_embedding": "true"}),
 }
 

@@ -106,10 +106,10 @@ class Stubborn:
     ids=[OPRD, OPD],
 )
 def test_another_teacher_is_what_the_student_learns_from(name, config, final, out, tmp_path):
-    ours = f"FrozenTeacher(teacher, self.pairs, {final}bridge=self.bridge)"
+    ours = f"self.student.taught_by(teacher, self.pairs, {final}bridge=self.bridge)"
     theirs = "from tests.recipes.test_copied_recipe import Stubborn\n"
-    imported = "from oprd_tune.teacher import FrozenTeacher\n"
-    make_recipe = copied(name, tmp_path, (imported, theirs), (ours, "Stubborn()"))
+    imported = "from oprd_tune.training.student import Student\n"
+    make_recipe = copied(name, tmp_path, (imported, imported + theirs), (ours, "Stubborn()"))
     recipe = prepared(make_recipe, config, out, **{"optimizer.lr": 6e-3})
     rollout = first_rollout(recipe)
     index_T = response_tokens(rollout).index_T

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
 
-from oprd_tune.modeling.adapters import adapter_names, merge_adapters
+from oprd_tune.modeling.adapters import adapter_names, merge_adapters, plain_name
 from oprd_tune.modeling.families import family_of
 from oprd_tune.modeling.output import device_of
 from oprd_tune.protocols import Policy
 from oprd_tune.torchtune_compat import config_of, folder_of
 
-_WRAPPER = "_checkpoint_wrapped_module."
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _BY_TOKEN = (_EMBEDDING, _HEAD)  # parameters with one row per token
 
@@ -53,7 +52,7 @@ class PolicyWeights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor that `parts` yields, in the same order. Nothing is gathered."""
         adapters = adapter_names(self.model)
-        named = {name.replace(_WRAPPER, ""): parameter for name, parameter in self.model.named_parameters()}
+        named = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
         own: dict[str, Tensor] = {}
         for name, parameter in named.items():
             if name not in adapters:
@@ -86,7 +85,7 @@ class PolicyWeights:
         """A module's parameters under their full names. Adapters are merged, in fp32."""
         adapted = bool(adapter_names(module))
         weights = {
-            name.replace(_WRAPPER, ""): _gathered(parameter, torch.float32 if adapted else self.dtype)
+            plain_name(name): _gathered(parameter, torch.float32 if adapted else self.dtype)
             for name, parameter in module.named_parameters()
         }
         merged = merge_adapters(weights, module)
