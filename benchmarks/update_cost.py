@@ -125,9 +125,10 @@ def ours(case: Case, objective: str) -> Callable[[], float]:
     from oprd_tune.losses.masking import select_states
     from oprd_tune.modeling.heads import Heads, LMHead
     from oprd_tune.modeling.taps import layer_taps
+    from oprd_tune.selection import ResponseTokens
     from oprd_tune.teacher import FrozenTeacher
     from oprd_tune.training.gradients import backward
-    from oprd_tune.types import LayerPair, ResponseTokens
+    from oprd_tune.types import LayerPair
 
     loss: Any = {
         "oprd": losses.HiddenStateMSE(),

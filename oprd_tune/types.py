@@ -141,6 +141,7 @@ class Rollout:
         sampler_top_ids_BSK: the sampler's K most probable tokens at each response token; None unless requested.
         sampler_top_mass_BS: total probability of those K tokens.
         given_B: True where the data's reference answer stands in the place of a sample; None if all were sampled.
+        advantage_B: each response's advantage by a task's reward; None if nothing was graded.
         logprob_gap: difference from the trainer, measured when an engine with its own weights samples.
         reading: the rows as the teacher reads them; None if both models read the same.
     """
@@ -155,6 +156,7 @@ class Rollout:
     sampler_top_ids_BSK: Tensor | None = None
     sampler_top_mass_BS: Tensor | None = None
     given_B: Tensor | None = None
+    advantage_B: Tensor | None = None
     logprob_gap: LogprobGap | None = None
     reading: Reading | None = None
 
@@ -236,49 +238,6 @@ class LayerPair:
 
     student: int
     teacher: int
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which states of a microbatch enter the loss.
-
-    Attributes:
-        index_T: positions in the flattened [B * S] grid, ascending and unique.
-        part_T: which of 16 equal parts (0 to 15) of its response each selected token lies in; for metrics only.
-        teacher_index_T: the teacher's matching positions. They equal `index_T`, unless the teacher has another
-            tokenizer: then they are positions in its own [B * U] grid.
-    """
-
-    index_T: Tensor
-    part_T: Tensor
-    teacher_index_T: Tensor
-
-    def __len__(self) -> int:
-        return self.index_T.numel()
-
-
-@dataclass(frozen=True)
-class ResponseTokens:
-    """The response tokens of a microbatch, packed in row-major order. The other fields are those of `Rollout`.
-
-    Attributes:
-        index_T: for each token, the position in the flattened [B * S] grid of the state that predicts it.
-        teacher_index_T: the teacher's matching positions, as in `Selection`; None stands for the same.
-    """
-
-    index_T: Tensor
-    tokens_T: Tensor
-    sampler_logprobs_T: Tensor
-    sampler_top_ids_TK: Tensor | None = None
-    sampler_top_mass_T: Tensor | None = None
-    teacher_index_T: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.index_T.numel()
-
-    def chunk(self, start: int, size: int) -> ResponseTokens:
-        """The `size` tokens from `start` on, or fewer at the end."""
-        return replace(self, **{k: v[start : start + size] for k, v in vars(self).items() if v is not None})
 
 
 @dataclass(frozen=True)

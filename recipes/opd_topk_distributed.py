@@ -25,19 +25,21 @@ from oprd_tune.config import OPRDSettings, construct, resolve
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
-from oprd_tune.losses.masking import StateSelector, response_tokens
+from oprd_tune.losses.masking import StateSelector
 from oprd_tune.metrics import Metrics, StepResult
 from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.preflight import load_data, load_pair, preflight
 from oprd_tune.run import Run, join_run, launch
+from oprd_tune.selection import ResponseTokens
 from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
 from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.engine_start import start_engine
 from oprd_tune.training.gradients import split_alike
+from oprd_tune.training.rewards import Rewards
 from oprd_tune.training.student import Student
-from oprd_tune.types import Prompts, ResponseTokens, Rollout, TeacherTargets
+from oprd_tune.types import Prompts, Rollout, TeacherTargets
 
 RECIPE = "opd_topk_distributed"
 
@@ -55,17 +57,18 @@ class OPDRecipe:
         run, metrics = self.run, Metrics()
         sampled = run.sample(prompts)  # or an error, which leaves the step undone
         sampled = self.data.read(sampled, prompts)  # adds what the teacher reads, if that is another prompt
+        sampled = self.rewards(sampled, prompts, metrics)  # does nothing, unless a part of the loss needs them
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator a part for the whole step, over all processes, known before the first backward.
         counts = self.ranks.total(self.loss.counts(rollout, self.select))
-        if not all(counts):
+        if not any(counts):
             return StepResult(None, sampled, metrics)
-        count_P = torch.tensor(counts, device=self.ranks.device)
+        count_P = torch.tensor(counts, device=self.ranks.device).clamp(min=1)  # a part may have nothing to read
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss.hidden, self.teacher, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens.
-        chosen = [(response_tokens(micro), self.select(micro)) for micro in micro_batches]
+        chosen = [(self.select.tokens(micro), self.select(micro)) for micro in micro_batches]
 
         for micro, (tokens, selection) in zip(micro_batches, chosen, strict=True):
             with run.phase("teacher"):
@@ -101,7 +104,7 @@ class OPDRecipe:
     def setup(self) -> None:
         """Check everything, then load it. What can be wrong is found before weights are read."""
         s, run, parts = self.settings, self.run, self.run.parts
-        self.select = StateSelector(s.positions, s.positions_k, s.anchor)
+        self.select = StateSelector(s.positions, s.positions_k, s.anchor, s.average_over)
         self.engine = run.make_engine()
         self.loss = as_composite(parts.loss())
         if not self.loss.token_losses:
@@ -113,6 +116,7 @@ class OPDRecipe:
         self.pairs = pair.layers
         self.loss.check(pair.vocabulary, self.engine, references=s.takes_references)
         self.data = load_data(parts, s, pair, self.ranks)
+        self.rewards = Rewards(self.loss, self.data, s)
         check_bridge(plan, self.loss.hidden, pair)
         preflight(parts, s, pair, self.data, self.loss, self.engine, plan)
 

@@ -53,7 +53,7 @@ class OPRDRecipe:
         sampled = self.data.read(sampled, prompts)  # adds the teacher's own tokens, if it has another tokenizer
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator for the whole step, over all processes and microbatches, known before the first backward.
-        count = self.ranks.sum(len(self.select(rollout)))
+        count = self.ranks.sum(self.select(rollout).count)
         if count == 0:
             return StepResult(None, sampled, metrics)
         if self.diagnosis.is_due(run.step + 1):
@@ -83,7 +83,7 @@ class OPRDRecipe:
     def setup(self) -> None:
         """Check everything, then load it. What can be wrong is found before weights are read."""
         s, run, parts = self.settings, self.run, self.run.parts
-        self.select = StateSelector(s.positions, s.positions_k, s.anchor)
+        self.select = StateSelector(s.positions, s.positions_k, s.anchor, s.average_over)
         self.engine = run.make_engine()
         self.loss = parts.loss()
         if not isinstance(self.loss, HiddenStateLoss):

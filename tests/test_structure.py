@@ -24,6 +24,7 @@ LAYERS = [
         "ranks",
         "failed_ranks",
         "protocols",
+        "selection",
         "torchtune_compat",
         "workers",
         "_hook",

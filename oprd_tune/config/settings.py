@@ -54,6 +54,7 @@ class OPRDSettings:
     positions: str = "last_k"
     positions_k: int = 2000
     anchor: str = "predict"
+    average_over: str = "tokens"
     freeze_embedding: bool = False
     clip_grad_norm: float | None = 1.0
     max_nonfinite_steps: int = 3

@@ -1,5 +1,6 @@
 """Losses. Each returns a sum over tokens; the recipe divides it once, by the count of the whole optimizer step."""
 
+from oprd_tune.losses.beside import ReferenceCrossEntropy, TaskReward
 from oprd_tune.losses.bridged_mse import BridgedMSE
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.control_variate import ControlVariateReverseKL
@@ -21,7 +22,9 @@ __all__ = [
     "HiddenStateMSE",
     "MixedKL",
     "PerTokenLoss",
+    "ReferenceCrossEntropy",
     "SampledReverseKL",
     "TailedTopKKL",
+    "TaskReward",
     "TopKReverseKL",
 ]

@@ -18,7 +18,8 @@ from oprd_tune.losses.token_loss import TokenLoss, TokenStream
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads
 from oprd_tune.protocols import Projections, RolloutEngine
-from oprd_tune.types import LayerPair, ResponseTokens, Rollout, Selection, TeacherTargets
+from oprd_tune.selection import ResponseTokens, Selection
+from oprd_tune.types import LayerPair, Rollout, TeacherTargets
 
 Loss = HiddenStateLoss | TokenLoss
 
@@ -65,18 +66,25 @@ class Composite:
 
     def check(self, vocabulary: int, engine: RolloutEngine, *, references: bool = False) -> None:
         """As in `TokenLoss`, for each part. With `references`, some responses are not the student's own."""
-        for part in self.token_losses.values():
+        parts = list(self.token_losses.values())
+        for part in parts:
             part.check(vocabulary, engine)
-            if references and part.needs_samples:
+            if part.reads_references_alone and not references:
                 raise ConfigError(
-                    f"reference_share: {type(part).__name__} needs what the sampler says of each token, and reference "
-                    "answers are not sampled; set it to 0, or take a loss that compares whole distributions or states"
+                    f"{type(part).__name__} reads reference answers alone, and there are none; set reference_share"
                 )
+        reader = next((part for part in parts if part.needs_samples), None)
+        if references and reader is not None and (reader.sampler_top_k or all(part.needs_samples for part in parts)):
+            raise ConfigError(
+                f"reference_share: {type(reader).__name__} needs what the sampler says of each token, and reference "
+                "answers are not sampled; set it to 0, take a loss that compares whole distributions or states, or add "
+                "ReferenceCrossEntropy, which reads them"
+            )
 
     def counts(self, rollout: Rollout, select: StateSelector) -> list[int]:
-        """N of each part: the selected states for a hidden-state loss, all response tokens for a token loss."""
-        tokens = rollout.response_tokens
-        return [len(select(rollout)) if part is self.hidden else tokens for part in self.parts.values()]
+        """N of each part: the selected states for a hidden-state loss, the response tokens that a token loss reads."""
+        tokens, selection = select.tokens(rollout), select(rollout)
+        return [part.count(tokens) if isinstance(part, TokenLoss) else selection.count for part in self.parts.values()]
 
     def stream(
         self,

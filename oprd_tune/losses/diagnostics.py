@@ -13,7 +13,8 @@ from torch import Tensor
 from oprd_tune.losses.token_loss import log_softmax_, row_dot
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads, head_logits
-from oprd_tune.types import ResponseTokens, Rollout
+from oprd_tune.selection import ResponseTokens
+from oprd_tune.types import Rollout
 
 DIFFERENCES = "diagnostics/tokens"
 _TOKENS_AT_ONCE = 16

@@ -59,7 +59,7 @@ class EntryDivergence(DenseTokenLoss):
             over_TV = d_TV > self.entry_clip
             metrics.add_each("token/clipped_share", over_TV.any(-1).float())
             d_TV, g_TV = d_TV.clamp_(max=self.entry_clip), g_TV.masked_fill_(over_TV, 0)
-        return d_TV.sum(), g_TV.sub_(p_TV.mul_(g_TV.sum(-1, keepdim=True)))
+        return d_TV.sum(-1), g_TV.sub_(p_TV.mul_(g_TV.sum(-1, keepdim=True)))
 
 
 class ForwardKL(EntryDivergence):
@@ -180,7 +180,7 @@ class TailedTopKKL(DenseTokenLoss):
         else:
             kl_T1 = -(q_TK * ratio_TK).sum(-1, keepdim=True) - tail_q_T1 * tail_ratio_T1
             gradient_TK, factor_T1 = p_TK - q_TK, 1 - tail_q_T1 / tail_p_T1
-        return kl_T1.sum(), p_TV.mul_(factor_T1).scatter_(1, ids_TK, gradient_TK)
+        return kl_T1.squeeze(-1), p_TV.mul_(factor_T1).scatter_(1, ids_TK, gradient_TK)
 
 
 def _outside(p_TV: Tensor, ids_TK: Tensor) -> Tensor:

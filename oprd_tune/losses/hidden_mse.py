@@ -24,8 +24,9 @@ from oprd_tune.losses.streaming import evaluated_sum, selected_rows, widened
 from oprd_tune.metrics.history import COSINE_MAP
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import Projections
+from oprd_tune.selection import Selection
 from oprd_tune.torchtune_compat import compile_backend
-from oprd_tune.types import LayerPair, Selection
+from oprd_tune.types import LayerPair
 
 
 class HiddenStateLoss:
@@ -174,8 +175,9 @@ class LayerStream:
         factor = self._loss.coefficient / len(self.layers) / self._loss.scale(layer, self._bridge)
 
         def evaluate(student_TA: Tensor) -> tuple[Tensor, Tensor]:
-            error = self._loss.error
-            total, gradient_TA, metrics = self._loss.compared(error, student_TA, teacher_TA, factor, self._measured)
+            total, gradient_TA, metrics = self._loss.compared(
+                self._loss.error, student_TA, teacher_TA, factor, self._measured, self._selection.weight_T
+            )
             if metrics is not None:
                 self._measure(layer, *metrics, width=student_TA.shape[-1])
             return total, gradient_TA

@@ -54,6 +54,5 @@ class PerTokenLoss(DenseTokenLoss):
         with torch.enable_grad():
             leaf_TV = log_p_TV.requires_grad_()
             loss_T = check_one_a_token("loss.per_token", self._function(leaf_TV, log_q_TV), leaf_TV)
-            total = loss_T.sum()
-            (gradient_TV,) = torch.autograd.grad(total, leaf_TV)
-        return total.detach(), gradient_TV - p_TV.mul_(gradient_TV.sum(-1, keepdim=True))
+            (gradient_TV,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+        return loss_T.detach(), gradient_TV - p_TV.mul_(gradient_TV.sum(-1, keepdim=True))

@@ -12,6 +12,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, row_dot
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import RolloutEngine
+from oprd_tune.selection import ResponseTokens
 
 
 class FullReverseKL(DenseTokenLoss):
@@ -19,34 +20,27 @@ class FullReverseKL(DenseTokenLoss):
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         kl_T, p_TV = exact_kl(chunk, metrics)
-        return kl_T.sum(), chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
+        return kl_T, chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
 
 
 @dataclass(kw_only=True, eq=False)
-class SampledReverseKL(DenseTokenLoss):
-    """The score-function estimate of ∇KL(p‖q) from the sampled token y (Eq. 3).
+class ScoreFunctionLoss(DenseTokenLoss):
+    """Base of losses −w · A · log p(y) of the sampled token y, whose factors carry no gradient.
 
-    loss = −w · r · log p(y) with the reward r = log q(y) − log p(y); w and r carry no gradient. The estimate is
-    unbiased only if y was sampled from p, so `student_temperature` must equal the sampler's temperature.
+    The estimate is unbiased only if y was sampled from p, so `student_temperature` must equal the sampler's.
 
     Attributes:
-        reward_clip: limits r to ±reward_clip, which adds a bias; None does not clip.
-        reward_max: limits r from above alone: tokens that the teacher finds much more likely than the student does not
-            pull harder than that. A bias too; None does not.
         importance_ratio_cap: weights each token by w = min(p(y)/μ(y), importance_ratio_cap) to correct for a sampler
             that is another engine; μ is the probability that the sampler reported. None means w = 1.
     """
 
-    reward_clip: float | None = None
-    reward_max: float | None = None
     importance_ratio_cap: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.needs_samples = True
-        for name in ("reward_clip", "reward_max", "importance_ratio_cap"):
-            if (value := getattr(self, name)) is not None:
-                check_positive(f"loss.{name}", value)
+        if self.importance_ratio_cap is not None:
+            check_positive("loss.importance_ratio_cap", self.importance_ratio_cap)
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """As in `TokenLoss`: temperatures must be equal, a cap needs another engine at 1, and older responses a cap."""
@@ -73,6 +67,39 @@ class SampledReverseKL(DenseTokenLoss):
                 "log-probabilities at temperature 1"
             )
 
+    def weights(self, log_p_T1: Tensor, tokens: ResponseTokens, metrics: Metrics) -> Tensor:
+        """w of each token, [T, 1]."""
+        gap_T1 = log_p_T1 - tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
+        if self.student_temperature == 1:  # samplers report log-probabilities at temperature 1
+            metrics.add_each("token/logprob_gap", gap_T1.abs())
+        if self.importance_ratio_cap is None:
+            return torch.ones_like(log_p_T1)
+        weight_T1 = gap_T1.exp().clamp_(max=self.importance_ratio_cap)
+        metrics.add_each("token/importance_ratio", weight_T1)
+        return weight_T1
+
+
+@dataclass(kw_only=True, eq=False)
+class SampledReverseKL(ScoreFunctionLoss):
+    """The score-function estimate of ∇KL(p‖q) from the sampled token y (Eq. 3).
+
+    loss = −w · r · log p(y) with the reward r = log q(y) − log p(y). See `ScoreFunctionLoss` for w.
+
+    Attributes:
+        reward_clip: limits r to ±reward_clip, which adds a bias; None does not clip.
+        reward_max: limits r from above alone: tokens that the teacher finds much more likely than the student does not
+            pull harder than that. A bias too; None does not.
+    """
+
+    reward_clip: float | None = None
+    reward_max: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("reward_clip", "reward_max"):
+            if (value := getattr(self, name)) is not None:
+                check_positive(f"loss.{name}", value)
+
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """As in `DenseTokenLoss`."""
         token_T1 = chunk.tokens.tokens_T.unsqueeze(-1)
@@ -82,13 +109,7 @@ class SampledReverseKL(DenseTokenLoss):
             reward_T1.clamp_(-self.reward_clip, self.reward_clip)
         if self.reward_max is not None:
             reward_T1.clamp_(max=self.reward_max)
-        weight_T1 = torch.ones_like(reward_T1)
-        gap_T1 = log_p_T1 - chunk.tokens.sampler_logprobs_T.unsqueeze(-1).to(log_p_T1)
-        if self.student_temperature == 1:  # samplers report log-probabilities at temperature 1
-            metrics.add_each("token/logprob_gap", gap_T1.abs())
-        if self.importance_ratio_cap is not None:
-            weight_T1 = gap_T1.exp().clamp_(max=self.importance_ratio_cap)
-            metrics.add_each("token/importance_ratio", weight_T1)
+        weight_T1 = self.weights(log_p_T1, chunk.tokens, metrics)
         baseline_T, p_TV = self.baseline(chunk, metrics)
         advantage_T1 = weight_T1 * (reward_T1 + baseline_T.unsqueeze(-1))
         return score_gradient(p_TV, log_p_T1, token_T1, advantage_T1)
@@ -108,7 +129,7 @@ def exact_kl(chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
 
 
 def score_gradient(p_TV: Tensor, log_p_TK: Tensor, ids_TK: Tensor, advantage_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """−Σ_tk A_tk · log p(ids_tk) with A held constant, and its gradient (Σ_k A_tk) · p − A, which overwrites p."""
-    total = -(advantage_TK * log_p_TK).sum()
+    """−Σ_k A_tk · log p(ids_tk) with A held constant, and its gradient (Σ_k A_tk) · p − A, which overwrites p."""
+    loss_T = -(advantage_TK * log_p_TK).sum(-1)
     gradient_TV = p_TV.mul_(advantage_TK.sum(-1, keepdim=True))
-    return total, gradient_TV.scatter_add_(1, ids_TK, -advantage_TK)
+    return loss_T, gradient_TV.scatter_add_(1, ids_TK, -advantage_TK)

@@ -99,20 +99,29 @@ class Gradient:
 
 
 def compared(
-    error: StateError, student_TA: Tensor, teacher_TA: Tensor, factor: float | Tensor, measured: bool
+    error: StateError,
+    student_TA: Tensor,
+    teacher_TA: Tensor,
+    factor: float | Tensor,
+    measured: bool,
+    weight_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """What a loss needs of a pair of states: `factor` times the sum of errors, and its gradient in the student's dtype.
 
     Args:
         student_TA: the student's states or projections in the dtype of its layers; errors are computed in fp32 or more.
         measured: whether to return ‖h − g‖² and the cosine, each [T], as well.
+        weight_T: weighs each token's error; None weighs all of them by 1.
     """
     wide = torch.promote_types(student_TA.dtype, torch.float32)
     pair = StatePair(student_TA.to(wide), teacher_TA)
     found = gradient_of(error)(pair)
     metrics = (pair.square_T, pair.cosine_T) if measured else None
-    gradient_TA = torch.mul(found.direction_TA, found.weight * factor, out=torch.empty_like(student_TA))
-    return found.error_T.sum() * factor, gradient_TA, metrics
+    error_T, scale = found.error_T, found.weight * factor
+    if weight_T is not None:
+        error_T, scale = error_T * weight_T, weight_T.unsqueeze(-1) * scale
+    gradient_TA = torch.mul(found.direction_TA, scale, out=torch.empty_like(student_TA))
+    return error_T.sum() * factor, gradient_TA, metrics
 
 
 def has_closed_form(error: StateError) -> bool:

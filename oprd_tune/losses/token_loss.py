@@ -7,6 +7,7 @@ its prefix. As is usual, gradients leave out the score term of the whole traject
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from oprd_tune.losses.head_pass import DenseHeadGradient, HeadSum, head_sum
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads, add_product, gathered_logits, head_logits, wide
 from oprd_tune.protocols import RolloutEngine
-from oprd_tune.types import ResponseTokens
+from oprd_tune.selection import ResponseTokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class TokenLoss:
         chunk_tokens: how many tokens have logits at the same time. Each takes 4·V bytes, once or twice. This limits
             memory and never changes the loss.
         sampler_top_k: how many of the sampler's most probable tokens the loss needs with the rollout.
-        needs_samples: whether the loss needs what the sampler says of each token, which given responses have not.
+        needs_samples: whether the loss needs what the sampler says of each token, which given responses have not. It
+            then leaves those out.
+        reads_references_alone: whether the loss leaves out what was sampled.
 
     Raises:
         ConfigError: for a temperature that is not positive, or an empty chunk.
@@ -57,6 +60,7 @@ class TokenLoss:
     chunk_tokens: int = 512
     sampler_top_k: int = field(default=0, init=False)
     needs_samples: bool = field(default=False, init=False)
+    reads_references_alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive("loss.student_temperature", self.student_temperature)
@@ -73,8 +77,20 @@ class TokenLoss:
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
     ) -> HeadSum:
-        """The sum over tokens with its unscaled gradients. Adds what it measures to `metrics`."""
+        """The sum over tokens, each times its `tokens.weight_T`, with its unscaled gradients.
+
+        Adds what it measures to `metrics`.
+        """
         raise NotImplementedError
+
+    def chosen(self, tokens: ResponseTokens) -> Tensor | None:
+        """Which of the tokens the loss reads, as a mask [T]; None for all of them."""
+        return ~tokens.given_T if self.needs_samples and tokens.given_T is not None else None
+
+    def count(self, tokens: ResponseTokens) -> int:
+        """N of the loss on these tokens."""
+        chosen_T = self.chosen(tokens)
+        return (tokens if chosen_T is None else tokens.only(chosen_T)).count
 
     def sides(self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads) -> tuple[Side, Side]:
         """Student and teacher at a chunk of positions."""
@@ -83,6 +99,8 @@ class TokenLoss:
 
     def stream(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
         """Start one microbatch. `teacher_TC` is the teacher's final state at `tokens.index_T`."""
+        if (chosen_T := self.chosen(tokens)) is not None:
+            tokens, teacher_TC = tokens.only(chosen_T), teacher_TC[chosen_T]
         return TokenStream(self, heads, teacher_TC, tokens)
 
 
@@ -124,8 +142,12 @@ def compare(student: Side, teacher: Side, tokens: ResponseTokens) -> Comparison:
 class DenseTokenLoss(TokenLoss):
     """Base of the losses whose gradient reaches every logit. Each head runs forward once per chunk of tokens."""
 
+    def compared(self, student: Side, teacher: Side, tokens: ResponseTokens) -> Comparison:
+        """What `objective` gets: both models' distributions at a chunk of tokens."""
+        return compare(student, teacher, tokens)
+
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """The chunk's sum, and its gradient [T, V] with respect to the student's temperature-scaled logits."""
+        """The chunk's losses [T], and their gradient [T, V] with respect to the student's temperature-scaled logits."""
         raise NotImplementedError
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
@@ -144,10 +166,13 @@ class DenseTokenLoss(TokenLoss):
         for start in range(0, len(student_TD), self.chunk_tokens):
             rows = slice(start, start + self.chunk_tokens)
             student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
-            chunk = compare(student, teacher, tokens.chunk(start, self.chunk_tokens))
-            chunk_total, logits_TV = self.objective(chunk, metrics)
-            total += chunk_total
+            chunk = self.compared(student, teacher, tokens.chunk(start, self.chunk_tokens))
+            loss_T, logits_TV = self.objective(chunk, metrics)
             del chunk  # frees one of its two [T, V]
+            if tokens.weight_T is not None:
+                weight_T = tokens.weight_T[rows]
+                loss_T, logits_TV = loss_T * weight_T, logits_TV.mul_(weight_T.unsqueeze(-1))
+            total += loss_T.sum()
             logits_TV = divided_(logits_TV, self.student_temperature).to(weight_VD.dtype)
             gradient_TD[rows] = logits_TV @ weight_VD
             if gradient_VD is not None:

@@ -16,7 +16,7 @@ from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, Side, TokenL
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads, weighted_rows, wide
 from oprd_tune.protocols import RolloutEngine
-from oprd_tune.types import ResponseTokens
+from oprd_tune.selection import ResponseTokens
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,10 @@ class TopKReverseKL(TokenLoss):
             student_TK = _logits_on(support, student, support.log_p_TK)
             teacher_TK = _logits_on(support, teacher, support.log_q_TK)
             kl_T, factor_TK = renormalised_kl(student_TK, teacher_TK, support.repeated_TK)
-            total += kl_T.sum()
             factor_TK = divided_(factor_TK, self.student_temperature)
+            if part.weight_T is not None:
+                factor_TK *= part.weight_T.unsqueeze(-1)
+            total += (kl_T if part.weight_T is None else kl_T * part.weight_T).sum()
             gradient_TD[rows] = weighted_rows(weight_VD, support.ids_TK, factor_TK)
             all_ids.append(support.ids_TK)
             all_factors.append(factor_TK)

@@ -37,6 +37,8 @@ token/logprob_gap | nats | mean over the step's response tokens |
     |log p − log μ| of the sampled tokens, trainer against sampler: rounding, or worse. With sampled objectives.
 token/importance_ratio | 1 | mean over the step's response tokens |
     min(p/μ, cap): trainer against sampler; 1 if they agree.
+token/reference_nll | nats/token | mean over tokens of reference answers |
+    −log p of the token, where `ReferenceCrossEntropy` is a part.
 token/clipped_share | 1 | mean over the step's response tokens |
     Share of positions where `entry_clip` has limited at least one token's share of the divergence.
 diagnostics/kl | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |
@@ -72,6 +74,7 @@ rollout/distinct_4grams | 1 | mean over up to 16 responses of each rank |
     Share of a response's 4-grams that differ from each other; 1 without repetition.
 rollout/reference_share | 1 | mean over responses |
     Share of responses that are reference answers (`reference_share`). Other metrics of `rollout` leave them out.
+rollout/reward | 1 | mean over sampled responses | The grader's verdict, where `TaskReward` is a part.
 rollout/matched_share | 1 | mean over the step's response tokens |
     Share of tokens that end where one of the teacher's ends too, for a teacher with a tokenizer of its own.
 rollout/logprob_gap | nats/token | mean over up to 128 sampled tokens of each rank |

@@ -40,6 +40,7 @@ class RunData:
             answer.
         benchmarks: what the student answers while it trains; None if the config has no section `eval`.
         references: put reference answers in the place of some samples; None if all are sampled.
+        has_answers: whether every prompt has a reference answer.
         teacher_benchmarks: the same for the teacher, in its own tokens; None if it is not to answer them.
     """
 
@@ -57,6 +58,7 @@ class RunData:
     benchmarks: BenchmarkEval | None = None
     teacher_benchmarks: BenchmarkEval | None = None
     references: References | None = None
+    has_answers: bool = False
 
     def read(self, rollout: Rollout, prompts: Prompts) -> Rollout:
         """Add the teacher's reading to a rollout if the teacher has other tokens or prompts. Every rank must call.
@@ -135,6 +137,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Rank
         benchmarks=benchmarks,
         teacher_benchmarks=teacher_benchmarks,
         references=_references(s, train, pair, prompts, request, ranks),
+        has_answers=train.has_answers,
     )
 
 

@@ -96,7 +96,7 @@ def _plan(
     rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
     rows_at_once = min(rows, max(1, s.tokens_per_micro_batch // longest))
     tapped = len(pair.layers) if loss.hidden is not None else 0
-    most_states = StateSelector(s.positions, s.positions_k, s.anchor).most(s.max_new_tokens)
+    most_states = StateSelector(s.positions, s.positions_k, s.anchor, s.average_over).most(s.max_new_tokens)
     held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=s.torch_dtype)
     if data.task_accuracy is not None:
         sampling = max(sampling, data.task_accuracy.memory_bytes(student, s.torch_dtype))

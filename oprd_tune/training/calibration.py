@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
 from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
-from oprd_tune.types import Rollout, Selection
+from oprd_tune.selection import Selection
+from oprd_tune.types import Rollout
 
 
 def calibrate(

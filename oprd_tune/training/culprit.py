@@ -15,7 +15,8 @@ from oprd_tune.modeling.output import evaluating
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
-from oprd_tune.types import Rollout, Selection
+from oprd_tune.selection import Selection
+from oprd_tune.types import Rollout
 
 _NEITHER = "states of both models are finite, so the loss or its gradient overflows: look at loss, or set dtype=fp32"
 

@@ -1,6 +1,7 @@
 """Values and gradients against Eq. 6 written out, in fp64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from oprd_tune.losses.masking import StateSelector, select_states
 from oprd_tune.losses.streaming import streamed_sum
 from oprd_tune.modeling.taps import collect_states
 from oprd_tune.ranks import Ranks
+from oprd_tune.selection import Selection
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.calibration import calibrate
-from oprd_tune.types import LayerPair, Selection
+from oprd_tune.types import LayerPair
 from tests.conftest import DEPTH, make_model
 from tests.losses.saved import kept_for_backward
 from tests.losses.test_composite import rollout
@@ -132,6 +134,29 @@ def test_the_sum_does_not_depend_on_the_split_into_microbatches():
 
     whole = total(slice(None))
     torch.testing.assert_close(total(slice(0, 1)) + total(slice(1, 6)), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "l2", "rms"])
+def test_each_token_counts_as_often_as_its_weight_says(normalisation):
+    """Eq. 6 as written, which averages within each response first, is N times the weighted sum over N responses."""
+    mask = torch.rand(3, 9) < 0.5
+    mask[:, 0] = False
+    selection = select_states(mask, anchor="consume")
+    row_T = selection.index_T // 9
+    weight_T = 1 / row_T.bincount()[row_T].double()
+    teacher = states([2, 5])
+    teacher = {layer: state[:3] for layer, state in teacher.items()}
+    student = {layer: state[:3].requires_grad_() for layer, state in states([1, 3, 4], seed=1).items()}
+    loss, scales = calibrated(normalisation, teacher, selection)
+    got = streamed(loss, student, teacher, replace(selection, weight_T=weight_T)).total
+    wanted = 0.0
+    for row in range(3):
+        own = selection.index_T[row_T == row]
+        wanted = wanted + plain(normalisation, student, teacher, own, scales) / len(own)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=0)
+    pairs = (torch.autograd.grad(total, list(student.values()), retain_graph=True) for total in (got, wanted))
+    for g, w in zip(*pairs, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
 
 
 def test_an_empty_selection_still_has_a_graph():

@@ -53,8 +53,8 @@ def test_selects_tokens_by_position_and_shifts_their_states(positions, k, anchor
     selection = select_states(response_mask(), positions=positions, k=k, anchor=anchor)
     assert selection.index_T.tolist() == expected_index(positions, k, shift)
     selected = StateSelector(positions, k, anchor)(rollout(response_mask()))
-    for name, value in vars(selection).items():
-        assert torch.equal(getattr(selected, name), value)
+    for name in ("index_T", "part_T", "teacher_index_T"):
+        assert torch.equal(getattr(selected, name), getattr(selection, name))
     assert len(selected) == len(expected_index(positions, k, shift))
 
 
@@ -66,6 +66,29 @@ def test_the_most_of_a_response_is_what_one_of_that_length_has_selected(position
         mask = torch.zeros(1, 60, dtype=torch.bool)
         mask[:, 4 : 4 + length] = True
         assert select.most(length) == len(select(rollout(mask)))
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "first_k"])
+def test_responses_weigh_the_same_whatever_their_lengths(positions):
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[0, 2:3] = mask[1, 1:8] = True  # and a row that was masked
+    select = StateSelector(positions, 4, average_over="responses")
+    selection, tokens = select(rollout(mask)), select.tokens(rollout(mask))
+    first = {"all": 7, "last": 1, "first_k": 4}[positions]
+    assert selection.weight_T.tolist() == pytest.approx([1] + [1 / first] * first)
+    assert tokens.weight_T.tolist() == pytest.approx([1] + [1 / 7] * 7)
+    assert selection.count == tokens.count == 2
+    plain = StateSelector(positions, 4)
+    assert (plain(rollout(mask)).count, plain.tokens(rollout(mask)).count) == (1 + first, 8)
+
+
+def test_the_weights_are_those_of_the_states_that_are_left():
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 2:5] = mask[1, 3:6] = True
+    column_BS = torch.tensor([[-1, 3, -1, 4, 6, -1], [-1, -1, 2, -1, -1, 7]])
+    read = replace(rollout(mask), reading=Reading(torch.zeros(2, 9, dtype=torch.long), torch.tensor([7, 8]), column_BS))
+    selection = StateSelector(average_over="responses")(read)
+    assert selection.weight_T.tolist() == [0.5, 0.5, 1]
 
 
 def test_states_that_a_teacher_with_another_tokenizer_has_no_equal_of_are_left_out():

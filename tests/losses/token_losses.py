@@ -20,7 +20,7 @@ from oprd_tune.losses import (
     TopKReverseKL,
 )
 from oprd_tune.modeling.heads import Heads
-from oprd_tune.types import ResponseTokens
+from oprd_tune.selection import ResponseTokens
 
 V, D, C, K = 9, 5, 7, 3
 TOP = 4

@@ -11,9 +11,10 @@ from oprd_tune.losses.composite import as_composite
 from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.modeling.weights import build_on_meta
+from oprd_tune.selection import ResponseTokens, Selection
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
-from oprd_tune.types import LayerPair, ResponseTokens, Selection
+from oprd_tune.types import LayerPair
 from tests.conftest import DEPTH, ENDED, SMALL, VOCAB, WIDTH, load_config, make_model, recipe_class
 from tests.host_waits import noted_host_waits
 from tests.losses.token_losses import LOSSES
