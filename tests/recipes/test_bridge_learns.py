@@ -33,13 +33,13 @@ def test_a_wider_deeper_teacher_of_another_seed_teaches_through_a_bridge(tmp_pat
     assert gain(tmp_path, "tiny/bridge", **RATE) >= 0.10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_with_other_tokens_teaches_where_states_are_aligned_and_not_where_they_are_late(tmp_path):
     assert gain(tmp_path / "aligned", "tiny/cross_tokenizer") >= 0.06
     assert gain(tmp_path / "late", "tiny/cross_tokenizer", **{"reader._component_": "misaligned.LateReader"}) <= 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bridge_beside_full_kl_teaches_more_than_holding_the_student_still(tmp_path):
     def hold(recipe):
         from held_near_start import HeldNearStart

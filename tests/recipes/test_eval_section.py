@@ -17,6 +17,7 @@ SMALL = {
     **{"optimizer.lr": 3e-3, "lr_scheduler._component_": "oprd_tune.training.constant_with_warmup"},
     **{"eval_dataset": "null", "task_accuracy": "null", "reference_perplexity": "null"},
 }
+BRIDGE = {"bridge.prompts": 64, "bridge.held_out_prompts": 16}
 EVAL = {
     **{"eval.grader": "oprd_tune.grading.exact_match", "eval.max_new_tokens": 10, "eval.samples_per_problem": 3},
     **{"eval.every_n_steps": 2, "eval.first": 9, "eval.problems_per_batch": 4},
@@ -196,7 +197,7 @@ def test_two_processes_give_the_answers_of_one(tmp_path):
 
 
 def test_a_teacher_with_other_tokens_answers_in_its_own(out):
-    assert run(out, "tiny/cross_tokenizer", **EVAL, max_steps=1, **{"eval.teacher": "true"}) in ENDED
+    assert run(out, "tiny/cross_tokenizer", **EVAL, **BRIDGE, max_steps=1, **{"eval.teacher": "true"}) in ENDED
     first, second = (
         [one for one in samples(out) if one["model"] == name and one["step"] == 0] for name in ("teacher", "student")
     )

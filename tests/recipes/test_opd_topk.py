@@ -26,11 +26,10 @@ def _folder_for_models(monkeypatch, tmp_path):
     monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
 
 
-@pytest.mark.parametrize(("config", "closed"), [("tiny/opd_full", 0.15), ("tiny/vopd", 0.08)])
-def test_the_student_approaches_its_teacher(config, closed, out):
+def test_the_student_approaches_its_teacher(out):
     size = {"max_steps": 60, "prompts_per_step": 64, "dataset.count": 5000, "eval_dataset.count": 1000}
-    run_recipe(NAME, config, out, **size)
-    assert json.loads((out / "summary.json").read_text())["gap_closed"] > closed
+    run_recipe(NAME, "tiny/vopd", out, **size)
+    assert json.loads((out / "summary.json").read_text())["gap_closed"] > 0.08
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -13,10 +13,12 @@ CONSTANT = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup
 ANSWER = {"dataset.teacher_prompt_template": "'{answer}={prompt}'"}
 SAME = {"dataset.teacher_prompt_template": "'{prompt}'"}
 RECIPES = ["tiny/opd_topk", "tiny/bridge_plus_opd"]
+BRIDGE = {"bridge.prompts": 64, "bridge.held_out_prompts": 16}
 
 
 def run(out, config, status=ENDED, **overrides):
-    cfg = load_config(config, output_dir=out, **{**SMALL, **CONSTANT, **overrides})
+    bridge = BRIDGE if "bridge" in config else {}
+    cfg = load_config(config, output_dir=out, **{**SMALL, **CONSTANT, **bridge, **overrides})
     assert launch(recipe_class(cfg.recipe), cfg) in status
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if 2 not in status else []
 

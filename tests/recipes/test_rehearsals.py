@@ -37,7 +37,7 @@ def test_every_component_can_be_constructed(name, tmp_path):
         assert hasattr(parts.with_rollout(f"oprd_tune.rollout.{engine}").rollout(), "generate")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_shape_true_rehearsal_runs_within_the_predicted_memory():
     """The largest config. Others take as long and pass too, by hand: python -m tests.rehearsal CONFIG FOLDER"""
     name = "qwen2_5_7b_to_1_5b"

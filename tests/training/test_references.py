@@ -92,7 +92,8 @@ def test_a_share_that_is_none_is_refused(share, said):
 
 
 def run(out, config="tiny/oprd", status=ENDED, **overrides):
-    cfg = load_config(config, output_dir=out, **{**SMALL, **CONSTANT, **overrides})
+    bridge = {"bridge.prompts": 64, "bridge.held_out_prompts": 16} if config == "tiny/cross_tokenizer" else {}
+    cfg = load_config(config, output_dir=out, **{**SMALL, **CONSTANT, **bridge, **overrides})
     assert launch(recipe_class(cfg.recipe), cfg) in status
     rows = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
     return [row for row in map(json.loads, rows) if "loss/total" in row]
