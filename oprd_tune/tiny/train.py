@@ -3,10 +3,13 @@
     python -m oprd_tune.tiny.train pair OUTPUT_FOLDER
     python -m oprd_tune.tiny.train wide_teacher OUTPUT_FOLDER
     python -m oprd_tune.tiny.train teens_teacher OUTPUT_FOLDER
+    python -m oprd_tune.tiny.train hinted OUTPUT_FOLDER
 
 `pair` writes two checkpoints of one run. The student is the first model whose held-out accuracy, sampled at temperature
-1, reaches STUDENT_ACCURACY. The teacher is the model at the end. The other runs write only the last model, in bf16. A
-checkpoint is a Hugging Face folder, and `provenance.json` records the run.
+1, reaches STUDENT_ACCURACY. The teacher is the model at the end. `hinted` learns from prompts half of which begin with
+the answer, and ends where `pair` takes its student: it can use a hint, and adds as badly without one. The other runs
+write only the last model. All but `pair` write bf16. A checkpoint is a Hugging Face folder, and `provenance.json`
+records the run.
 """
 
 from __future__ import annotations
@@ -54,20 +57,28 @@ class Run:
     batch: int = 256
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
+    hinted_share: float = 0.0
 
 
 MODELS: dict[str, tuple[Callable[[], TransformerDecoder], list[str], Run]] = {
     "pair": (tiny_qwen2, SYMBOLS, Run()),
     "wide_teacher": (wide_tiny_qwen2, SYMBOLS, Run(seed=1, steps=1500)),
+    "hinted": (tiny_qwen2, SYMBOLS, Run(seed=3, hinted_share=0.5)),
     "teens_teacher": (partial(wide_tiny_qwen2, len(TEENS_SYMBOLS)), TEENS_SYMBOLS, Run(seed=2, steps=1500)),
 }
 
 
-def encode_batch(problems: list[tuple[int, int]], tokenizer: HuggingFaceTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded inputs [B, S] and next-token labels [B, S]. Only the answer and its EOS have labels."""
+def encode_batch(
+    problems: list[tuple[int, int]], tokenizer: HuggingFaceTokenizer, hinted_share: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded inputs [B, S] and next-token labels [B, S]. Only the answer and its EOS have labels.
+
+    The first of the prompts, that share of them, begin with the answer, as in `357=12+345=`.
+    """
     rows, labels = [], []
-    for a, b in problems:
-        prompt = tokenizer.encode(f"{a}+{b}=")
+    for i, (a, b) in enumerate(problems):
+        hint = f"{a + b}=" if i < hinted_share * len(problems) else ""
+        prompt = tokenizer.encode(f"{hint}{a}+{b}=")
         answer = tokenizer.encode(str(a + b), add_eos=True)
         rows.append(torch.tensor(prompt + answer[:-1]))
         labels.append(torch.tensor([_IGNORE] * (len(prompt) - 1) + answer))
@@ -110,12 +121,14 @@ def train(name: str, output: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = run.warmup_steps / run.steps
     schedule = OneCycleLR(optimizer, run.learning_rate, total_steps=run.steps, pct_start=warmup, final_div_factor=1000)
-    held_out = encode_batch(sample_problems(2000, split="held_out", seed=run.seed), tokenizer)
+    problems = sample_problems(2000, split="held_out", seed=run.seed)
+    held_out, hinted = encode_batch(problems, tokenizer), encode_batch(problems, tokenizer, 1.0)
     stream = sample_problems(run.steps * run.batch, split="train", seed=run.seed)
     record: dict[str, Any] = asdict(run)
     started = time.perf_counter()
     for step in (bar := trange(run.steps, mininterval=5)):
-        tokens, labels = encode_batch(stream[step * run.batch : (step + 1) * run.batch], tokenizer)
+        batch = stream[step * run.batch : (step + 1) * run.batch]
+        tokens, labels = encode_batch(batch, tokenizer, run.hinted_share)
         loss = F.cross_entropy(model(tokens).transpose(1, 2), labels, ignore_index=_IGNORE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -129,11 +142,14 @@ def train(name: str, output: Path) -> dict[str, Any]:
         if name == "pair" and "student_step" not in record and accuracy >= STUDENT_ACCURACY:
             record |= {"student_step": step + 1, "student_accuracy": round(accuracy, 4)}
             write_checkpoint(model, output / "student", symbols, torch.float32)
+        if name == "hinted" and accuracy >= STUDENT_ACCURACY:
+            record |= {"steps": step + 1, "hinted_accuracy": round(sampled_accuracy(model, *hinted), 4)}
+            break
     if name == "pair":
         write_checkpoint(model, output / "teacher", symbols, torch.float32)
     else:
         write_checkpoint(model, output, symbols, torch.bfloat16)
-    record["teacher_accuracy"] = round(sampled_accuracy(model, *held_out), 4)
+    record["accuracy" if name == "hinted" else "teacher_accuracy"] = round(sampled_accuracy(model, *held_out), 4)
     record |= {"minutes": round((time.perf_counter() - started) / 60, 1), "torch": torch.__version__}
     (output / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
