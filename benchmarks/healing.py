@@ -2,6 +2,8 @@
 
     python benchmarks/healing.py depth --jobs 2     SmolLM2-135M-Instruct without 6 of its 30 blocks
     python benchmarks/healing.py width --jobs 2     the same model with half of its channels and a third of its heads
+    python benchmarks/healing.py answers --jobs 2 --steps 40 --seeds 0 --rates 3e-4
+                                                    the latter, with and without reference answers at first
 
 docs/healing.md says how long that takes. Model and prompts come from the hub, unless --model names a folder and
 --prompts a file. `python -m oprd_tune prune` makes the student. Every objective runs at each learning rate of its grid
@@ -67,6 +69,7 @@ class Kind:
 TOKENS = ("recipe=opd_topk_distributed", "~loss.normalisation")
 COMPOSITE = (f"{LOSS}Composite", f"loss.parts.opd._component_={FULL_KL}", "loss.weights.opd=1")
 STATES = ("loss.parts.oprd._component_=oprd_tune.losses.HiddenStateMSE", "loss.parts.oprd.normalisation=rms")
+ANSWERS = "reference_share=[1,0]"  # all of them at first, none at last
 NO_PARTS = ("~loss.parts", "~loss.weights")
 KINDS = {
     "depth": Kind(
@@ -93,6 +96,16 @@ KINDS = {
         bridged="full KL + 100 bridge",
     ),
 }
+ALONE, BESIDE = (KINDS["width"].cases[name] for name in ("full KL", "full KL + 100 bridge"))
+KINDS["answers"] = replace(
+    KINDS["width"],
+    cases={
+        "full KL": ALONE,
+        "full KL, answers first": replace(ALONE, overrides=(*ALONE.overrides, ANSWERS)),
+        "full KL + 100 bridge": BESIDE,
+        "full KL + 100 bridge, answers first": replace(BESIDE, overrides=(ANSWERS,)),
+    },
+)
 
 
 def make_student(kind: Kind, args: argparse.Namespace) -> Path:

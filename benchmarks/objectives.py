@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +196,18 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def compare(
-    cases: Mapping[str, Case], *, name: str, title: str, description: str | None, seeds: tuple[int, ...]
+    cases: Mapping[str, Case],
+    *,
+    name: str,
+    title: str,
+    description: str | None,
+    seeds: tuple[int, ...],
+    more: Callable[[dict[str, Any], Mapping[str, Case], int, int], str] | None = None,
 ) -> None:
-    """Parse the command line, measure, and write table, numbers and plot under `name`."""
+    """Parse the command line, measure, and write table, numbers and plot under `name`.
+
+    `more` gets what was found, the cases, the first seed and the steps; what it returns ends the table.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", nargs="+", choices=list(cases), default=list(cases))
     parser.add_argument("--rates", type=float, nargs="+", help="one grid for all; each has its own by default")
@@ -208,9 +217,10 @@ def compare(
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     found = measure({objective: cases[objective] for objective in args.objectives}, args)
+    table = as_table(found, args, title=title)
+    table += "" if more is None else more(found, cases, args.seeds[0], args.steps)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = as_table(found, args, title=title)
     (args.out / f"{name}.md").write_text(table)
     plot(found, args.out / f"{name}.png")
     print(table)

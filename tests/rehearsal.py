@@ -67,7 +67,7 @@ def with_folders(cfg, folder):
     for model in ("student", "teacher"):
         if cfg[model] == "outputs/tiny_bridge/final":
             cfg[model] = "tiny/student"
-        if not cfg[model].startswith("tiny/"):
+        if cfg[model] != "student" and not cfg[model].startswith("tiny/"):
             write_model(folder / model, SHAPES[cfg[model]])
             cfg[model] = str(folder / model)
     return cfg

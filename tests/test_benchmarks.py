@@ -80,6 +80,15 @@ def test_objectives(tmp_path):
 
 
 @pytest.mark.slow
+def test_self_distillation(tmp_path):
+    words = ("--steps", "2", "--objectives", "full KL, live teacher", "--rates", "1e-4", "--seeds", "1", "--jobs", "2")
+    (found,) = run("self_distillation.py", tmp_path, *words).values()
+    assert 0.01 < found["pivots"][0] < 1
+    assert found["runs"][0]["teacher"] > found["runs"][0]["student_before"]
+    assert "| full KL, live teacher | 0." in (tmp_path / "self_distillation.md").read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_grading(tmp_path):
     rows = run("grading.py", tmp_path, "--count", "20", "--repeats", "1", "--workers", "1", "2", "--seconds", "1")
     assert [row["workers"] for row in rows] == [1, 2]

@@ -73,11 +73,11 @@ def encode_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded inputs [B, S] and next-token labels [B, S]. Only the answer and its EOS have labels.
 
-    The first of the prompts, that share of them, begin with the answer, as in `357=12+345=`.
+    The first of the prompts, that share of them, begin with the answer, as in `357 12+345=`.
     """
     rows, labels = [], []
     for i, (a, b) in enumerate(problems):
-        hint = f"{a + b}=" if i < hinted_share * len(problems) else ""
+        hint = f"{a + b} " if i < hinted_share * len(problems) else ""
         prompt = tokenizer.encode(f"{hint}{a}+{b}=")
         answer = tokenizer.encode(str(a + b), add_eos=True)
         rows.append(torch.tensor(prompt + answer[:-1]))

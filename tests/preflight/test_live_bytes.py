@@ -68,7 +68,7 @@ def update_bytes(bridge, checkpointing, *, late=False):
     loss = HiddenStateMSE() if bridge is None else BridgedMSE()
     there = [p for model in (student, teacher) for p in (*model.parameters(), *model.buffers())]
     there += [p.grad for p in student.parameters()]
-    with LiveBytes([*there, tokens, *vars(selection).values()]) as live:
+    with LiveBytes([*there, tokens, selection.index_T, selection.part_T, selection.teacher_index_T]) as live:
         states = frozen.targets(tokens, selection.teacher_index_T).states
         if late:
             states = Late()

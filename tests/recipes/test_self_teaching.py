@@ -43,6 +43,15 @@ def test_a_run_resumes_bit_by_bit(tmp_path, kind):
     assert whole == parts
 
 
+@pytest.mark.slow
+def test_a_student_learns_to_do_without_the_hint_that_its_teacher_reads(tmp_path):
+    size = {"max_steps": 60, "eval_dataset.count": 1000, "dataset.count": 20000, "prompts_per_step": 64}
+    run(tmp_path, "tiny/self_distillation", (0,), **size, evaluate_every_n_steps=60, checkpoint_every_n_steps=60)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher"] > 0.95
+    assert summary["student_after"] > summary["student_before"] + 0.05
+
+
 def test_the_first_weights_are_those_of_the_students_folder(tmp_path):
     run(tmp_path / "folder", "tiny/oprd", **{**SELF, "teacher": "tiny/student"})
     run(tmp_path / "word", "tiny/oprd", **WEIGHTS["initial"])
