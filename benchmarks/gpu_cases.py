@@ -18,6 +18,12 @@ ON_ITS_OWN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1
 NOT_MEASURED = ("eval_dataset=null", "task_accuracy=null", "reference_perplexity=null")  # or torchrun fails at status 3
 BF16, MASTER, RECOMPUTED = "dtype=bf16", "master_dtype=fp32", "activation_checkpointing=true"
 BRIDGE = ("bridge.prompts=64", "bridge.held_out_prompts=16")
+REWARDED = (
+    *("loss._component_=oprd_tune.losses.Composite", "loss.parts.opd._component_=oprd_tune.losses.FullReverseKL"),
+    *("loss.parts.reward._component_=oprd_tune.losses.TaskReward", "samples_per_prompt=4", "reference_share=0.25"),
+    *("loss.parts.reward.grader=oprd_tune.grading.exact_match", "average_over=responses"),
+    "loss.parts.sft._component_=oprd_tune.losses.ReferenceCrossEntropy",
+)
 OFFLOADED = ("teacher_placement=offloaded", "evaluate_teacher=false")
 
 
@@ -76,6 +82,10 @@ CASES = (  # those that compile first, because they take longest
     Case("OPRD + full KL", "tiny/oprd_plus_opd", (BF16, MASTER)),
     Case("bridge + full KL", "tiny/bridge_plus_opd", (BF16, MASTER, *BRIDGE)),
     Case("bridge, then full KL", "tiny/bridge_then_opd", ("student=tiny/student",)),
+    Case("taught by itself", "tiny/self_distillation", (BF16, MASTER)),
+    Case("taught by itself, live", "tiny/self_distillation", (BF16, MASTER, RECOMPUTED, "teacher_weights=live")),
+    Case("taught by itself, average", "tiny/self_distillation", (BF16, MASTER, "teacher_weights.ema=0.9")),
+    Case("full KL + reward + answers", "tiny/opd_full", (BF16, MASTER, *REWARDED)),
     Case("math_eval, fp32", "tiny/eval", quick=True),
     Case("math_eval, bf16", "tiny/eval", (BF16,)),
 )
