@@ -36,6 +36,8 @@ DROPOUT = {
     "lora.dropout": 0.2,
     "activation_checkpointing": "true",
 }
+FOLLOWED = {"teacher": "student", "teacher_weights.ema": 0.5, "dataset.teacher_prompt_template": "'{answer}={prompt}'"}
+STUDENTS = {"full": {}, "lora with dropout": DROPOUT, "followed by its teacher": FOLLOWED}
 
 
 def run(rank, folder, overrides):
@@ -46,7 +48,7 @@ def run(rank, folder, overrides):
 
 
 def run_all(rank, folder):
-    for name, extra in (("full", {}), ("lora with dropout", DROPOUT)):
+    for name, extra in STUDENTS.items():
         run(rank, folder / name, extra)
         run(rank, folder / f"{name} in parts", {**extra, "max_steps": 2})
         run(rank, folder / f"{name} in parts", {**extra, "resume": "true"})
@@ -68,7 +70,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["full", "lora with dropout"])
+@pytest.mark.parametrize("name", STUDENTS)
 def test_two_steps_and_two_more_are_four_bit_by_bit(folder, name):
     assert_same_student(folder / name, folder / f"{name} in parts")
 
