@@ -69,7 +69,7 @@ class Kind:
 TOKENS = ("recipe=opd_topk_distributed", "~loss.normalisation")
 COMPOSITE = (f"{LOSS}Composite", f"loss.parts.opd._component_={FULL_KL}", "loss.weights.opd=1")
 STATES = ("loss.parts.oprd._component_=oprd_tune.losses.HiddenStateMSE", "loss.parts.oprd.normalisation=rms")
-ANSWERS = "reference_share=[1,0]"  # all of them at first, none at last
+ANSWERS, FIRST = "reference_share=[1,0]", "answers first"  # all of them at first, none at last
 NO_PARTS = ("~loss.parts", "~loss.weights")
 KINDS = {
     "depth": Kind(
@@ -97,10 +97,13 @@ KINDS = {
     ),
 }
 ALONE, BESIDE = (KINDS["width"].cases[name] for name in ("full KL", "full KL + 100 bridge"))
+FORWARD = tuple(word.replace("FullReverseKL", "ForwardKL") for word in ALONE.overrides)
 KINDS["answers"] = replace(
     KINDS["width"],
     cases={
         "full KL": ALONE,
+        "forward KL": replace(ALONE, overrides=FORWARD),
+        "forward KL, answers first": replace(ALONE, overrides=(*FORWARD, ANSWERS)),
         "full KL, answers first": replace(ALONE, overrides=(*ALONE.overrides, ANSWERS)),
         "full KL + 100 bridge": BESIDE,
         "full KL + 100 bridge, answers first": replace(BESIDE, overrides=(ANSWERS,)),
@@ -264,6 +267,7 @@ def as_table(found: dict[str, Any], facts: dict[str, Any]) -> str:
             end = ("**{}**" if one in best else "{}").format(shown(after(one)))
             kl = one["steps"].get("token/kl")
             kls = f"{kl[0]:.2f} | {statistics.fmean(kl[-LAST:]):.2f}" if kl else "– | –"
+            kls = f"– | {kls.split(' | ')[1]}" if name.endswith(FIRST) else kls  # its first steps read answers
             lines.append(f"| {name} | {one['rate']:g} | {one['seed']} | {end} | {kls} |")
     lines += [
         "",

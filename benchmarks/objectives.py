@@ -217,9 +217,10 @@ def compare(
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     found = measure({objective: cases[objective] for objective in args.objectives}, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")  # first, as `more` may take long
     table = as_table(found, args, title=title)
     table += "" if more is None else more(found, cases, args.seeds[0], args.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(table)
     plot(found, args.out / f"{name}.png")

@@ -46,10 +46,11 @@ TOP = 0.01
 
 
 def pivots(case: Case, rate: float, seed: int, steps: int) -> list[float]:
-    """The share of the gradient's squared norm in the top tokens, before training and after it."""
+    """The share of the gradient's squared norm in the top tokens, before training and after it; none if it diverged."""
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "trained"
-        launch(case, rate, seed, steps, trained, [])
+        if not launch(case, rate, seed, steps, trained, []):
+            return []
         return [top_share(prepared(case, student, Path(folder))) for student in ("tiny/hinted", trained / "final")]
 
 
@@ -114,7 +115,8 @@ def with_pivots(found: dict[str, Any], cases: Mapping[str, Case], seed: int, ste
     ]
     for name in sorted(found, key=lambda name: -mean(found[name], "gap_closed")):
         found[name]["pivots"] = pivots(cases[name], found[name]["rate"], seed, steps)
-        lines.append("| {} | {:.3f} | {:.3f} |".format(name, *found[name]["pivots"]))
+        if found[name]["pivots"]:
+            lines.append("| {} | {:.3f} | {:.3f} |".format(name, *found[name]["pivots"]))
     return "\n".join(lines) + "\n"
 
 

@@ -59,7 +59,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for objective, rate in tqdm(planned, unit="run"):
         with tempfile.TemporaryDirectory() as name:
             trained = Path(name) / "trained"
-            launch(CASES[objective], rate, 0, args.steps, trained, list(words(args)))
+            if not launch(CASES[objective], rate, 0, args.steps, trained, list(words(args))):
+                continue  # not finite
             rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
             losses = [row["loss/total"] for row in rows if "loss/total" in row]
             after = held_out_kl(trained / "final", Path(name), args)

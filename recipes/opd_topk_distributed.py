@@ -1,6 +1,6 @@
 """On-policy distillation with token losses, from a laptop CPU to several hosts of GPUs: top-k, sampled, full, vOPD.
 
-The student answers prompts itself. A frozen teacher reads the same tokens, and next-token distributions are compared at
+The student answers prompts itself. A teacher reads the same tokens, and next-token distributions are compared at
 every response token, KL(student ‖ teacher). Both LM heads run on a chunk of tokens at a time, or on a few rows only, at
 the end of one student forward and one teacher forward; nothing of size tokens × vocabulary exists. A composite also
 compares hidden states, as they are or through a bridge. With several processes, each has its own share of the prompts.
@@ -57,7 +57,9 @@ class OPDRecipe:
         run, metrics = self.run, Metrics()
         sampled = run.sample(prompts)  # or an error, which leaves the step undone
         sampled = self.data.read(sampled, prompts)  # adds what the teacher reads, if that is another prompt
-        sampled = self.rewards(sampled, prompts, metrics)  # does nothing, unless a part of the loss needs them
+        if self.rewards.needed:
+            with run.phase("grading"):
+                sampled = self.rewards(sampled, prompts, metrics)
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator a part for the whole step, over all processes, known before the first backward.
         counts = self.ranks.total(self.loss.counts(rollout, self.select))
@@ -67,7 +69,8 @@ class OPDRecipe:
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss.hidden, self.teacher, micro_batches, self.select, self.ranks)
-        # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens.
+        # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens, and
+        # losses that leave out samples or reference answers.
         chosen = [(self.select.tokens(micro), self.select(micro)) for micro in micro_batches]
 
         for micro, (tokens, selection) in zip(micro_batches, chosen, strict=True):

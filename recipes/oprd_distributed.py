@@ -1,6 +1,6 @@
 """On-policy representation distillation (OPRD, arXiv 2606.06021), from a laptop CPU to several hosts of GPUs.
 
-The student answers prompts itself. A frozen teacher reads the same tokens, and the student's hidden states are pulled
+The student answers prompts itself. A teacher reads the same tokens, and the student's hidden states are pulled
 towards the teacher's at chosen layers (Eq. 6), as they are or through a bridge. No LM head runs for the loss, on either
 side. With several processes, each samples and trains on its own share of the prompts.
 

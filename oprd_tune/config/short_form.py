@@ -68,10 +68,14 @@ def expand(values: Mapping[str, Any]) -> Values:
         found["rollout"] = _engine(found["rollout"])
     implied: dict[str, Values] = {"rollout": {}}
     for key, prefix, name in (("student", "", student), ("teacher", "teacher_", teacher)):
-        if key == "teacher" and name == "student":
-            implied |= _student_as_teacher(implied, found)
-        elif name is not None:
-            implied |= _model_sections(key, prefix, name, found)
+        if name is None:
+            continue
+        if all(_is_whole(found.get(prefix + part)) for part in ("model", "checkpointer")):
+            raise ConfigError(
+                f"{key} has no effect beside {prefix}model and {prefix}checkpointer; leave it out, or say {key}=null"
+            )
+        is_student = key == "teacher" and name == "student"
+        implied |= _student_as_teacher(implied, found) if is_student else _model_sections(key, prefix, name)
     if "tokenizer" not in found or (isinstance(found["tokenizer"], Mapping) and not _is_whole(found["tokenizer"])):
         implied |= _tokenizer_sections(implied)
     if lora is not None:
@@ -128,14 +132,10 @@ def shortened(missing: Sequence[str]) -> list[str]:
     return found
 
 
-def _model_sections(key: str, prefix: str, name: object, given: Mapping[str, Any]) -> dict[str, Values]:
+def _model_sections(key: str, prefix: str, name: object) -> dict[str, Values]:
     """The sections that a model's name stands for."""
     if not isinstance(name, str):
         raise ConfigError(f"{key} is {name!r}; give a model folder or a hub name")
-    if all(_is_whole(given.get(prefix + part)) for part in ("model", "checkpointer")):
-        raise ConfigError(
-            f"{key} has no effect beside {prefix}model and {prefix}checkpointer; leave it out, or say {key}=null"
-        )
     folder = find_folder(key, name)
     loader = _TRANSFORMERS if key == "teacher" and not can_build(folder) else _TORCHTUNE
     files = {"checkpoint_dir": str(folder)} | ({} if hub_name(name) is None else {"hub_name": name})

@@ -73,10 +73,11 @@ class Composite:
                 raise ConfigError(
                     f"{type(part).__name__} reads reference answers alone, and there are none; set reference_share"
                 )
-        reader = next((part for part in parts if part.needs_samples), None)
-        if references and reader is not None and (reader.sampler_top_k or all(part.needs_samples for part in parts)):
+        only_samples = self.hidden is None and all(part.needs_samples for part in parts)
+        blind = next((part for part in parts if part.sampler_top_k or only_samples), None)
+        if references and blind is not None:
             raise ConfigError(
-                f"reference_share: {type(reader).__name__} needs what the sampler says of each token, and reference "
+                f"reference_share: {type(blind).__name__} needs what the sampler says of each token, and reference "
                 "answers are not sampled; set it to 0, take a loss that compares whole distributions or states, or add "
                 "ReferenceCrossEntropy, which reads them"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oprd_tune.config.checks import check_positive, check_whole
 from oprd_tune.losses.head_pass import DenseHeadGradient, HeadSum, head_sum
+from oprd_tune.losses.streaming import check_one_a_token
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads, add_product, gathered_logits, head_logits, wide
 from oprd_tune.protocols import RolloutEngine
@@ -100,7 +101,8 @@ class TokenLoss:
     def stream(self, heads: Heads, teacher_TC: Tensor, tokens: ResponseTokens) -> TokenStream:
         """Start one microbatch. `teacher_TC` is the teacher's final state at `tokens.index_T`."""
         if (chosen_T := self.chosen(tokens)) is not None:
-            tokens, teacher_TC = tokens.only(chosen_T), teacher_TC[chosen_T]
+            index = chosen_T.nonzero().squeeze(1)  # of a GPU, the host waits for it, once
+            tokens, teacher_TC = tokens.only(index), teacher_TC[index]
         return TokenStream(self, heads, teacher_TC, tokens)
 
 
@@ -168,6 +170,7 @@ class DenseTokenLoss(TokenLoss):
             student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
             chunk = self.compared(student, teacher, tokens.chunk(start, self.chunk_tokens))
             loss_T, logits_TV = self.objective(chunk, metrics)
+            check_one_a_token(f"{type(self).__name__}.objective", loss_T, student_TD[rows])
             del chunk  # frees one of its two [T, V]
             if tokens.weight_T is not None:
                 weight_T = tokens.weight_T[rows]

@@ -32,8 +32,8 @@ class History:
         first_responses: `[mean length, share that was cut, share of distinct 4-grams]` of the responses of each of the
             first steps. The last is missing if no response had four tokens.
         last_responses: the same of the latest steps; no step is in both.
-        first_losses: the loss of each of the first steps that had one.
-        last_losses: the same of the latest steps; no step is in both.
+        first_kls: the KL to the teacher on the student's own responses, in each of the first steps where it was known.
+        last_kls: the same of the latest steps; no step is in both.
         told: the kinds of remarks that the run has made.
         response_tokens: the number of response tokens in all steps so far.
         loop_seconds: time spent in training steps, without start-up, evaluation and checkpoints.
@@ -50,8 +50,8 @@ class History:
     not_finite_steps: int = 0
     first_responses: list[list[float]] = field(default_factory=list)
     last_responses: list[list[float]] = field(default_factory=list)
-    first_losses: list[float] = field(default_factory=list)
-    last_losses: list[float] = field(default_factory=list)
+    first_kls: list[float] = field(default_factory=list)
+    last_kls: list[float] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     response_tokens: int = 0
     loop_seconds: float = 0.0
@@ -81,14 +81,15 @@ class History:
         else:
             self.last_responses = [*self.last_responses, found][-WINDOW:]
 
-    def add_loss(self, metrics: dict[str, float]) -> None:
-        """Keep the loss of a step."""
-        if (loss := metrics.get("loss/total")) is None or not math.isfinite(loss):
+    def add_kl(self, metrics: dict[str, float]) -> None:
+        """Keep the KL of a step, unless reference answers were read too."""
+        kl = metrics.get("token/kl", metrics.get("token/support_kl"))
+        if kl is None or not math.isfinite(kl) or metrics.get("rollout/reference_share"):
             return
-        if len(self.first_losses) < WINDOW:
-            self.first_losses.append(loss)
+        if len(self.first_kls) < WINDOW:
+            self.first_kls.append(kl)
         else:
-            self.last_losses = [*self.last_losses, loss][-WINDOW:]
+            self.last_kls = [*self.last_kls, kl][-WINDOW:]
 
     @property
     def measured(self) -> tuple[str | None, list[dict[str, Any]]]:

@@ -23,9 +23,9 @@ class Metric:
 
 # A row is `name | unit | reduction | meaning`. A line that is indented continues the row above it.
 _TABLE = """
-loss/total | 1 | mean over the step's selected tokens |
+loss/total | 1 | mean over the step's selected tokens, or responses (`average_over`) |
     The objective: what the gradient belongs to. Of sampled objectives a surrogate: read `token/kl` instead.
-loss/<part> | 1 | mean over the part's tokens | A part of a composite, times its weight; they add up.
+loss/<part> | 1 | mean over the part's tokens or responses | A part of a composite, times its weight; they add up.
 token/kl | nats/token | mean over the step's response tokens |
     KL(p‖q), student to teacher, exact. Not with `TopKReverseKL`.
 token/support_kl | nats/token | mean over the step's response tokens |
@@ -38,7 +38,7 @@ token/logprob_gap | nats | mean over the step's response tokens |
 token/importance_ratio | 1 | mean over the step's response tokens |
     min(p/μ, cap): trainer against sampler; 1 if they agree.
 token/reference_nll | nats/token | mean over tokens of reference answers |
-    −log p of the token, where `ReferenceCrossEntropy` is a part.
+    −log p of the token, where `ReferenceCrossEntropy` is a part; beside other token losses `token/<part>/…`.
 token/clipped_share | 1 | mean over the step's response tokens |
     Share of positions where `entry_clip` has limited at least one token's share of the divergence.
 diagnostics/kl | nats/token | mean over a subsample of response tokens, every `diagnostics_every_n_steps` |

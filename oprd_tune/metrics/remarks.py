@@ -15,7 +15,7 @@ _ENDLESS_SHARE = 0.9
 _LABELS = {"avg_at_k": "Avg@k"}
 _IN_A_ROW = 3  # evaluations; a student may get worse for a moment while its states begin to move
 _REPETITIVE, _REPETITION_MARGIN = 0.7, 0.2
-_STRAY_FACTOR, _AGREEMENT = 2.0, 0.8  # of perplexity, and of the loss
+_STRAY_FACTOR, _AGREEMENT = 2.0, 0.8  # of perplexity, and of the KL
 _LENGTH_FACTOR, _LENGTH_MARGIN = 2.0, 16  # below so many tokens a response is short, whatever the factor
 
 
@@ -39,7 +39,7 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
     lasts = name and len(rows) > _IN_A_ROW and all(_is_worse(name, rows[0], row, graded) for row in rows[-_IN_A_ROW:])
     perplexities = [row["perplexity"] for row in history.evaluations if row["perplexity"] is not None]
     found = {
-        "astray": gone_astray(perplexities, history.first_losses, history.last_losses),
+        "astray": gone_astray(perplexities, history.first_kls, history.last_kls),
         "worse": worse_than_before(name, rows, best, graded) if name and best and (ended or lasts) else None,
         "endless": never_ending(truncated, max_new_tokens),
         "skipped": skipped(history.not_finite_steps, history.skipped_steps - history.not_finite_steps),
@@ -93,9 +93,9 @@ def worse_than_before(
 
 
 def gone_astray(perplexities: Sequence[float], first: Sequence[float], last: Sequence[float]) -> str | None:
-    """The loss fell by a fifth or more, and the perplexity of reference answers has doubled.
+    """The KL to the teacher fell by a fifth or more, and the perplexity of reference answers has doubled.
 
-    `first` and `last` are losses of the first and the latest steps, which must not overlap.
+    `first` and `last` are KLs of the first and the latest steps, which must not overlap.
     """
     if len(perplexities) < 2 or len(first) < WINDOW or len(last) < WINDOW:
         return None
@@ -103,7 +103,7 @@ def gone_astray(perplexities: Sequence[float], first: Sequence[float], last: Seq
     if perplexities[-1] < _STRAY_FACTOR * perplexities[0] or after > _AGREEMENT * before:
         return None
     return (
-        f"the student learns to say what nobody asked for: the loss on its own responses fell from {_shown(before)} to "
+        f"the student learns to say what nobody asked for: the KL on its own responses fell from {_shown(before)} to "
         f"{_shown(after)}, while the perplexity of reference answers rose from {_shown(perplexities[0])} to "
         f"{_shown(perplexities[-1])}; set reference_share, such as [1, 0], or add a loss on hidden states"
     )

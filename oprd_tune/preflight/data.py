@@ -15,6 +15,7 @@ from oprd_tune.evaluation.during_training import BenchmarkEval
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
+from oprd_tune.teacher.self_teaching import is_student
 from oprd_tune.training.references import References
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
@@ -175,6 +176,11 @@ def _reader(
             raise ConfigError(
                 "teacher_weights is live, but the teacher reads what the student reads, so they never differ; give "
                 "dataset.teacher_prompt_template, with a column that helps, such as the answer"
+            )
+        if is_student(parts.record):
+            print(
+                "teacher: it begins with the student's weights and reads what the student reads, so at first there is "
+                "nothing to learn from it; dataset.teacher_prompt_template lets it read more"
             )
         return None
     _check_teacher_prompts(s, pair, train)

@@ -87,7 +87,7 @@ class Journal:
         history.add_cosines(step, self.logged)
         history.add_logprob_gap(self.logged)
         history.add_responses(self.logged)
-        history.add_loss(self.logged)
+        history.add_kl(self.logged)
         history.not_finite_steps += (
             result.loss is None and "loss/total" in self.logged
         )  # not logged if nothing was read

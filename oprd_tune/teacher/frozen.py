@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
@@ -38,7 +39,7 @@ class TappedTeacher:
         wanted = [(pair.teacher, index_T, self._projection(pair)) for pair in self._pairs]
         if final_index_T is not None:
             wanted.append((self._depth, final_index_T, None))
-        with evaluating(self._model):
+        with evaluating(self._model), torch.compiler.set_stance("force_eager"):  # a student's are compiled to train
             states = collect_states(self._model, tokens_BS, wanted)
         final_TC = states.pop() if final_index_T is not None else None
         return TeacherTargets({pair.student: state for pair, state in zip(self._pairs, states, strict=True)}, final_TC)

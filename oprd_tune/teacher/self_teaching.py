@@ -69,7 +69,7 @@ def check_teacher_weights(parts: Parts, settings: OPRDSettings, *, adapted: bool
         return
     kind = "live" if s.teacher_is_student else "ema"
     said = f"teacher_weights is {kind}"
-    if _plain_sections(record, "") != _plain_sections(record, "teacher_"):
+    if not is_student(record):
         raise ConfigError(f"{said}, which is for a student that teaches itself: give `teacher: student`")
     if parts.bridge is not None:
         raise ConfigError(f"{said}, but a bridge is fitted to a teacher that stays as it is; leave one of the two out")
@@ -81,6 +81,11 @@ def check_teacher_weights(parts: Parts, settings: OPRDSettings, *, adapted: bool
         raise ConfigError(f"{said}, but an offloaded teacher cannot change; give replicated or sharded")
     if kind == "ema" and adapted:
         raise ConfigError(f"{said}, which averages whole weights, but only adapters train; give initial or live")
+
+
+def is_student(record: Mapping[str, Any]) -> bool:
+    """Whether the teacher of a config is its student, as it is at the start."""
+    return _plain_sections(record, "") == _plain_sections(record, "teacher_")
 
 
 def _plain_sections(record: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:

@@ -77,8 +77,8 @@ def _first_in(
         return f"the student's weights are not, such as {weights[0]}: an update has overflowed; lower optimizer.lr"
     if of_teacher:
         return (
-            f"the teacher's states are not, first those for student layer {min(of_teacher)}. All its weights were "
-            "finite when they were read, so it overflows: set dtype=fp32, or take another teacher"
+            f"the teacher's states are not, first those for student layer {min(of_teacher)}, although its weights are: "
+            "it overflows; set dtype=fp32, or take another teacher"
         )
     if of_student:
         return (

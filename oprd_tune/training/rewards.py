@@ -39,10 +39,14 @@ class Rewards:
                 "or more"
             )
 
+    @property
+    def needed(self) -> bool:
+        """Whether a part of the loss reads advantages."""
+        return self._part is not None
+
     def __call__(self, rollout: Rollout, prompts: Prompts, metrics: Metrics) -> Rollout:
-        """The rollout with the advantage of each response; reference answers have none."""
-        if self._part is None:
-            return rollout
+        """The rollout with the advantage of each response; reference answers have none. Only where it is `needed`."""
+        assert self._part is not None
         rows = range(len(rollout)) if rollout.given_B is None else (~rollout.given_B).nonzero().flatten().tolist()
         index_N = torch.tensor([*rows], dtype=torch.long, device=rollout.tokens_BS.device)
         texts = decode_responses(rollout.tokens_BS[index_N], rollout.response_mask_BS[index_N], self._tokenizer)

@@ -75,10 +75,9 @@ class Student:
         """
         if model is self.model:
             return TappedTeacher(model, pairs)
-        teacher = FrozenTeacher(model, pairs, final=final, bridge=bridge)
         if (decay := self._settings.teacher_decay) is not None:
-            self.average = MovingAverage(self.model, model, decay)
-        return teacher
+            self.average = MovingAverage(self.model, model, decay)  # while the teacher has its head
+        return FrozenTeacher(model, pairs, final=final, bridge=bridge)
 
     def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.

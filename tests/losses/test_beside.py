@@ -11,6 +11,7 @@ from oprd_tune.errors import ConfigError
 from oprd_tune.losses import (
     Composite,
     FullReverseKL,
+    HiddenStateMSE,
     ReferenceCrossEntropy,
     SampledReverseKL,
     TaskReward,
@@ -109,5 +110,7 @@ def test_what_reads_nothing_is_told():
     with pytest.raises(ConfigError, match="SampledReverseKL needs what the sampler says"):
         Composite({"opd": SampledReverseKL()}).check(9, engine, references=True)
     top = TopKReverseKL(k=2, support="sampler")
-    with pytest.raises(ConfigError, match="TopKReverseKL needs what the sampler says"):
-        Composite({"opd": FullReverseKL(), "top": top}).check(9, engine, references=True)
+    for parts in ({"top": top}, {"sampled": SampledReverseKL(), "top": top}):
+        with pytest.raises(ConfigError, match="TopKReverseKL needs what the sampler says"):
+            Composite({**parts, "opd": FullReverseKL()}).check(9, engine, references=True)
+    Composite({"oprd": HiddenStateMSE(), "opd": SampledReverseKL()}).check(9, engine, references=True)

@@ -38,7 +38,7 @@ class ForwardKL(DenseTokenLoss):
     def objective(self, chunk, metrics):
         log_q_TV = chunk.log_p_TV - chunk.log_ratio_TV
         q_TV = log_q_TV.exp()
-        return -(q_TV * chunk.log_ratio_TV).sum(), chunk.log_p_TV.exp() - q_TV
+        return -(q_TV * chunk.log_ratio_TV).sum(-1), chunk.log_p_TV.exp() - q_TV
 
 
 def assert_same(got, wanted):

@@ -158,13 +158,13 @@ def test_repetition_is_said_of_a_run_whose_checkpoint_did_not_keep_it():
 
 
 def test_a_student_that_agrees_with_its_teacher_on_other_things():
-    falling = {"first_losses": [3.4] * WINDOW, "last_losses": [0.45] * WINDOW}
+    falling = {"first_kls": [3.4] * WINDOW, "last_kls": [0.45] * WINDOW}
     astray = (
-        "the student learns to say what nobody asked for: the loss on its own responses fell from 3.400 to 0.450, "
+        "the student learns to say what nobody asked for: the KL on its own responses fell from 3.400 to 0.450, "
         "while the perplexity of reference answers rose from 2.9e+04 to 3e+09; set reference_share, such as [1, 0], "
         "or add a loss on hidden states"
     )
     assert said(run(perplexities=(2.9e4, 3e9), **falling), ended=False) == [astray]
     assert said(run(perplexities=(2.9e4, 3e3), **falling), ended=False) == []
-    for losses in ([3.0] * WINDOW, [0.45]):
-        assert said(run(perplexities=(2.9e4, 3e9), **falling | {"last_losses": losses}), ended=False) == []
+    for kls in ([3.0] * WINDOW, [0.45]):
+        assert said(run(perplexities=(2.9e4, 3e9), **falling | {"last_kls": kls}), ended=False) == []

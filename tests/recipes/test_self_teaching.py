@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from oprd_tune.config import OPRDSettings
 from oprd_tune.losses.masking import response_tokens
+from oprd_tune.modeling.heads import LMHead
 from oprd_tune.run.launcher import run_recipe as launch
 from oprd_tune.teacher.self_teaching import MovingAverage
+from oprd_tune.training.student import Student
 from tests.conftest import ENDED, SMALL, assert_same_student, load_config, make_model, recipe_class
 
 CONSTANT = {"lr_scheduler._component_": "oprd_tune.training.constant_with_warmup", "checkpoint_every_n_steps": 1}
@@ -18,6 +21,12 @@ WEIGHTS = {
     "initial": {**SELF, "teacher_weights": "initial"},
     "live": {**SELF, "teacher_weights": "live"},
     "ema": {**SELF, "teacher_weights.ema": 0.5},
+}
+
+
+FILES = {
+    "teacher_checkpointer._component_": "oprd_tune.tiny.checkpointer",
+    "teacher_checkpointer.name": "teacher",
 }
 
 
@@ -140,6 +149,7 @@ def test_the_average_is_exact_where_the_teacher_is_coarse():
         ({"teacher_weights.ema": 0.5, "lora.rank": 4}, "only adapters train"),
         ({"teacher_weights": "live", "bridge.rank": 8, "bridge.prompts": 8}, "a bridge is fitted to a teacher"),
         ({"~student": None}, "there is no `student`"),
+        ({"teacher_model._component_": "oprd_tune.tiny.tiny_qwen2", **FILES}, "teacher has no effect beside"),
     ],
 )
 def test_what_cannot_work_is_told_before_weights_are_read(tmp_path, capsys, overrides, said):
@@ -152,3 +162,23 @@ def test_what_cannot_work_is_told_before_weights_are_read(tmp_path, capsys, over
             del cfg[key[1:]]
     assert launch(recipe_class(cfg.recipe), cfg) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_follows_too_although_the_teacher_is_cut_off_from_it(tied):
+    model, first = make_model(tied=tied), make_model(tied=tied)
+    student = object.__new__(Student)
+    student.model, student._settings = (
+        model,
+        OPRDSettings(
+            output_dir="out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, teacher_weights={"ema": 0.5}
+        ),
+    )
+    head = LMHead(first)
+    student.taught_by(first, [], final=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    before = head.weight_VD.clone()
+    student.average.update()
+    torch.testing.assert_close(head.weight_VD, before + 0.5)
