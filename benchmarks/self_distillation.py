@@ -27,7 +27,7 @@ from oprd_tune.losses.composite import Composite
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.registry import config_files, recipe_files, recipe_named_in
 
-HINT = "{answer} {prompt}"
+HINT = "'{answer} {prompt}'"  # quoted, or it would be read as YAML's own braces
 TOKENS = (
     *("student=tiny/hinted", "teacher=student"),
     *(f"dataset.teacher_prompt_template={HINT}", f"eval_dataset.teacher_prompt_template={HINT}"),
@@ -35,8 +35,8 @@ TOKENS = (
 FORWARD = (*TOKENS, "loss._component_=oprd_tune.losses.ForwardKL")
 LIVE = "teacher_weights=live"
 CASES = {
-    "hidden states": Case("tiny/self_distillation", (1e-3, 3e-3, 6e-3)),
-    "hidden states, live teacher": Case("tiny/self_distillation", (1e-3, 3e-3, 6e-3), (LIVE,)),
+    "hidden states": Case("tiny/self_distillation", (5e-4, 1e-3, 2e-3)),
+    "hidden states, live teacher": Case("tiny/self_distillation", (5e-4, 1e-3, 2e-3), (LIVE,)),
     "full KL": Case("tiny/opd_full", (3e-4, 1e-3, 3e-3), TOKENS),
     "full KL, live teacher": Case("tiny/opd_full", (3e-4, 1e-3, 3e-3), (*TOKENS, LIVE)),
     "forward KL": Case("tiny/opd_full", (3e-4, 1e-3, 3e-3), FORWARD),

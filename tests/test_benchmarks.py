@@ -79,7 +79,7 @@ def test_objectives(tmp_path):
     assert (tmp_path / "objectives.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_self_distillation(tmp_path):
     words = ("--steps", "2", "--objectives", "full KL, live teacher", "--rates", "1e-4", "--seeds", "1", "--jobs", "2")
     (found,) = run("self_distillation.py", tmp_path, *words).values()
