@@ -53,7 +53,7 @@ def test_a_shape_true_rehearsal_runs_within_the_predicted_memory():
     assert result["predicted_bytes"] == pytest.approx(result["measured_bytes"], rel=0.15)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_take_what_is_predicted_for_two():
     name, config = "tests.rehearsal", "qwen2_5_0_5b_to_0_5b"
     with tempfile.TemporaryDirectory() as folder:

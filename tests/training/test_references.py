@@ -99,8 +99,11 @@ def run(out, config="tiny/oprd", status=ENDED, **overrides):
     return [row for row in map(json.loads, rows) if "loss/total" in row]
 
 
-@pytest.mark.parametrize("config", ["tiny/oprd", "tiny/opd_topk", "tiny/cross_tokenizer"])
-@pytest.mark.parametrize("ahead", [{}, {**AHEAD}], ids=["in step", "one step ahead"])
+@pytest.mark.parametrize(
+    ("config", "ahead"),
+    [("tiny/oprd", {}), ("tiny/opd_topk", {}), ("tiny/cross_tokenizer", {}), ("tiny/oprd", AHEAD)],
+    ids=["oprd", "opd_topk", "cross_tokenizer", "one step ahead"],
+)
 def test_a_run_goes_over_from_answers_to_samples_and_resumes(tmp_path, config, ahead):
     whole = run(tmp_path / "whole", config, reference_share="[1,0]", log_samples_every_n_steps=1, **ahead)
     assert [row["rollout/reference_share"] for row in whole] == pytest.approx([1, 0.75, 0.25, 0], abs=0.01)
