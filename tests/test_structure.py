@@ -184,6 +184,15 @@ def test_the_page_of_the_bridge_quotes_accuracies_as_measured():
         assert f"| {accuracy:.3f} |" in rows[name], name
 
 
+def test_the_page_of_oprd_quotes_self_distillation_as_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "self_distillation.json").read_text())
+    page = (ROOT / "docs" / "oprd_distributed.md").read_text()
+    for name, measured in found.items():
+        accuracy = statistics.fmean(run["student_after"] for run in measured["runs"])
+        before, after = measured["pivots"]
+        assert f"| {name} | {accuracy:.3f} | {before:.3f}, {after:.3f} |" in page
+
+
 def test_the_readme_quotes_costs_as_measured():
     rows = json.loads((ROOT / "benchmarks" / "results" / "update_cost.json").read_text())
     cost = {(r["objective"], r["formulation"]): r for r in rows if r["tokens"] == 2048}
