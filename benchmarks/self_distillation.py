@@ -1,6 +1,6 @@
 """A student that teaches itself with a hint, by hidden states and by tokens, and where its gradient comes from.
 
-    python benchmarks/self_distillation.py --jobs 2      all of it; about twenty minutes on two cores; --steps 150 is what the docs show
+    python benchmarks/self_distillation.py --jobs 2 --steps 150      all of it; about twenty minutes on two cores
 
 The student of `tiny/self_distillation` adds badly, but well if it reads the answer first. Its teacher is itself with
 that hint. Rates, seeds and processes are as in objectives.py. The table also has the share of the gradient's squared
