@@ -27,8 +27,8 @@ CONFIG, MODEL, PROMPTS = "smollm2_135m_self_distillation", "HuggingFaceTB/SmolLM
 QUIET = ("preflight=false", "evaluate_every_n_steps=1000", "log_samples_every_n_steps=1000", "device=cpu")
 STATES = ("recipe=oprd_distributed", "loss._component_=oprd_tune.losses.HiddenStateMSE")
 CASES = {
-    "full KL": Case(CONFIG, (1e-5, 3e-5)),
-    "last hidden states": Case(CONFIG, (1e-5, 3e-5), STATES, recipe_files()["oprd_distributed"]),
+    "full KL": Case(CONFIG, (2e-5,)),
+    "last hidden states": Case(CONFIG, (2e-5,), STATES, recipe_files()["oprd_distributed"]),
 }
 
 
