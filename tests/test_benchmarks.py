@@ -96,7 +96,7 @@ def test_grading(tmp_path):
     assert "| 2 |" in (tmp_path / "grading.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prompts(tmp_path):
     rows = run("prompts.py", tmp_path, "--count", "30", "--repeats", "1", "--threads", "1")
     assert [(row["kind"], row["threads"], row["prompts"]) for row in rows] == [("text", 1, 30), ("messages", 1, 30)]
@@ -104,7 +104,7 @@ def test_prompts(tmp_path):
     assert "| text | 1 | 30 |" in (tmp_path / "prompts.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_healthy_and_sick(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "healthy_and_sick.py"), "--out", str(tmp_path), "--steps", "2"]
     done = subprocess.run([*command, "--runs", "rate too high"], capture_output=True, text=True, check=False)

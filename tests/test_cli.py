@@ -49,6 +49,7 @@ def test_a_torchtune_config_is_refused_by_name(tmp_path):
     assert "error: this config belongs to full_finetune_single_device" in result.stderr
 
 
+@pytest.mark.long
 def test_module_form_works_without_the_hook(tmp_path):
     listed = call(TUNE, "ls", cwd=tmp_path, OPRD_TUNE_NO_HOOK="1").stdout
     assert "full_finetune_single_device" in listed

@@ -55,6 +55,7 @@ def test_every_device_gets_a_process_and_the_first_one_speaks(start, out):
     assert len(list((out / "tensorboard").glob("events*"))) == 1
 
 
+@pytest.mark.long
 def test_a_mistake_is_told_once(start, out):
     process = start("oprd_distributed", "tiny/oprd", out, layers="[9]")
     _, errors = process.communicate(timeout=120)
@@ -75,6 +76,7 @@ def test_a_mistake_is_the_last_line_of_a_job_of_torchrun(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: layers has [9]; the student's layers count from 1 to 4")
 
 
+@pytest.mark.long
 def test_ranks_of_a_run_that_helped_nothing_end_together(start, out):
     process = start("oprd_distributed", "tiny/oprd", out, max_new_tokens=1, truncated_responses="drop", max_steps=2)
     _, errors = process.communicate(timeout=120)

@@ -28,7 +28,7 @@ def gain(out, config, change=None, **overrides):
     return summary["student_after"] - summary["student_before"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wider_deeper_teacher_of_another_seed_teaches_through_a_bridge(tmp_path):
     assert gain(tmp_path, "tiny/bridge", **RATE) >= 0.10
 

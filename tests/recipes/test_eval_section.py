@@ -188,6 +188,7 @@ def on_ranks(rank, folder, name):
     assert run(folder / name, **{**EVAL, **few}, teacher_placement="sharded", **{"eval.teacher": "true"}) in ENDED
 
 
+@pytest.mark.long
 def test_two_processes_give_the_answers_of_one(tmp_path):
     """Also where one of them has no problem."""
     on_ranks(0, tmp_path, "one")

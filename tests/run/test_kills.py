@@ -8,7 +8,7 @@ import pytest
 from tests.kill_runs import live, shares
 
 SHARES = shares(4)
-MARKS = dict.fromkeys(("bridge", "math_eval"), pytest.mark.long)
+MARKS = dict.fromkeys(("two ranks", "bridge", "math_eval"), pytest.mark.long)
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def evaluation(folder):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_two_evaluations_at_once_in_one_folder(out, capsys):
     first = evaluation(out)
     end = time.monotonic() + 120
@@ -129,6 +130,7 @@ def on_two_ranks(rank, folder):
     sys.stderr.flush()
 
 
+@pytest.mark.long
 def test_every_rank_of_an_evaluation_is_told(tmp_path):
     (tmp_path / "out").mkdir()
     process = holder(tmp_path / "out")

@@ -13,7 +13,7 @@ from tests.vllm.students import PROMPTS, write_for_vllm
 from tests.vllm.test_exports import NAMES, greedy_tokens
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def sample(rank, folder):

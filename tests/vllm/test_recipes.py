@@ -46,6 +46,7 @@ def test_closes_the_gap_as_with_the_native_engine(out):
     assert "largest gap of sampler and trainer" in done.stdout
 
 
+@pytest.mark.long
 def test_answers_to_benchmarks_are_sampled_by_vllm_and_leave_training_alone(out, tmp_path):
     vllm = {"rollout._component_": "oprd_tune.rollout.VLLMColocated", "rollout.kv_cache_gib": 0.25}
     held_out = {"_component_": "oprd_tune.tiny.addition", "split": "held_out", "count": 12}
@@ -65,6 +66,7 @@ def test_answers_to_benchmarks_are_sampled_by_vllm_and_leave_training_alone(out,
     assert len(answers) == 3 * 12 * 4
 
 
+@pytest.mark.long
 def test_auto_takes_vllm_and_a_resumed_run_keeps_it(out):
     extra = {"dtype": "bf16", "master_dtype": "fp32"}
     recipe, config = "opd_topk_distributed", "tiny/opd_topk"
