@@ -17,6 +17,7 @@ from oprd_tune.modeling.families import STATED, family_of, transformers_config
 from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
 from oprd_tune.modeling.folders import read_config
 
+_MOST_POSITIONS = 2**24  # each has a row in a table of rotations
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 
 
@@ -74,7 +75,7 @@ def decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any] |
     family = family_of(read_config(folder))
     arguments = family.arguments(transformers_config(folder))
     if max_seq_len is not None:
-        check_whole("max_seq_len", max_seq_len)
+        check_whole("max_seq_len", max_seq_len, at_most=_MOST_POSITIONS)
         arguments["max_seq_len"] = max_seq_len
     if lora is None:
         return family.build(**arguments)

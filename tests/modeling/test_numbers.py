@@ -188,3 +188,9 @@ def test_files_that_lack_a_head_or_have_further_blocks_are_told_with_the_likely_
     change(folder, tie_word_embeddings=True, num_hidden_layers=2)
     with pytest.raises(ConfigError, match=r"have unknown layers.2.* num_hidden_layers may be too small"):
         check(folder)
+
+
+@pytest.mark.parametrize("length", [0, 999_999_999])
+def test_a_context_that_no_memory_holds_is_refused(length, llama_folder):
+    with pytest.raises(ConfigError, match=f"max_seq_len is {length}; it must be a whole number"):
+        decoder(str(llama_folder), max_seq_len=length)
