@@ -75,7 +75,7 @@ def as_table(found: dict[str, Any], args: argparse.Namespace) -> str:
         "",
         f"{args.steps} steps of 8 responses to problems of GSM8K. KL(student ‖ first weights with the solution) on the "
         f"student's answers to {args.held_out} held-out problems, in nats a token, is {found['before']:.3f} before "
-        f"training. torch {version('torch')}, CPU. `python benchmarks/worked_solutions.py`",
+        f"training. torch {version('torch')}, CPU. `python benchmarks/worked_solutions.py --held-out {args.held_out}`",
         "",
         "| objective | rate | KL on held-out problems | loss, first and last step |",
         "|---|---|---|---|",
