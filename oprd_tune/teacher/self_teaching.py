@@ -22,7 +22,8 @@ class MovingAverage:
 
     Args:
         student: the student, before its first step. Only what trains is averaged.
-        teacher: a model with the student's first weights and the student's names. It may be cut, replicated or sharded.
+        teacher: a model with the student's first weights and the student's names, replicated or sharded. What it has
+            lost by now does not follow, so it must still have a head that a loss reads.
         decay: d, within 0 and 1. 1 would be a frozen copy.
     """
 
