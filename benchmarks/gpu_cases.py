@@ -82,6 +82,7 @@ CASES = (  # those that compile first, because they take longest
     Case("OPRD + full KL", "tiny/oprd_plus_opd", (BF16, MASTER)),
     Case("bridge + full KL", "tiny/bridge_plus_opd", (BF16, MASTER, *BRIDGE)),
     Case("bridge, then full KL", "tiny/bridge_then_opd", ("student=tiny/student",)),
+    Case("two teachers", "tiny/two_teachers", (BF16, MASTER)),
     Case("taught by itself", "tiny/self_distillation", (BF16, MASTER)),
     Case("taught by itself, live", "tiny/self_distillation", (BF16, MASTER, RECOMPUTED, "teacher_weights=live")),
     Case("taught by itself, average", "tiny/self_distillation", (BF16, MASTER, "teacher_weights.ema=0.9")),

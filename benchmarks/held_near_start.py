@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import config
 
-from oprd_tune.preflight import load_pair
+from oprd_tune.preflight import load_pairs
 from oprd_tune.run import load_recipe
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.teacher.loading import load_teacher
@@ -30,12 +30,12 @@ class HeldNearStart:
     """
 
     def __init__(self, recipe: Any) -> None:
-        own_layers = [LayerPair(pair.student, pair.student) for pair in recipe.pairs]
+        own_layers = [LayerPair(pair.student, pair.student) for pair in recipe.teachers[0].pairs]
         parts, s = recipe.run.parts, recipe.settings
-        files = load_pair(parts, s, hidden_loss=True, token_loss=True).student_files
+        files = load_pairs(parts, s, hidden_loss=True, token_loss=True).student_files
         start, _ = load_teacher(parts.model, files, dtype=s.torch_dtype, device=recipe.ranks.device)
         self._start = FrozenTeacher(start, own_layers)
-        self._teacher, self._bridge = recipe.teacher, recipe.bridge
+        self._teacher, self._bridge = recipe.teachers[0].teacher, recipe.teachers[0].bridge
 
     def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
         """See `oprd_tune.protocols.Teacher`."""
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> int:
     """Run the recipe with another teacher."""
     recipe: Any = load_recipe("opd_topk_distributed")(cfg)
     recipe.setup()
-    recipe.teacher = HeldNearStart(recipe)
+    recipe.teachers[0].teacher = HeldNearStart(recipe)
     return recipe.train()
 
 

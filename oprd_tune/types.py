@@ -28,12 +28,14 @@ class Prompts:
             ranks, and neither does sampling noise that is seeded with it.
         answers: reference answers; None for a prompt without one.
         teacher_tokens: the prompts as the teacher reads them, if it has another tokenizer or reads more; else None.
+        teachers: the name of each prompt's teacher; None if there is one teacher.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     positions: tuple[int, ...]
     answers: tuple[str | None, ...]
     teacher_tokens: tuple[tuple[int, ...], ...] | None = None
+    teachers: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -144,6 +146,8 @@ class Rollout:
         advantage_B: each response's advantage by a task's reward; None if nothing was graded.
         logprob_gap: difference from the trainer, measured when an engine with its own weights samples.
         reading: the rows as the teacher reads them; None if both models read the same.
+        teacher_B: the number of each row's teacher; None if there is one teacher.
+        teacher: the number of the teacher that reads all rows of a microbatch; 0 if there is one.
     """
 
     tokens_BS: Tensor
@@ -159,6 +163,8 @@ class Rollout:
     advantage_B: Tensor | None = None
     logprob_gap: LogprobGap | None = None
     reading: Reading | None = None
+    teacher_B: Tensor | None = None
+    teacher: int = 0
 
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
@@ -192,6 +198,13 @@ class Rollout:
         trimmed: dict[str, Any] = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
         reading = None if self.reading is None else self.reading.rows(index_B, width)
         return replace(self, **trimmed, reading=reading)
+
+    def of_teacher(self, number: int) -> Rollout:
+        """The rows that a teacher reads; one idle row if there are none."""
+        if self.teacher_B is None:
+            return self
+        index_B = (self.teacher_B == number).nonzero(as_tuple=True)[0]
+        return replace(self.rows(index_B) if len(index_B) else self.idle(), teacher=number)
 
     def split(self, tokens_per_micro_batch: int) -> list[Rollout]:
         """Cut into microbatches of at most `tokens_per_micro_batch` tokens, padding included, longest rows first.

@@ -21,24 +21,24 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config
 
-from oprd_tune.config import OPRDSettings, construct, resolve
+from oprd_tune.config import OPRDSettings, resolve
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.composite import as_composite
 from oprd_tune.losses.diagnostics import Probe
 from oprd_tune.losses.masking import StateSelector
 from oprd_tune.metrics import Metrics, StepResult
-from oprd_tune.modeling.heads import Heads, LMHead
 from oprd_tune.modeling.taps import layer_taps
-from oprd_tune.preflight import load_data, load_pair, preflight
+from oprd_tune.preflight import load_data, load_pairs, preflight
 from oprd_tune.run import Run, join_run, launch
 from oprd_tune.selection import ResponseTokens
-from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
+from oprd_tune.training.bridge_fit import check_bridges
 from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.engine_start import start_engine
 from oprd_tune.training.gradients import split_alike
 from oprd_tune.training.rewards import Rewards
 from oprd_tune.training.student import Student
+from oprd_tune.training.teachers import TeacherSide, load_teachers
 from oprd_tune.types import Prompts, Rollout, TeacherTargets
 
 RECIPE = "opd_topk_distributed"
@@ -56,7 +56,7 @@ class OPDRecipe:
         """One optimizer step on this process's prompts."""
         run, metrics = self.run, Metrics()
         sampled = run.sample(prompts)  # or an error, which leaves the step undone
-        sampled = self.data.read(sampled, prompts)  # adds what the teacher reads, if that is another prompt
+        sampled = self.data.read(sampled, prompts)  # adds what the teacher reads, if that is something else
         if self.rewards.needed:
             with run.phase("grading"):
                 sampled = self.rewards(sampled, prompts, metrics)
@@ -68,41 +68,45 @@ class OPDRecipe:
         count_P = torch.tensor(counts, device=self.ranks.device).clamp(min=1)  # a part may have nothing to read
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
-        calibrate(self.loss.hidden, self.teacher, micro_batches, self.select, self.ranks)
+        calibrate(self.loss.hidden, self.teachers, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens, and
         # losses that leave out samples or reference answers.
         chosen = [(self.select.tokens(micro), self.select(micro)) for micro in micro_batches]
 
         for micro, (tokens, selection) in zip(micro_batches, chosen, strict=True):
+            teacher = self.teachers.of(micro)
             with run.phase("teacher"):
-                targets = self.teacher.targets(micro.teacher_tokens, selection.teacher_index_T, tokens.teacher_index_T)
+                targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, tokens.teacher_index_T)
             with run.phase("student"):
                 stream = self.loss.stream(
                     *(targets, tokens, selection),
-                    heads=self.heads,
-                    pairs=self.pairs,
-                    bridge=self.bridge,
-                    probe=self.probe(targets, tokens, micro, rollout),
+                    heads=teacher.heads,
+                    pairs=teacher.pairs,
+                    bridge=teacher.bridge,
+                    probe=self.probe(teacher, targets, tokens, micro, rollout),
                 )
                 with layer_taps(self.student.model, stream.layers, stream):
                     sum_P = self.student.model(micro.tokens_BS)  # each part's sum over tokens, weighted
-                self.student.backward(sum_P, count_P, last=micro is micro_batches[-1])
-            metrics.merge(stream.metrics)
+                self.student.backward(sum_P, count_P, last=micro is micro_batches[-1], teacher=teacher.name)
+            teacher.merge(metrics, stream.metrics)
 
-        step = (self.student.model, self.teacher, micro_batches, self.select, self.ranks)
+        step = (self.student.model, self.teachers, micro_batches, self.select, self.ranks)
         with run.phase("optimizer"), culprit_named(*step, final=True):
             loss = self.student.update(run.step + 1, metrics, part_names=self.loss.parts)
         return StepResult(loss, sampled, metrics)
 
-    def probe(self, targets: TeacherTargets, tokens: ResponseTokens, micro: Rollout, rollout: Rollout) -> Probe | None:
+    def probe(
+        self, teacher: TeacherSide, targets: TeacherTargets, tokens: ResponseTokens, micro: Rollout, rollout: Rollout
+    ) -> Probe | None:
         """Every so many steps, a look at both whole distributions at some of the microbatch's tokens."""
         s = self.settings
         if s.diagnostics_every_n_steps is None or (self.run.step + 1) % s.diagnostics_every_n_steps:
             return None
         assert targets.final_TC is not None
+        assert teacher.heads is not None
         everywhere = rollout.response_tokens * self.ranks.world_size
         share = math.ceil(s.diagnostics_tokens * len(tokens) / everywhere)
-        return Probe(self.heads, targets.final_TC, tokens, micro, count=share, k=s.diagnostics_k)
+        return Probe(teacher.heads, targets.final_TC, tokens, micro, count=share, k=s.diagnostics_k)
 
     def setup(self) -> None:
         """Check everything, then load it. What can be wrong is found before weights are read."""
@@ -114,22 +118,19 @@ class OPDRecipe:
             raise ConfigError("loss has no token part; losses on hidden states alone are for oprd_distributed")
         if s.compile:
             self.loss.compile()
-        plan = construct(parts.bridge)  # None without that section
-        pair = load_pair(parts, s, hidden_loss=self.loss.hidden is not None, token_loss=True)
-        self.pairs = pair.layers
-        self.loss.check(pair.vocabulary, self.engine, references=s.takes_references)
-        self.data = load_data(parts, s, pair, self.ranks)
+        # The student with its teacher, or with each of several.
+        pairs = load_pairs(parts, s, hidden_loss=self.loss.hidden is not None, token_loss=True)
+        self.loss.check(pairs.vocabulary, self.engine, references=s.takes_references)
+        self.data = load_data(parts, s, pairs, self.ranks)
         self.rewards = Rewards(self.loss, self.data, s)
-        check_bridge(plan, self.loss.hidden, pair)
-        preflight(parts, s, pair, self.data, self.loss, self.engine, plan)
+        check_bridges(self.loss.hidden, pairs)
+        preflight(parts, s, pairs, self.data, self.loss, self.engine)
 
         run.open()
-        self.student = Student(parts, s, pair.student_files, self.ranks, top=pair.depth, trains_head=True)
-        start_engine(self.engine, self.student, pair, self.data, s, top_k_ids=self.loss.sampler_top_k)
-        teacher = run.load_teacher(pair, self.data, self.student, top=None)
-        self.heads = Heads(LMHead(self.student.model), LMHead(teacher, "teacher_model"), pair.vocabulary)
-        self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
-        self.teacher = self.student.taught_by(teacher, self.pairs, final=True, bridge=self.bridge)
+        self.student = Student(parts, s, pairs.student_files, self.ranks, top=pairs.depth, trains_head=True)
+        start_engine(self.engine, self.student, pairs, self.data, s, top_k_ids=self.loss.sampler_top_k)
+        taught = (pairs, self.data, self.student, self.engine, self.select)
+        self.teachers = load_teachers(run.load_teacher, *taught, token_loss=True)
         run.begin(self.student, self.data, self.engine, loss=self.loss)
 
     def train(self) -> int:

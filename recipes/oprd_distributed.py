@@ -18,21 +18,22 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
-from oprd_tune.config import OPRDSettings, construct, resolve
+from oprd_tune.config import OPRDSettings, resolve
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses import HiddenStateLoss
 from oprd_tune.losses.masking import StateSelector
 from oprd_tune.metrics import Metrics, StepResult
 from oprd_tune.modeling.taps import layer_taps
-from oprd_tune.preflight import load_data, load_pair, preflight
+from oprd_tune.preflight import load_data, load_pairs, preflight
 from oprd_tune.run import Run, join_run, launch
-from oprd_tune.training.bridge_fit import check_bridge, fit_or_load
+from oprd_tune.training.bridge_fit import check_bridges
 from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.diagnosis import Diagnosis
 from oprd_tune.training.engine_start import start_engine
 from oprd_tune.training.gradients import split_alike
 from oprd_tune.training.student import Student
+from oprd_tune.training.teachers import load_teachers
 from oprd_tune.types import Prompts
 
 RECIPE = "oprd_distributed"
@@ -50,7 +51,7 @@ class OPRDRecipe:
         """One optimizer step on this process's prompts."""
         run, metrics = self.run, Metrics()
         sampled = run.sample(prompts)  # or an error, which leaves the step undone
-        sampled = self.data.read(sampled, prompts)  # adds the teacher's own tokens, if it has another tokenizer
+        sampled = self.data.read(sampled, prompts)  # adds what the teacher reads, if that is something else
         rollout = sampled.without_truncated(self.settings.truncated_responses)
         # One denominator for the whole step, over all processes and microbatches, known before the first backward.
         count = self.ranks.sum(self.select(rollout).count)
@@ -58,24 +59,25 @@ class OPRDRecipe:
             return StepResult(None, sampled, metrics)
         if self.diagnosis.is_due(run.step + 1):
             with run.phase("diagnosis"):
-                metrics.merge(self.diagnosis(rollout, self.teacher))
+                metrics.merge(self.diagnosis(rollout))
         micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
         # Does nothing, but in the first step of a loss normalised by `rms`.
-        calibrate(self.loss, self.teacher, micro_batches, self.select, self.ranks)
+        calibrate(self.loss, self.teachers, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, nothing does.
         selections = [self.select(micro) for micro in micro_batches]
 
         for micro, selection in zip(micro_batches, selections, strict=True):
+            teacher = self.teachers.of(micro)
             with run.phase("teacher"):
-                targets = self.teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
+                targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
             with run.phase("student"):
-                stream = self.loss.stream(self.pairs, targets.states, selection, self.bridge)
+                stream = self.loss.stream(teacher.pairs, targets.states, selection, teacher.bridge)
                 with layer_taps(self.student.model, stream.layers, stream):
                     loss_sum = self.student.model(micro.tokens_BS)  # the last tap stands where the LM head was
-                self.student.backward(loss_sum, count, last=micro is micro_batches[-1])
-            metrics.merge(stream.metrics)
+                self.student.backward(loss_sum, count, last=micro is micro_batches[-1], teacher=teacher.name)
+            teacher.merge(metrics, stream.metrics)
 
-        step = (self.student.model, self.teacher, micro_batches, self.select, self.ranks)
+        step = (self.student.model, self.teachers, micro_batches, self.select, self.ranks)
         with run.phase("optimizer"), culprit_named(*step):
             loss = self.student.update(run.step + 1, metrics)
         return StepResult(loss, sampled, metrics)
@@ -90,21 +92,17 @@ class OPRDRecipe:
             raise ConfigError(f"{type(self.loss).__name__} is no loss on hidden states; opd_topk_distributed takes it")
         if s.compile:
             self.loss.compile()
-        plan = construct(parts.bridge)  # None without that section
-        pair = load_pair(parts, s)
-        self.pairs = pair.layers
-        self.data = load_data(parts, s, pair, self.ranks)
-        check_bridge(plan, self.loss, pair)
-        preflight(parts, s, pair, self.data, self.loss, self.engine, plan)
+        pairs = load_pairs(parts, s)  # the student with its teacher, or with each of several
+        self.data = load_data(parts, s, pairs, self.ranks)
+        check_bridges(self.loss, pairs)
+        preflight(parts, s, pairs, self.data, self.loss, self.engine)
 
         run.open()
-        top = self.pairs[-1].student
-        self.student = Student(parts, s, pair.student_files, self.ranks, top=top, trains_head=False)
-        start_engine(self.engine, self.student, pair, self.data, s)
-        teacher = run.load_teacher(pair, self.data, self.student, top=pair.teacher_top(plan))
-        self.diagnosis = Diagnosis(self.student.model, teacher, pair, s, self.ranks)  # while the teacher has its head
-        self.bridge = fit_or_load(plan, s, pair, self.data, self.engine, self.student.model, teacher, self.select)
-        self.teacher = self.student.taught_by(teacher, self.pairs, final=pair.diagnosed, bridge=self.bridge)
+        self.student = Student(parts, s, pairs.student_files, self.ranks, top=pairs.top, trains_head=False)
+        start_engine(self.engine, self.student, pairs, self.data, s)
+        taught = (pairs, self.data, self.student, self.engine, self.select)
+        self.teachers = load_teachers(run.load_teacher, *taught, token_loss=False)
+        self.diagnosis = Diagnosis(self.student.model, self.teachers, s, self.ranks)
         run.begin(self.student, self.data, self.engine, loss=self.loss)
 
     def train(self) -> int:

@@ -64,7 +64,7 @@ SHAPES = {
 
 def with_folders(cfg, folder):
     """The config with folders without weights, but with config.json and tokenizer, in place of its models' names."""
-    for model in ("student", "teacher"):
+    for model in ("student",) if "teachers" in cfg else ("student", "teacher"):
         if cfg[model] == "outputs/tiny_bridge/final":
             cfg[model] = "tiny/student"
         if cfg[model] != "student" and not cfg[model].startswith("tiny/"):

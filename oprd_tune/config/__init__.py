@@ -2,10 +2,11 @@
 
 from oprd_tune.config.components import Component, construct
 from oprd_tune.config.eval_section import EvalSection
-from oprd_tune.config.parts import EvalParts, Parts, resolve
+from oprd_tune.config.parts import ONLY_TEACHER, EvalParts, Parts, resolve
 from oprd_tune.config.settings import EvalSettings, OPRDSettings
 
 __all__ = [
+    "ONLY_TEACHER",
     "Component",
     "EvalParts",
     "EvalSection",

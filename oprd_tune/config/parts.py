@@ -13,10 +13,14 @@ from oprd_tune.config.checks import typed
 from oprd_tune.config.components import Component, nearest
 from oprd_tune.config.eval_section import EvalSection, named_components
 from oprd_tune.config.settings import FREE_ON_RESUME, free_fields
+from oprd_tune.config.several_teachers import COMPONENTS, TeacherEntry
 from oprd_tune.config.short_form import NAMES, expand, shortened
 from oprd_tune.errors import ConfigError
 from oprd_tune.registry import full_name
 from oprd_tune.torchtune_compat import recipe_of_running_config
+
+ONLY_TEACHER = "teacher"  # its name where a config has one
+SettingsT = TypeVar("SettingsT")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class EngineParts:
         may_differ = free_fields(settings) | free_fields(type(self))
         for component in self.components():
             may_differ |= component.free_on_resume
+        may_differ |= {f"teachers.{name}.{key}" for name in self.record.get("teachers") or {} for key in may_differ}
         own = getattr(self, "eval", None)
         may_differ |= {"eval"} if own is None or saved.get("eval") is None else own.free_on_resume
         return _differences(saved, self.record, may_differ)
@@ -60,6 +65,7 @@ class EngineParts:
 class Parts(EngineParts):
     """A training recipe's components, by config key. A component with a default is optional.
 
+    With several `teachers`, `of_each_teacher` has what is a teacher's own; the fields here then hold the first one's.
     For more components in a recipe of your own, derive a frozen dataclass, and give each new field the default None.
     """
 
@@ -79,6 +85,26 @@ class Parts(EngineParts):
     reader: Component | None = None
     bridge: Component | None = None
     eval: EvalSection | None = field(default=None, metadata={"find": EvalSection.find})
+    teachers: Mapping[str, TeacherEntry] | None = field(default=None, metadata={"find": TeacherEntry.find_all})
+
+    def of_each_teacher(self, settings: SettingsT) -> dict[str, tuple[Parts, SettingsT]]:
+        """The components and scalars of a config with each of the teachers alone, by its name.
+
+        Raises:
+            ConfigError: if one of a teacher's scalars cannot be.
+        """
+        if not self.teachers:
+            return {ONLY_TEACHER: (self, settings)}
+        found, hints = {}, get_type_hints(type(settings))
+        for name, entry in self.teachers.items():
+            own = dict.fromkeys(COMPONENTS) | dict(entry.components)
+            try:
+                scalars = {key: typed(key, value, hints[key]) for key, value in entry.scalars.items()}
+                parts = replace(self, record={**self.record, **entry.record}, teachers=None, **own)  # type: ignore[arg-type]
+                found[name] = parts, replace(settings, **scalars)  # type: ignore[type-var]
+            except ConfigError as error:
+                raise ConfigError(f"teachers.{name}: {error}") from error
+        return found
 
 
 @dataclass(frozen=True)
@@ -88,7 +114,6 @@ class EvalParts(EngineParts):
     benchmarks: Mapping[str, Component] = field(metadata={"find": named_components})
 
 
-SettingsT = TypeVar("SettingsT")
 PartsT = TypeVar("PartsT", bound=EngineParts)
 
 
@@ -129,13 +154,15 @@ def resolve(
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown config key {key!r}{nearest(key, known)}")
+    first: Mapping[str, Any] = next(iter((values.get("teachers") or {}).values()), {})
+    of_components = values | {key: first[key] for key in COMPONENTS if key in first}
     required = [name for name, f in (scalar_fields | part_fields).items() if f.default is MISSING]
-    if missing := [name for name in required if values.get(name) is None]:
+    if missing := [name for name in required if of_components.get(name) is None]:
         raise ConfigError(f"the config lacks {', '.join(shortened(missing))}")
     found: dict[str, Any] = {
-        name: f.metadata.get("find", Component.find)(name, values[name])
+        name: f.metadata.get("find", Component.find)(name, of_components[name])
         for name, f in part_fields.items()
-        if values.get(name) is not None
+        if of_components.get(name) is not None
     }
     hints = get_type_hints(settings)
     scalars = {name: typed(name, values[name], hints[name]) for name in scalar_fields if name in values}

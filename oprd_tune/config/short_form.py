@@ -8,6 +8,7 @@ from typing import Any
 
 from oprd_tune.config.components import takes
 from oprd_tune.config.profiles import with_profile
+from oprd_tune.config.several_teachers import expand_teachers
 from oprd_tune.data.tokenizer_files import conventions
 from oprd_tune.data.vocabularies import share_tokens
 from oprd_tune.errors import ConfigError
@@ -48,7 +49,8 @@ def expand(values: Mapping[str, Any]) -> Values:
 
     `student` and `teacher` imply sections. A section that the config has itself takes the place of an implied one if it
     has a `_component_`, and adds to it if it has none. Any other section without a `_component_` gets the usual one. An
-    engine may be a word. A logger that takes a `log_dir` gets one in the run's folder.
+    engine may be a word. A logger that takes a `log_dir` gets one in the run's folder. Each of several `teachers` is
+    expanded as if it were the only one.
 
     Args:
         values: the config's content as plain values.
@@ -57,6 +59,10 @@ def expand(values: Mapping[str, Any]) -> Values:
         ConfigError: if a model cannot be found or used, or if a name has no effect.
     """
     found = {key: _without_empty_component(value) for key, value in values.items()}
+    if found.get("teachers") is not None:
+        if not isinstance(found["teachers"], Mapping) or not found["teachers"]:
+            raise ConfigError(f"teachers is {found['teachers']!r}; give names, each with a teacher")
+        return expand_teachers(found, expand)
     student, teacher, lora = (found.pop(name, None) for name in NAMES)
     logger = {} if found.get("metric_logger") is None else found["metric_logger"]
     if isinstance(logger, Mapping):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from oprd_tune.data.token_bytes import TokenBytes
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
@@ -110,6 +111,25 @@ class PromptReader:
             tokens_BU[row, : len(prompt)] = torch.tensor(prompt)
             tokens_BU[row, len(prompt) : len(prompt) + end - start] = rollout.tokens_BS[row, start:end]
         return Reading(tokens_BU.to(column_BS.device), lengths_B, column_BS.where(meets_BS, -1))
+
+
+def side_by_side(readings: Sequence[tuple[Tensor, Reading]]) -> Reading:
+    """One reading of all rows of a rollout, from readings of some rows each.
+
+    Args:
+        readings: the indices of rows, and their reading. Each row of the rollout is in one of them.
+    """
+    rows = sum(len(index_B) for index_B, _ in readings)
+    first = readings[0][1]
+    columns = max(reading.column_BS.shape[1] for _, reading in readings)
+    width = max(reading.tokens_BU.shape[1] for _, reading in readings)
+    tokens_BU = first.tokens_BU.new_zeros(rows, width)
+    column_BS, lengths_B = first.column_BS.new_full((rows, columns), -1), first.lengths_B.new_zeros(rows)
+    for index_B, reading in readings:
+        tokens_BU[index_B, : reading.tokens_BU.shape[1]] = reading.tokens_BU
+        column_BS[index_B, : reading.column_BS.shape[1]] = reading.column_BS
+        lengths_B[index_B] = reading.lengths_B
+    return Reading(tokens_BU, lengths_B, column_BS)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -34,6 +34,7 @@ class PromptStream:
                 "prompt; raise it, or start fewer processes"
             )
         self._dataset = dataset
+        self._teacher_of: Callable[[int], str] | None = getattr(dataset, "teacher_of", None)
         self._prompts_per_step = prompts_per_step
         self._rank, self._world_size = rank, world_size
         size = len(dataset)
@@ -66,6 +67,7 @@ class PromptStream:
             positions=tuple(positions),
             answers=tuple(answer for _, answer in rows),
             teacher_tokens=tuple(read) or None,
+            teachers=None if self._teacher_of is None else tuple(map(self._teacher_of, indices)),
         )
 
     def answer_tokens(self, position: int) -> tuple[int, ...]:

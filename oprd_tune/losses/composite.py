@@ -93,7 +93,7 @@ class Composite:
         tokens: ResponseTokens,
         selection: Selection,
         *,
-        heads: Heads,
+        heads: Heads | None,
         pairs: Sequence[LayerPair],
         bridge: Projections | None = None,
         probe: Probe | None = None,
@@ -108,6 +108,7 @@ class Composite:
                 streams[name] = part.stream(pairs, targets.states, selection, bridge)
             else:
                 assert targets.final_TC is not None
+                assert heads is not None
                 streams[name] = part.stream(heads, targets.final_TC, tokens)
         return CompositeStream(streams, self.weights, probe)
 

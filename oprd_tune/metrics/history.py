@@ -20,10 +20,14 @@ class History:
 
     Attributes:
         teacher_accuracy: measured once; None if it was not measured.
-        teacher_errors: the relative error of quantisation in each teacher layer's states; empty without quantisation.
+        teacher_accuracies: of several teachers, that of each on the prompts that it reads; `teacher_accuracy` is then
+            that of all together.
+        teacher_errors: the relative error of quantisation in each teacher layer's states, by teacher if there are
+            several; empty without quantisation.
         teacher_benchmarks: its Avg@k by benchmark, measured once; empty if it was not measured.
         evaluations: `{"step": …, "seconds": …, "accuracy": … or None, "perplexity": … or None}`, in order. Where the
             student has answered benchmarks, also `benchmarks`, its results by name, and `avg_at_k`, the mean over them.
+            With several teachers also `accuracy_by_teacher`.
         layers: the tapped student layers.
         cosines: for each step, the cosine of each tapped layer.
         max_logprob_gap: the largest gap between sampler and trainer at a token, in nats; None if never measured.
@@ -40,7 +44,8 @@ class History:
     """
 
     teacher_accuracy: float | None = None
-    teacher_errors: dict[int, float] = field(default_factory=dict)
+    teacher_accuracies: dict[str, float] = field(default_factory=dict)
+    teacher_errors: dict[Any, Any] = field(default_factory=dict)
     teacher_benchmarks: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)

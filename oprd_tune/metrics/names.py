@@ -108,11 +108,17 @@ eval/<set>/best_at_k | 1 | mean over the benchmark's problems | Share of problem
 eval/<set>/tokens | tokens | mean over the benchmark's answers | Length of an answer, EOS included.
 eval/<set>/truncated_share | 1 | mean over the benchmark's answers | Share of answers cut at `eval.max_new_tokens`.
 eval/<set>/teacher_avg_at_k | 1 | mean over the benchmark's problems | Avg@k of the teacher, measured once.
+teachers/<name>/loss | 1 | as `loss/total` |
+    What of `loss/total` comes from the tokens that this teacher reads; they add up.
+teachers/<name>/<metric> | as the metric | over what this teacher reads |
+    With several teachers: any metric of `token`, `layers`, `positions`, `diagnostics`, `teacher`, and
+    `eval/accuracy` and `eval/teacher_accuracy` on the held-out prompts that this teacher reads.
 eval/perplexity | 1 | over held-out answer tokens | exp of the mean −log p of the reference answers.
 """
 METRICS = [Metric(*row.split(" | ", 3)) for row in re.sub(r"\n +", " ", _TABLE).strip().splitlines()]
 # If a composite has several token losses, the metrics of each are called token/<part>/….
-_PATTERNS = [re.compile(re.sub(r"<\w+>", r"\\w+", m.name).replace("token/", r"token/(\w+/)?") + r"\Z") for m in METRICS]
+_NAMES = [re.sub(r"<\w+>", r"\\w+", m.name.replace("<metric>", r"[\w/]+")) for m in METRICS]
+_PATTERNS = [re.compile(name.replace("token/", r"token/(\w+/)?") + r"\Z") for name in _NAMES]
 _HEAD = "| name | unit | reduction | meaning |\n|---|---|---|---|\n"
 
 

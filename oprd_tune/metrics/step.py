@@ -68,6 +68,12 @@ class Metrics:
         for name, values in other.notes.items():
             self.notes.setdefault(rename(name), []).extend(values)
 
+    def merge_means(self, other: Metrics, *, prefix: str) -> None:
+        """Add the sums and values of another collection, but no maps and notes, under longer names."""
+        for name, total in other._sums.items():
+            self.add(prefix + name, total, other._counts[name])
+        self._values |= {prefix + name: value for name, value in other._values.items()}
+
     def reduce(self, ranks: Ranks) -> dict[str, float]:
         """Means and values over all ranks, the same on each. All ranks must call. A mean of no terms is left out."""
         fetched = iter(_fetch([*self._sums.values(), *self._counts.values()]))

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from oprd_tune.config import OPRDSettings, Parts, construct
-from oprd_tune.config.components import check_offers
-from oprd_tune.data import PromptReader, PromptStream, Reader
-from oprd_tune.errors import ConfigError, RolloutError
-from oprd_tune.evaluation import ReferencePerplexity, TaskAccuracy
+import torch
+
+from oprd_tune.config import ONLY_TEACHER, OPRDSettings, Parts, construct
+from oprd_tune.config.components import check_offers, takes
+from oprd_tune.data import PromptReader, PromptStream
+from oprd_tune.data.alignment import side_by_side
+from oprd_tune.data.routing import PromptsOfTeacher
+from oprd_tune.errors import ConfigError
+from oprd_tune.evaluation import AccuracyByTeacher, ReferencePerplexity, TaskAccuracy
 from oprd_tune.evaluation.during_training import BenchmarkEval
-from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.evaluators import Evaluators
+from oprd_tune.preflight.pair import ModelPair, ModelPairs, of_teacher
+from oprd_tune.preflight.teacher_data import TeacherData, load_teacher_data
 from oprd_tune.protocols import PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
-from oprd_tune.teacher.self_teaching import is_student
 from oprd_tune.training.references import References
 from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
@@ -27,122 +32,150 @@ class RunData:
     """What a run reads.
 
     Attributes:
-        tokenizer: the tokenizer of both models, or of the student if the teacher has another one.
+        tokenizer: the tokenizer of the models, or of the student alone if no teacher shares it.
         prompts: this rank's share of each step's prompts.
         request: what training samples of each.
         task_accuracy: measures the student's accuracy on held-out prompts; None if the config asks for none.
-        teacher_accuracy: measures the teacher's accuracy, in the teacher's own tokens; None likewise.
         reference_perplexity: measures the student's perplexity on held-out answers; None likewise.
-        reader: finds where the states of both models meet, if the teacher has other tokens or other prompts; else None.
-        teacher_context: the number of tokens that the teacher can read.
-        min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
-            matched tokens stops the run.
+        teachers: what each teacher reads, by its name.
         counts: by the config key of a data set, how many of its prompts are used, were dropped and why, and have no
             answer.
         benchmarks: what the student answers while it trains; None if the config has no section `eval`.
         references: put reference answers in the place of some samples; None if all are sampled.
         has_answers: whether every prompt has a reference answer.
-        teacher_benchmarks: the same for the teacher, in its own tokens; None if it is not to answer them.
     """
 
     tokenizer: Tokenizer
     prompts: PromptStream
     request: SamplingRequest
-    task_accuracy: TaskAccuracy | None
-    teacher_accuracy: TaskAccuracy | None
+    task_accuracy: TaskAccuracy | AccuracyByTeacher | None
     reference_perplexity: ReferencePerplexity | None
-    reader: Reader | PromptReader | None
-    teacher_context: int
-    min_matched_share: float
+    teachers: Mapping[str, TeacherData]
     ranks: Ranks
     counts: Mapping[str, Mapping[str, int]]
     benchmarks: BenchmarkEval | None = None
-    teacher_benchmarks: BenchmarkEval | None = None
     references: References | None = None
     has_answers: bool = False
 
+    @property
+    def teacher_benchmarks(self) -> BenchmarkEval | None:
+        """What the only teacher answers once; None if it is not to."""
+        return next((one.benchmarks for one in self.teachers.values()), None)
+
     def read(self, rollout: Rollout, prompts: Prompts) -> Rollout:
-        """Add the teacher's reading to a rollout if the teacher has other tokens or prompts. Every rank must call.
+        """Add to a rollout who reads each row, and how, where that is not the one teacher as the student.
 
-        Raises:
-            RolloutError: if too few response tokens end where a teacher's token ends.
+        Every rank must call. Raises RolloutError as `TeacherData.read`.
         """
-        if self.reader is None:
+        if prompts.teachers is None:
+            return next(iter(self.teachers.values())).read(rollout, prompts)
+        number = {name: i for i, name in enumerate(self.teachers)}
+        names = dict(zip(prompts.positions, prompts.teachers, strict=True))
+        teachers = [number[names[position]] for position in rollout.prompt_positions_B.tolist()]
+        rollout = replace(rollout, teacher_B=torch.tensor(teachers, device=rollout.tokens_BS.device))
+        if prompts.teacher_tokens is None:
             return rollout
-        assert prompts.teacher_tokens is not None
-        prompt_at = dict(zip(prompts.positions, prompts.teacher_tokens, strict=True))
-        reading = self.reader.read(rollout, [prompt_at[p] for p in rollout.prompt_positions_B.tolist()])
-        rollout = replace(rollout, reading=reading.within(self.teacher_context))
-        matched, tokens = self.ranks.total([rollout.matched_tokens, rollout.response_tokens])
-        if matched < self.min_matched_share * tokens:
-            raise RolloutError(
-                f"only {matched / tokens:.1%} of the response tokens end where one of the teacher's ends too: the "
-                "tokenizers cut the text differently, or responses are no text that the teacher's can read. Lower "
-                f"min_matched_share, which is {self.min_matched_share}, to go on with so few"
-            )
-        return rollout
+        prompt_at, parts = dict(zip(prompts.positions, prompts.teacher_tokens, strict=True)), []
+        for i, teacher in enumerate(self.teachers.values()):
+            assert rollout.teacher_B is not None
+            index_B = (rollout.teacher_B == i).nonzero(as_tuple=True)[0]
+            own = rollout.rows(index_B)
+            if len(index_B):
+                reader = teacher.reader or PromptReader(self.tokenizer.pad_id)
+                reading = reader.read(own, [prompt_at[p] for p in own.prompt_positions_B.tolist()])
+                reading = reading.within(teacher.context)
+                own = replace(own, reading=reading)
+                parts.append((index_B, reading))
+            teacher.check_matched(own)
+        return replace(rollout, reading=side_by_side(parts))
 
 
-def load_data(parts: Parts, settings: OPRDSettings, pair: ModelPair, ranks: Ranks) -> RunData:
+def load_data(parts: Parts, settings: OPRDSettings, pairs: ModelPairs, ranks: Ranks) -> RunData:
     """Construct tokenizers, data sets and evaluators. The ranks share the prompts.
 
     Raises:
         ConfigError: if a model lacks a token or is too short for a length, or if a component is missing.
     """
-    s = settings
-    tokenizer, teacher_tokenizer = parts.tokenizer(), construct(parts.teacher_tokenizer)
+    s, tokenizer = settings, parts.tokenizer()
+    own_tokenizers = {pair.name: construct(pair.parts.teacher_tokenizer) for pair in pairs}
     check_offers("tokenizer", tokenizer, Tokenizer)
-    given: dict[str, Any] = {"max_prompt_tokens": s.max_prompt_tokens}
-    given |= {} if teacher_tokenizer is None else {"teacher_tokenizer": teacher_tokenizer}
-    train: PromptSource = parts.dataset(tokenizer, **given)
-    held_out: PromptSource | None = construct(parts.eval_dataset, tokenizer, **given)
+    train: PromptSource = parts.dataset(tokenizer, **_given("dataset", parts, s, own_tokenizers))
+    held_out: PromptSource | None = construct(
+        parts.eval_dataset, tokenizer, **_given("eval_dataset", parts, s, own_tokenizers)
+    )
     datasets = {"dataset": train} | ({} if held_out is None else {"eval_dataset": held_out})
     for name, dataset in datasets.items():
         check_offers(name, dataset, PromptSource)
         if dataset.dropped:
             print(f"{name}: {_dropped(dataset, s.max_prompt_tokens)}")
-    pair.check_tokens(tokenizer, list(datasets.values()))
+    pairs.check_tokens(tokenizer, list(datasets.values()))
     if held_out is not None and held_out.has_answers and (parts.task_accuracy or parts.reference_perplexity):
-        pair.check_answers("eval_dataset", held_out)
-    evaluator = {"vocabulary": pair.vocabulary, "ranks": ranks}
-    accuracy = construct(parts.task_accuracy, held_out, tokenizer, **evaluator)
-    perplexity = construct(parts.reference_perplexity, held_out, tokenizer, **evaluator)
-    if accuracy is not None:
-        check_offers("task_accuracy", accuracy, TaskAccuracy)
-    if perplexity is not None:
-        check_offers("reference_perplexity", perplexity, ReferencePerplexity)
-    reader = _reader(parts, s, pair, train, tokenizer, teacher_tokenizer)
-    teacher_accuracy = accuracy
-    if held_out is not None and held_out.longest_teacher_prompt is not None:
-        own, its = held_out.as_teacher_reads(), teacher_tokenizer or tokenizer
-        vocabulary = pair.vocabulary if teacher_tokenizer is None else pair.teacher_vocabulary
-        teacher_accuracy = construct(parts.task_accuracy, own, its, **evaluator | {"vocabulary": vocabulary})
-    _check_lengths(s, pair, accuracy, perplexity)
-    benchmarks, teacher_benchmarks = _open_benchmarks(parts, pair, tokenizer, teacher_tokenizer, ranks)
+        pairs.check_answers("eval_dataset", held_out)
+    evaluate = Evaluators(parts, pairs, tokenizer, own_tokenizers, ranks)
+    accuracy, perplexity = evaluate.accuracy(held_out), evaluate.perplexity(held_out)
+    benchmarks = evaluate.benchmarks()
+    teachers = {}
+    for pair in pairs:
+        with of_teacher(pair.name):
+            teachers[pair.name] = load_teacher_data(
+                *(pair, _part(train, pair), tokenizer, own_tokenizers[pair.name], ranks),
+                accuracy=evaluate.teacher_accuracy(pair, held_out, accuracy),
+                benchmarks=evaluate.teacher_benchmarks(pair, benchmarks),
+            )
+    _check_lengths(s, pairs, accuracy, perplexity)
     prompts = PromptStream(
         train, prompts_per_step=s.prompts_per_step, seed=s.seed, rank=ranks.rank, world_size=ranks.world_size
     )
-    request = _request(s, pair, tokenizer)
+    request = _request(s, pairs, tokenizer)
     return RunData(
         tokenizer=tokenizer,
         prompts=prompts,
         request=request,
         task_accuracy=accuracy,
-        teacher_accuracy=teacher_accuracy,
         reference_perplexity=perplexity,
-        reader=reader,
-        teacher_context=pair.teacher_context,
-        min_matched_share=s.min_matched_share,
+        teachers=teachers,
         ranks=ranks,
         counts={name: _counts(dataset) for name, dataset in datasets.items()},
         benchmarks=benchmarks,
-        teacher_benchmarks=teacher_benchmarks,
-        references=_references(s, train, pair, prompts, request, ranks),
+        references=_references(s, train, pairs, prompts, request, ranks),
         has_answers=train.has_answers,
     )
 
 
-def _request(s: OPRDSettings, pair: ModelPair, tokenizer: Tokenizer) -> SamplingRequest:
+def _given(name: str, parts: Parts, s: OPRDSettings, own_tokenizers: Mapping[str, Tokenizer | None]) -> dict[str, Any]:
+    """What a data set gets from the recipe."""
+    given: dict[str, Any] = {"max_prompt_tokens": s.max_prompt_tokens}
+    if not parts.teachers:
+        own = own_tokenizers[ONLY_TEACHER]
+        return given | ({} if own is None else {"teacher_tokenizer": own})
+    component = getattr(parts, name)
+    if component is None:
+        return given
+    routes = takes(component.path, "teachers")
+    if name == "dataset" and not routes:
+        raise ConfigError(
+            f"there are several `teachers`, and {component.path} does not say who reads a prompt; give a data set that "
+            "takes `teachers`, such as oprd_tune.data.prompt_dataset with a teacher_column"
+        )
+    if name == "eval_dataset" and takes(component.path, "teacher_column"):
+        routes = component.arguments.get("teacher_column") is not None
+    teachers = {name: PromptsOfTeacher(entry.prompts, own_tokenizers[name]) for name, entry in parts.teachers.items()}
+    return given | ({"teachers": teachers} if routes else {})
+
+
+def _part(train: PromptSource, pair: ModelPair) -> PromptSource:
+    """The prompts that a teacher reads. Raises ConfigError if there are none."""
+    if pair.name == ONLY_TEACHER:
+        return train
+    found: PromptSource | None = getattr(train, "parts", {}).get(pair.name)
+    if found is None:
+        raise ConfigError(
+            "it reads no prompt of `dataset`; take it out, or list what the column says of its prompts as its `prompts`"
+        )
+    return found
+
+
+def _request(s: OPRDSettings, pairs: ModelPairs, tokenizer: Tokenizer) -> SamplingRequest:
     """What training samples."""
     return SamplingRequest(
         stop_tokens=tokenizer.stop_tokens,
@@ -151,46 +184,14 @@ def _request(s: OPRDSettings, pair: ModelPair, tokenizer: Tokenizer) -> Sampling
         max_new_tokens=s.max_new_tokens,
         samples_per_prompt=s.samples_per_prompt,
         seed=s.seed,
-        vocabulary=pair.vocabulary,
+        vocabulary=pairs.vocabulary,
     )
-
-
-def _reader(
-    parts: Parts,
-    s: OPRDSettings,
-    pair: ModelPair,
-    train: PromptSource,
-    tokenizer: Any,
-    teacher_tokenizer: Any,
-) -> Reader | PromptReader | None:
-    """Finds where the states of both models meet; None if both read the same. Raises ConfigError as `load_data`."""
-    if teacher_tokenizer is not None:
-        reader = construct(parts.reader, tokenizer, teacher_tokenizer) or Reader(tokenizer, teacher_tokenizer)
-        check_offers("reader", reader, Reader)
-        pair.check_teacher_tokens(teacher_tokenizer, train)
-        return reader
-    if parts.reader is not None:
-        raise ConfigError("reader aligns a teacher's own tokens with the student's; give teacher_tokenizer too")
-    if train.longest_teacher_prompt is None:
-        if s.teacher_is_student:
-            raise ConfigError(
-                "teacher_weights is live, but the teacher reads what the student reads, so they never differ; give "
-                "dataset.teacher_prompt_template, with a column that helps, such as the answer"
-            )
-        if is_student(parts.record):
-            print(
-                "teacher: it begins with the student's weights and reads what the student reads, so at first there is "
-                "nothing to learn from it; dataset.teacher_prompt_template lets it read more"
-            )
-        return None
-    _check_teacher_prompts(s, pair, train)
-    return PromptReader(tokenizer.pad_id)
 
 
 def _references(
     s: OPRDSettings,
     dataset: PromptSource,
-    pair: ModelPair,
+    pairs: ModelPairs,
     prompts: PromptStream,
     request: SamplingRequest,
     ranks: Ranks,
@@ -203,7 +204,7 @@ def _references(
             "reference_share takes reference answers in the place of samples, and some prompts of `dataset` have none; "
             "give dataset.answer_column, or take the rows without an answer out"
         )
-    pair.check_answers("dataset", dataset, most=_ANSWERS_CHECKED)
+    pairs.check_answers("dataset", dataset, most=_ANSWERS_CHECKED)
     return References(
         s.reference_share, prompts, request, ranks, prompts_per_step=s.prompts_per_step, steps=s.max_steps
     )
@@ -221,41 +222,11 @@ def _dropped(dataset: PromptSource, limit: int) -> str:
     return f"{dataset.dropped} of {total} prompts are dropped: {each} than {limit} tokens"
 
 
-def _open_benchmarks(
-    parts: Parts, pair: ModelPair, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer | None, ranks: Ranks
-) -> tuple[BenchmarkEval | None, BenchmarkEval | None]:
-    """The benchmarks of the section `eval` for the student and, if it is to answer them too, for the teacher."""
-    if parts.eval is None:
-        return None, None
-    found = BenchmarkEval.open(parts.eval, tokenizer, pair.vocabulary, ranks)
-    found.problems.check_fit("eval", vocabulary=pair.vocabulary, context=pair.context)
-    if not parts.eval.teacher:
-        return found, None
-    if teacher_tokenizer is None:
-        return found, found
-    own = BenchmarkEval.open(parts.eval, teacher_tokenizer, pair.teacher_vocabulary, ranks)
-    own.problems.check_fit("eval, for the teacher", vocabulary=pair.teacher_vocabulary, context=pair.teacher_context)
-    return found, own
-
-
-def _check_teacher_prompts(s: OPRDSettings, pair: ModelPair, train: PromptSource) -> None:
-    """Raise ConfigError if a teacher cannot read its own prompts, or a response behind them to its end."""
-    largest, longest = getattr(train, "largest_teacher_token", None) or 0, train.longest_teacher_prompt or 0
-    if largest >= pair.teacher_vocabulary:
-        raise ConfigError(
-            f"dataset.teacher_prompt_template gives the token {largest}, but the teacher's vocabulary ends at "
-            f"{pair.teacher_vocabulary - 1}; write it with other characters"
-        )
-    if longest + s.max_new_tokens > pair.teacher_context:
-        raise ConfigError(
-            f"the longest prompt has {longest} tokens as the teacher reads it, which with max_new_tokens = "
-            f"{s.max_new_tokens} exceeds its context of {pair.teacher_context}; shorten "
-            "dataset.teacher_prompt_template, leave long rows out, or lower max_new_tokens"
-        )
-
-
 def _check_lengths(
-    s: OPRDSettings, pair: ModelPair, accuracy: TaskAccuracy | None, perplexity: ReferencePerplexity | None
+    s: OPRDSettings,
+    pairs: ModelPairs,
+    accuracy: TaskAccuracy | AccuracyByTeacher | None,
+    perplexity: ReferencePerplexity | None,
 ) -> None:
     """Raise ConfigError if a sequence of the run does not fit into the models' context."""
     lengths = {"max_prompt_tokens + max_new_tokens": s.max_prompt_tokens + s.max_new_tokens}
@@ -265,5 +236,5 @@ def _check_lengths(
     if perplexity is not None:
         lengths["the longest reference answer with its prompt"] = perplexity.longest
     for what, length in lengths.items():
-        if length > pair.context:
-            raise ConfigError(f"{what} = {length} exceeds the models' context of {pair.context}; lower it")
+        if length > pairs.context:
+            raise ConfigError(f"{what} = {length} exceeds the models' context of {pairs.context}; lower it")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.config import Component, OPRDSettings, Parts
+from oprd_tune.config import ONLY_TEACHER, Component, OPRDSettings, Parts, construct
 from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.data.vocabularies import check_same_tokens
 from oprd_tune.errors import ConfigError
@@ -25,9 +26,12 @@ from oprd_tune.types import LayerPair
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models that fit together.
+    """A student and one of its teachers, which fit together.
 
     Attributes:
+        name: the teacher's name.
+        parts, settings: the config as if this teacher were the only one.
+        bridge: how its bridge is made; None without one.
         layers: the paired layers, ascending by student layer; empty without a hidden-state loss.
         depth, teacher_depth: the number of blocks.
         student_files, teacher_files: the opened checkpointers.
@@ -41,6 +45,10 @@ class ModelPair:
         diagnosed: whether a run without a token loss compares next-token distributions too, now and then.
     """
 
+    name: str
+    parts: Parts
+    settings: OPRDSettings
+    bridge: BridgePlan | None
     layers: list[LayerPair]
     depth: int
     teacher_depth: int
@@ -54,11 +62,60 @@ class ModelPair:
     teacher_vocabulary: int
     diagnosed: bool
 
-    def teacher_top(self, bridge: BridgePlan | None) -> int | None:
+    @property
+    def teacher_top(self) -> int | None:
         """The highest teacher layer that a run without a token loss reads; None for the whole teacher."""
-        if self.diagnosed or (bridge is not None and bridge.needs_final_state):
+        if self.diagnosed or (self.bridge is not None and self.bridge.needs_final_state):
             return None
         return max(pair.teacher for pair in self.layers)
+
+    @property
+    def bridge_sizes(self) -> tuple[int, int, int]:
+        """The number of paired layers, and the widths of student and teacher."""
+        return len(self.layers), self.width, self.teacher_width
+
+    def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptSource) -> None:
+        """Raise ConfigError if the teacher lacks an id of its own tokenizer, or cannot read the longest prompt."""
+        largest = len(tokenizer.token_bytes.pieces) - 1
+        if largest >= self.teacher_vocabulary:
+            raise ConfigError(
+                f"teacher_tokenizer has an id {largest}, but the teacher's vocabulary ends at "
+                f"{self.teacher_vocabulary - 1}; give the teacher's own tokenizer"
+            )
+        if (longest := dataset.longest_teacher_prompt or 0) >= self.teacher_context:
+            raise ConfigError(
+                f"the longest prompt has {longest} of the teacher's tokens, its context {self.teacher_context}; lower "
+                "max_prompt_tokens"
+            )
+
+
+class ModelPairs(list[ModelPair]):
+    """The student with each of its teachers, in the order of the config."""
+
+    @property
+    def student_files(self) -> FullModelHFCheckpointer:
+        """The student's opened checkpointer."""
+        return self[0].student_files
+
+    @property
+    def top(self) -> int:
+        """The highest student layer that a loss on hidden states reads."""
+        return self[0].layers[-1].student
+
+    @property
+    def depth(self) -> int:
+        """The number of the student's blocks."""
+        return self[0].depth
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that all models know which read the student's tokens."""
+        return min(pair.vocabulary for pair in self)
+
+    @property
+    def context(self) -> int:
+        """The number of tokens that these models can read."""
+        return min(pair.context for pair in self)
 
     def check_tokens(self, tokenizer: Tokenizer, datasets: Sequence[PromptSource]) -> None:
         """Raise ConfigError if the tokenizer or the data has a token id that a model has no embedding for."""
@@ -84,23 +141,22 @@ class ModelPair:
                     "give the models' own tokenizer"
                 )
 
-    def check_teacher_tokens(self, tokenizer: HuggingFaceTokenizer, dataset: PromptSource) -> None:
-        """Raise ConfigError if the teacher lacks an id of its own tokenizer, or cannot read the longest prompt."""
-        largest = len(tokenizer.token_bytes.pieces) - 1
-        if largest >= self.teacher_vocabulary:
-            raise ConfigError(
-                f"teacher_tokenizer has an id {largest}, but the teacher's vocabulary ends at "
-                f"{self.teacher_vocabulary - 1}; give the teacher's own tokenizer"
-            )
-        if (longest := dataset.longest_teacher_prompt or 0) >= self.teacher_context:
-            raise ConfigError(
-                f"the longest prompt has {longest} of the teacher's tokens, its context {self.teacher_context}; lower "
-                "max_prompt_tokens"
-            )
+
+@contextmanager
+def of_teacher(name: str) -> Iterator[None]:
+    """Within the scope, a ConfigError also says which of several teachers it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        if name == ONLY_TEACHER:
+            raise
+        raise ConfigError(f"teachers.{name}: {error}") from error
 
 
-def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False) -> ModelPair:
-    """Build both models without weights, and check that they fit each other, the losses and their checkpoint files.
+def load_pairs(
+    parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False
+) -> ModelPairs:
+    """Build all models without weights, and check that they fit each other, the losses and their checkpoint files.
 
     Args:
         hidden_loss: whether a loss reads hidden states. If none does, widths and depths may differ.
@@ -109,6 +165,23 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
     Raises:
         ConfigError: if the models, the losses or the files do not fit.
     """
+    pairs = ModelPairs()
+    for name, (own_parts, own_settings) in parts.of_each_teacher(settings).items():
+        with of_teacher(name):
+            pairs.append(_load_pair(name, own_parts, own_settings, hidden_loss=hidden_loss, token_loss=token_loss))
+    if len([pair for pair in pairs if pair.settings.teacher_decay is not None]) > 1:
+        raise ConfigError("teachers has more than one with teacher_weights `ema`; there may be one")
+    for pair in pairs:
+        first, own = ([layer.student for layer in each.layers] for each in (pairs[0], pair))
+        if own != first:
+            raise ConfigError(
+                f"teachers.{pair.name} is paired with the student's layers {own}, and teachers.{pairs[0].name} with "
+                f"{first}; give layer_pairs with the same layers of the student"
+            )
+    return pairs
+
+
+def _load_pair(name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: bool, token_loss: bool) -> ModelPair:
     own_tokens = parts.teacher_tokenizer is not None
     if token_loss and own_tokens:
         raise ConfigError(
@@ -140,6 +213,10 @@ def load_pair(parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True,
             f"diagnostics_k is {settings.diagnostics_k}, but the models share {vocabulary} tokens; lower it"
         )
     return ModelPair(
+        name=name,
+        parts=parts,
+        settings=settings,
+        bridge=construct(parts.bridge),
         layers=pairs,
         depth=len(student.layers),
         teacher_depth=len(teacher.layers),

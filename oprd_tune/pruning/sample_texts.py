@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from oprd_tune.data import HuggingFaceTokenizer, prompt_dataset
-from oprd_tune.data.prompts import CHAT, PLACEHOLDER, PROMPT_COLUMNS
+from oprd_tune.data.prompt_sources import PROMPT_COLUMNS
+from oprd_tune.data.prompts import CHAT, PLACEHOLDER
 from oprd_tune.data.sources import SUFFIXES, read_columns
 from oprd_tune.errors import ConfigError
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
-from oprd_tune.config import OPRDSettings
+from oprd_tune.config import ONLY_TEACHER, OPRDSettings
 from oprd_tune.evaluation.during_training import metrics_of, results_of
 from oprd_tune.evaluation.samples import Sample, SampleFile
 from oprd_tune.evaluation.texts import differences_as_markdown, samples_as_markdown
@@ -49,6 +50,7 @@ class Journal:
         self._answers: SampleFile | None = None
         self._teacher_answers: Sequence[Sample] = ()
         self._graded: int | None = None  # answers of an evaluation
+        self._teacher_right: dict[str, tuple[float, int]] = {}  # right answers, of how many
         self._once: dict[str, float] = {}  # metrics of the first row of the run, not of a resumption's
 
     def open(self, logger: MetricLogger | None, data: RunData, *, first_step: int) -> None:
@@ -115,17 +117,29 @@ class Journal:
         if isinstance(self._logger, RichLogger) and (found := metrics.notes.get(DIFFERENCES)):
             self._logger.log_text(DIFFERENCES, differences_as_markdown(found, self._data.tokenizer), step)
 
-    def add_teacher_errors(self, errors: dict[int, float]) -> None:
-        """Record and print the relative error of the teacher's hidden states after quantisation, by teacher layer."""
+    def add_teacher_errors(self, errors: dict[int, float], teacher: str) -> None:
+        """Record and print the relative error of a teacher's hidden states after quantisation, by teacher layer."""
         if not errors:
             return
-        self.history.teacher_errors = errors
-        self._once = {f"teacher/quantization_error_{layer:02d}": error for layer, error in errors.items()}
+        several = teacher != ONLY_TEACHER
+        self.history.teacher_errors |= {teacher: errors} if several else errors
+        prefix = f"teachers/{teacher}/" if several else ""
+        named = {f"{prefix}teacher/quantization_error_{layer:02d}": error for layer, error in errors.items()}
+        self._once |= named
         worst = max(errors, key=errors.__getitem__)
         print(
-            f"Quantised teacher: relative error of its last hidden state {errors[max(errors)]:.2%}, at most "
-            f"{errors[worst]:.2%} (layer {worst})."
+            f"Quantised teacher{f' {teacher}' if several else ''}: relative error of its last hidden state "
+            f"{errors[max(errors)]:.2%}, at most {errors[worst]:.2%} (layer {worst})."
         )
+
+    def add_teacher_accuracy(self, accuracy: float, samples: int, teacher: str) -> None:
+        """Record a teacher's accuracy on the held-out prompts that it reads, and that of all teachers together."""
+        history = self.history
+        self._teacher_right[teacher] = accuracy * samples, samples
+        right, graded = map(sum, zip(*self._teacher_right.values(), strict=True))
+        history.teacher_accuracy = right / graded
+        if teacher != ONLY_TEACHER:
+            history.teacher_accuracies[teacher] = accuracy
 
     def add_teacher_samples(self, samples: Sequence[Sample]) -> None:
         """Record what the teacher has answered to benchmarks, before anything is trained."""
@@ -134,7 +148,13 @@ class Journal:
         self._teacher_answers = samples
 
     def add_evaluation(
-        self, step: int, accuracy: float | None, perplexity: float | None, samples: Sequence[Sample] = ()
+        self,
+        step: int,
+        accuracy: float | None,
+        perplexity: float | None,
+        samples: Sequence[Sample] = (),
+        *,
+        by_teacher: Mapping[str, float] = MappingProxyType({}),
     ) -> bool:
         """Record and log an evaluation; returns whether the student has trained and is the best so far.
 
@@ -143,6 +163,7 @@ class Journal:
             accuracy: a fraction, or None if not measured.
             perplexity: the perplexity of reference answers, or None if not measured.
             samples: the student's answers to benchmarks, the same on all ranks; none if it was not asked.
+            by_teacher: the accuracy on the prompts of each of several teachers.
         """
         history, results = self.history, results_of(samples)
         row: dict[str, Any] = {
@@ -151,6 +172,8 @@ class Journal:
             "accuracy": accuracy,
             "perplexity": perplexity,
         }
+        if by_teacher:
+            row |= {"accuracy_by_teacher": dict(by_teacher)}
         if results:
             row |= {"benchmarks": results, "avg_at_k": fmean(one["avg_at_k"]["value"] for one in results.values())}
             self._keep_answers(step, samples)
@@ -161,6 +184,8 @@ class Journal:
             "eval/perplexity": perplexity,
             "eval/teacher_accuracy": history.teacher_accuracy,
             "eval/gap_closed": history.gap_closed(accuracy),
+            **{f"teachers/{name}/eval/accuracy": value for name, value in by_teacher.items()},
+            **{f"teachers/{name}/eval/teacher_accuracy": value for name, value in history.teacher_accuracies.items()},
             **metrics_of(results),
             **{f"eval/{name}/teacher_avg_at_k": teachers.get(name) for name in results},
         }

@@ -19,6 +19,7 @@ from oprd_tune.evaluation.samples import Sample
 from oprd_tune.metrics.step import StepResult
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.teacher_data import TeacherData
 from oprd_tune.protocols import MetricLogger, RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout import choose_engine
@@ -95,29 +96,31 @@ class Run:
         check_offers("metric_logger", logger, MetricLogger)
         return logger
 
-    def load_teacher(self, pair: ModelPair, data: RunData, student: Student, *, top: int | None) -> TransformerDecoder:
-        """Load the teacher and record the error of its quantisation. A run that starts also measures how good it is.
+    def load_teacher(
+        self, pair: ModelPair, data: TeacherData, student: Student, *, top: int | None
+    ) -> TransformerDecoder:
+        """Load a teacher and record the error of its quantisation. A run that starts also measures how good it is.
 
         With `teacher_weights: live` that is the student's model, and nothing is loaded. `top` is the highest layer that
         the run reads; None stands for the whole teacher with its head.
         """
-        s = self._settings
+        s = pair.settings
         starts = self.checkpoint is None
-        measure = data.teacher_accuracy if starts and s.evaluate_teacher else None
-        benchmarks = data.teacher_benchmarks if starts else None
+        measure = data.accuracy if starts and s.evaluate_teacher else None
+        benchmarks = data.benchmarks if starts else None
         if s.teacher_is_student:
             teacher = student.model
         else:
             teacher, errors = TeacherPlan(s.teacher_placement, s.teacher_quantization, self._ranks).load(
-                self.parts.teacher_model,
+                pair.parts.teacher_model,
                 pair.teacher_files,
                 dtype=s.torch_dtype,
                 top=top if measure is None and benchmarks is None else None,
                 prompts=data.prompts.at(range(_QUANTISATION_PROMPTS)).as_teacher_reads,
             )
-            self.journal.add_teacher_errors(errors)
+            self.journal.add_teacher_errors(errors, pair.name)
         if measure is not None:
-            self.journal.history.teacher_accuracy = measure(teacher)
+            self.journal.add_teacher_accuracy(measure(teacher), getattr(measure, "samples", 1), pair.name)
         if benchmarks is not None:
             sampler = Sampler(teacher, benchmarks.request, batch_size=benchmarks.rows)
             self.journal.add_teacher_samples(benchmarks(sampler.sample, "teacher"))
@@ -249,7 +252,8 @@ class Run:
         if benchmarks is not None:
             self._engine.sync_weights(self.step)
             samples = benchmarks(partial(self._engine.generate, request=benchmarks.request), "student")
-        if self.journal.add_evaluation(self.step, accuracy, perplexity, samples):
+        by_teacher = getattr(data.task_accuracy, "last", {}) if accuracy is not None else {}
+        if self.journal.add_evaluation(self.step, accuracy, perplexity, samples, by_teacher=by_teacher):
             self._export("best")
 
     def _save(self) -> None:

@@ -26,6 +26,7 @@ def summarise(history: History, **facts: Any) -> dict[str, Any]:
         "student_best": best.get("accuracy"),
         "best_step": best.get("step"),
         "gap_closed": history.gap_closed(last.get("accuracy")),
+        "by_teacher": _by_teacher(history, first, last),
         "perplexity_before": first.get("perplexity"),
         "perplexity_after": last.get("perplexity"),
         "seconds": seconds,
@@ -38,6 +39,15 @@ def summarise(history: History, **facts: Any) -> dict[str, Any]:
         "evaluations": history.evaluations,
         **facts,
     }
+
+
+def _by_teacher(history: History, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any] | None:
+    """For each of several teachers its own accuracy and the student's, before and after; None if there is one."""
+    before, after = first.get("accuracy_by_teacher", {}), last.get("accuracy_by_teacher", {})
+    return {
+        name: {"before": before.get(name), "after": value, "teacher": history.teacher_accuracies.get(name)}
+        for name, value in after.items()
+    } or None
 
 
 def _benchmarks(history: History) -> dict[str, Any] | None:
@@ -79,6 +89,11 @@ def as_table(summary: dict[str, Any]) -> str:
         ("accuracy, student after", summary["student_after"], "{:.4f}"),
         ("accuracy, teacher", summary["teacher"], "{:.4f}"),
         ("share of the gap closed", summary["gap_closed"], "{:.1%}"),
+        *(
+            (f"for {name}, student {when}" if when != "teacher" else f"for {name}, its teacher", value, "{:.4f}")
+            for name, one in (summary["by_teacher"] or {}).items()
+            for when, value in one.items()
+        ),
         *_rows_of(summary["benchmarks"] or {}),
         ("perplexity of reference answers, before", summary["perplexity_before"], "{:,.4g}"),
         ("perplexity of reference answers, after", summary["perplexity_after"], "{:,.4g}"),

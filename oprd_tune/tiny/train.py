@@ -1,15 +1,16 @@
-"""Train the tiny models on addition.
+"""Train the tiny models on addition, and one on reversing digits.
 
     python -m oprd_tune.tiny.train pair OUTPUT_FOLDER
     python -m oprd_tune.tiny.train wide_teacher OUTPUT_FOLDER
     python -m oprd_tune.tiny.train teens_teacher OUTPUT_FOLDER
     python -m oprd_tune.tiny.train hinted OUTPUT_FOLDER
+    python -m oprd_tune.tiny.train reversing_teacher OUTPUT_FOLDER
 
 `pair` writes two checkpoints of one run. The student is the first model whose held-out accuracy, sampled at temperature
 1, reaches STUDENT_ACCURACY. The teacher is the model at the end. `hinted` learns from prompts half of which begin with
-the answer, and ends where `pair` takes its student: it can use a hint, and adds as badly without one. The other runs
-write only the last model. All but `pair` write bf16. A checkpoint is a Hugging Face folder, and `provenance.json`
-records the run.
+the answer, and ends where `pair` takes its student: it can use a hint, and adds as badly without one.
+`reversing_teacher` starts from the shipped student, and forgets how to add. The other runs write only the last model.
+All but `pair` write bf16. A checkpoint is a Hugging Face folder, and `provenance.json` records the run.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from oprd_tune.data.tokenizer import HuggingFaceTokenizer
 from oprd_tune.tiny.model import (
     SYMBOLS,
     TEENS_SYMBOLS,
+    checkpointer,
     hugging_face_config,
     tiny_qwen2,
     wide_tiny_qwen2,
     write_tokenizer,
 )
-from oprd_tune.tiny.task import sample_problems
+from oprd_tune.tiny.task import as_addition, as_reversal, sample_numbers, sample_problems
 from oprd_tune.torchtune_compat import qwen2_tune_to_hf
 
 STUDENT_ACCURACY = 0.38
@@ -58,28 +60,38 @@ class Run:
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     hinted_share: float = 0.0
+    start: str | None = None
+    task: str = "addition"
 
 
 MODELS: dict[str, tuple[Callable[[], TransformerDecoder], list[str], Run]] = {
     "pair": (tiny_qwen2, SYMBOLS, Run()),
     "wide_teacher": (wide_tiny_qwen2, SYMBOLS, Run(seed=1, steps=1500)),
     "hinted": (tiny_qwen2, SYMBOLS, Run(seed=3, hinted_share=0.5)),
+    "reversing_teacher": (tiny_qwen2, SYMBOLS, Run(seed=4, steps=1000, start="student", task="reversal")),
     "teens_teacher": (partial(wide_tiny_qwen2, len(TEENS_SYMBOLS)), TEENS_SYMBOLS, Run(seed=2, steps=1500)),
 }
 
 
+def sample_rows(run: Run, count: int, split: str) -> list[dict[str, str]]:
+    """Problems of a run's task as rows of prompt and answer."""
+    if run.task == "reversal":
+        return [as_reversal(number) for number in sample_numbers(count, split=split, seed=run.seed)]
+    return [as_addition(a, b) for a, b in sample_problems(count, split=split, seed=run.seed)]
+
+
 def encode_batch(
-    problems: list[tuple[int, int]], tokenizer: HuggingFaceTokenizer, hinted_share: float = 0.0
+    problems: list[dict[str, str]], tokenizer: HuggingFaceTokenizer, hinted_share: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded inputs [B, S] and next-token labels [B, S]. Only the answer and its EOS have labels.
 
     The first of the prompts, that share of them, begin with the answer, as in `357 12+345=`.
     """
     rows, labels = [], []
-    for i, (a, b) in enumerate(problems):
-        hint = f"{a + b} " if i < hinted_share * len(problems) else ""
-        prompt = tokenizer.encode(f"{hint}{a}+{b}=")
-        answer = tokenizer.encode(str(a + b), add_eos=True)
+    for i, problem in enumerate(problems):
+        hint = f"{problem['answer']} " if i < hinted_share * len(problems) else ""
+        prompt = tokenizer.encode(hint + problem["prompt"])
+        answer = tokenizer.encode(problem["answer"], add_eos=True)
         rows.append(torch.tensor(prompt + answer[:-1]))
         labels.append(torch.tensor([_IGNORE] * (len(prompt) - 1) + answer))
     inputs = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
@@ -105,6 +117,13 @@ def write_checkpoint(model: TransformerDecoder, folder: Path, symbols: list[str]
     write_tokenizer(folder, symbols)
 
 
+def initialise(model: TransformerDecoder) -> None:
+    """Draw the matrices of a new model."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02 if "tok_embeddings" in name else parameter.shape[1] ** -0.5)
+
+
 def train(name: str, output: Path) -> dict[str, Any]:
     """Train a model and write its checkpoints. Returns the content of `provenance.json`."""
     build, symbols, run = MODELS[name]
@@ -114,16 +133,16 @@ def train(name: str, output: Path) -> dict[str, Any]:
     write_tokenizer(output, symbols)
     tokenizer = HuggingFaceTokenizer(str(output))
     model = build()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            std = 0.02 if "tok_embeddings" in parameter_name else parameter.shape[1] ** -0.5
-            torch.nn.init.normal_(parameter, std=std)
+    if run.start is None:
+        initialise(model)
+    else:
+        model.load_state_dict(checkpointer(run.start, str(output)).load_checkpoint()["model"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = run.warmup_steps / run.steps
     schedule = OneCycleLR(optimizer, run.learning_rate, total_steps=run.steps, pct_start=warmup, final_div_factor=1000)
-    problems = sample_problems(2000, split="held_out", seed=run.seed)
+    problems = sample_rows(run, 2000, "held_out")
     held_out, hinted = encode_batch(problems, tokenizer), encode_batch(problems, tokenizer, 1.0)
-    stream = sample_problems(run.steps * run.batch, split="train", seed=run.seed)
+    stream = sample_rows(run, run.steps * run.batch, "train")
     record: dict[str, Any] = asdict(run)
     started = time.perf_counter()
     for step in (bar := trange(run.steps, mininterval=5)):

@@ -23,8 +23,8 @@ from oprd_tune.modeling.moments import PairMoments
 from oprd_tune.modeling.output import evaluating
 from oprd_tune.modeling.projectors import HeldOut, Projectors, fit_projectors, share_projectors
 from oprd_tune.modeling.taps import layer_taps
-from oprd_tune.preflight.data import RunData
-from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.pair import ModelPair, ModelPairs, of_teacher
+from oprd_tune.preflight.teacher_data import TeacherData
 from oprd_tune.protocols import RolloutEngine, Teacher
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher.frozen import FrozenTeacher
@@ -39,8 +39,15 @@ OnPair = Callable[[int, Tensor, Tensor, Tensor | None], None]
 _BLOCKS, _BLOCK_BYTES = 64, 4096  # a fingerprint reads that many blocks of a weight file
 
 
-def check_bridge(plan: BridgePlan | None, loss: HiddenStateLoss | None, pair: ModelPair) -> None:
-    """Raise ConfigError, before weights are read, if a loss lacks its bridge or if the bridge does not fit the run."""
+def check_bridges(loss: HiddenStateLoss | None, pairs: ModelPairs) -> None:
+    """Raise ConfigError, before weights are read, if a loss lacks a bridge or if a bridge does not fit the run."""
+    for pair in pairs:
+        with of_teacher(pair.name):
+            _check_bridge(loss, pair)
+
+
+def _check_bridge(loss: HiddenStateLoss | None, pair: ModelPair) -> None:
+    plan = pair.bridge
     if plan is None:
         if loss is not None and loss.bridged:
             name = type(loss).__name__
@@ -58,36 +65,39 @@ def check_bridge(plan: BridgePlan | None, loss: HiddenStateLoss | None, pair: Mo
 
 
 def fit_or_load(
-    plan: BridgePlan | None,
-    settings: OPRDSettings,
     pair: ModelPair,
-    data: RunData,
+    data: TeacherData,
     engine: RolloutEngine,
     student: TransformerDecoder,
     teacher: TransformerDecoder,
     select: StateSelector,
+    *,
+    suffix: str = "",
 ) -> Bridge | None:
-    """The bridge of a run. Every rank calls.
+    """The bridge of a teacher. Every rank calls.
 
     A run that resumes takes the bridge in its folder. Otherwise `plan.file` names a bridge, or a new one is fitted on
     responses that the student samples before training. The first rank prints it and saves it in the run's folder.
 
     Args:
-        plan: says which bridge; None for no bridge.
+        pair: says which bridge; None for no bridge.
+        data: what the teacher reads.
         engine: samples the responses.
         student: the student as it trains.
         teacher: the loaded teacher. It must be whole if the plan needs its final state.
         select: selects a microbatch's states, as in training.
+        suffix: what the names of the bridge's files end in.
 
     Raises:
         ConfigError: if an existing bridge does not belong to this run.
         NothingLeftToDo: if the user asked for the bridge only.
     """
+    plan, settings = pair.bridge, pair.settings
     if plan is None:
         return None
     fit = _Fit(settings, pair, data, engine, student, teacher, select, data.ranks)
     ranks, belongs, folder = data.ranks, fit.belonging(), Path(settings.output_dir)
-    own = folder / FILE
+    own = folder / _named(FILE, suffix)
     if resumed := settings.resume and own.is_file():
         bridge = Bridge.load(own, device=ranks.device)
         bridge.check(pair.layers, belongs, plan)
@@ -102,7 +112,7 @@ def fit_or_load(
         print(as_table(bridge))
     if ranks.first and not resumed:
         folder.mkdir(parents=True, exist_ok=True)
-        bridge_figure(bridge).savefig(folder / FIGURE, dpi=150)
+        bridge_figure(bridge).savefig(folder / _named(FIGURE, suffix), dpi=150)
         bridge.save(own)
     ranks.wait()
     if plan.fit_only:
@@ -111,13 +121,17 @@ def fit_or_load(
     return bridge
 
 
+def _named(file: str, suffix: str) -> str:
+    return Path(file).stem + suffix + Path(file).suffix
+
+
 @dataclass(frozen=True)
 class _Fit:
     """Fits a bridge. `fit_or_load` explains the fields."""
 
     settings: OPRDSettings
     pair: ModelPair
-    data: RunData
+    data: TeacherData
     engine: RolloutEngine
     student: TransformerDecoder
     teacher: TransformerDecoder

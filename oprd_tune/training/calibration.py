@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
-from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
 from oprd_tune.selection import Selection
+from oprd_tune.training.teachers import Teachers
 from oprd_tune.types import Rollout
 
 
 def calibrate(
     loss: HiddenStateLoss | None,
-    teacher: Teacher,
+    teachers: Teachers,
     micro_batches: Sequence[Rollout],
     select: Callable[[Rollout], Selection],
     ranks: Ranks,
 ) -> None:
-    """Give a loss the teacher's mean square at each layer, over all ranks. Nothing happens if the loss needs none.
+    """Give a loss the teachers' mean square at each layer, over all ranks. Nothing happens if the loss needs none.
 
     Args:
         loss: the run's hidden-state loss; None if the run has none.
@@ -32,7 +32,7 @@ def calibrate(
     for micro in micro_batches:
         selection = select(micro)
         count += len(selection)
-        states = teacher.targets(micro.teacher_tokens, selection.teacher_index_T).states
+        states = teachers.of(micro).targets(micro.teacher_tokens, selection.teacher_index_T).states
         for layer, state_TC in states.items():
             totals[layer] = totals.get(layer, 0.0) + state_TC.float().square().mean(-1).sum().item()
     *sums, everywhere = ranks.total([*totals.values(), count])

@@ -13,9 +13,9 @@ from torchtune.modules import TransformerDecoder
 from oprd_tune.losses.masking import response_tokens
 from oprd_tune.modeling.output import evaluating
 from oprd_tune.modeling.taps import layer_taps
-from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
 from oprd_tune.selection import Selection
+from oprd_tune.training.teachers import Teachers
 from oprd_tune.types import Rollout
 
 _NEITHER = "states of both models are finite, so the loss or its gradient overflows: look at loss, or set dtype=fp32"
@@ -24,7 +24,7 @@ _NEITHER = "states of both models are finite, so the loss or its gradient overfl
 @contextmanager
 def culprit_named(
     student: TransformerDecoder,
-    teacher: Teacher,
+    teachers: Teachers,
     micro_batches: Sequence[Rollout],
     select: Callable[[Rollout], Selection],
     ranks: Ranks,
@@ -41,14 +41,14 @@ def culprit_named(
     try:
         yield
     except FloatingPointError as error:
-        found = ranks.collect(_first_in(student, teacher, micro_batches, select, final=final))
+        found = ranks.collect(_first_in(student, teachers, micro_batches, select, final=final))
         raise FloatingPointError(f"{error}: {next(filter(None, found), _NEITHER)}") from error
 
 
 @torch.no_grad()
 def _first_in(
     student: TransformerDecoder,
-    teacher: Teacher,
+    teachers: Teachers,
     micro_batches: Sequence[Rollout],
     select: Callable[[Rollout], Selection],
     *,
@@ -66,7 +66,7 @@ def _first_in(
     for micro in micro_batches:  # all of them on every rank, so that sharded models meet
         selection = select(micro)
         of_final = [response_tokens(micro).teacher_index_T] if final else []
-        targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, *of_final)
+        targets = teachers.of(micro).targets(micro.teacher_tokens, selection.teacher_index_T, *of_final)
         of_teacher += [layer for layer in list(targets.states) if not _is_finite(targets.states.pop(layer))]
         if targets.final_TC is not None and not _is_finite(targets.final_TC):
             of_teacher.append(len(student.layers))

@@ -12,13 +12,12 @@ from oprd_tune.config import OPRDSettings
 from oprd_tune.losses.diagnostics import Probe
 from oprd_tune.losses.masking import response_tokens
 from oprd_tune.metrics.step import Metrics
-from oprd_tune.modeling.heads import Heads, LMHead, why_no_matrix
+from oprd_tune.modeling.heads import Heads
 from oprd_tune.modeling.output import evaluating
 from oprd_tune.modeling.sharding import gathered
 from oprd_tune.modeling.taps import layer_taps
-from oprd_tune.preflight.pair import ModelPair
-from oprd_tune.protocols import Teacher
 from oprd_tune.ranks import Ranks
+from oprd_tune.training.teachers import Teachers, TeacherSide
 from oprd_tune.types import Rollout
 
 _FEWEST_ROWS = 4  # tokens of one response alone say little about the others
@@ -31,36 +30,29 @@ class Diagnosis:
 
     Args:
         student: the student's model.
-        teacher: the teacher's, with its head.
+        teachers: those without heads are left out.
     """
 
-    def __init__(
-        self,
-        student: TransformerDecoder,
-        teacher: TransformerDecoder,
-        pair: ModelPair,
-        settings: OPRDSettings,
-        ranks: Ranks,
-    ) -> None:
-        self._student, self._settings, self._ranks = student, settings, ranks
-        self._every, self._heads = None, None
-        what = why_no_matrix(teacher) if pair.diagnosed else None
-        if what is not None:  # a scaling that only shows in a loaded head
-            print(f"No diagnostics of next tokens, since the teacher's {what}.")
-        elif pair.diagnosed:
-            self._every = settings.diagnostics_every_n_steps
-            self._heads = Heads(LMHead(student), LMHead(teacher, "teacher_model"), pair.vocabulary)
+    def __init__(self, student: TransformerDecoder, teachers: Teachers, settings: OPRDSettings, ranks: Ranks) -> None:
+        self._student, self._teachers, self._settings, self._ranks = student, teachers, settings, ranks
+        self._every = settings.diagnostics_every_n_steps if any(teacher.heads for teacher in teachers) else None
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the rollout of this step. The first is 1."""
         return self._every is not None and step % self._every == 0
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout, teacher: Teacher) -> Metrics:
+    def __call__(self, rollout: Rollout) -> Metrics:
         """Look at evenly spaced tokens of a few responses. Every rank must call, each with its own rollout."""
-        s, heads = self._settings, self._heads
-        assert heads is not None
-        share = math.ceil(s.diagnostics_tokens / self._ranks.world_size)
+        metrics = Metrics()
+        for number, teacher in enumerate(self._teachers):
+            if teacher.heads is not None:
+                teacher.merge(metrics, self._look_at(rollout.of_teacher(number), teacher, teacher.heads))
+        return metrics
+
+    def _look_at(self, rollout: Rollout, teacher: TeacherSide, heads: Heads) -> Metrics:
+        s = self._settings
+        share = math.ceil(s.diagnostics_tokens / self._ranks.world_size / len(self._teachers))
         micro = _some_rows(rollout, share, s.tokens_per_micro_batch)
         tokens = response_tokens(micro)
         final_TC = teacher.targets(micro.teacher_tokens, tokens.index_T[:0], tokens.teacher_index_T).final_TC

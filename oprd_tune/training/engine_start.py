@@ -7,7 +7,7 @@ from pathlib import Path
 
 from oprd_tune.config import OPRDSettings
 from oprd_tune.preflight.data import RunData
-from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.pair import ModelPairs
 from oprd_tune.protocols import Policy, RolloutEngine
 from oprd_tune.training.student import Student
 
@@ -15,7 +15,12 @@ _SCRATCH = "sampler"  # within the run's folder; a server starts from it and wri
 
 
 def start_engine(
-    engine: RolloutEngine, student: Student, pair: ModelPair, data: RunData, settings: OPRDSettings, top_k_ids: int = 0
+    engine: RolloutEngine,
+    student: Student,
+    pairs: ModelPairs,
+    data: RunData,
+    settings: OPRDSettings,
+    top_k_ids: int = 0,
 ) -> None:
     """Start a constructed and checked engine: give it the student, and say what to sample.
 
@@ -23,9 +28,9 @@ def start_engine(
     """
     policy = Policy(
         model=student.model,
-        files=pair.student_files,
+        files=pairs.student_files,
         dtype=settings.torch_dtype,
-        vocabulary=pair.vocabulary,
+        vocabulary=pairs.vocabulary,
         ranks=data.ranks,
         folder=Path(settings.output_dir) / _SCRATCH,
     )

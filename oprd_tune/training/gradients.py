@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
 
 def split_alike(rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks) -> list[Rollout]:
-    """This rank's microbatches, padded with idle ones up to the largest number on any rank.
+    """This rank's microbatches, teacher by teacher, padded with idle ones up to the largest number on any rank.
 
-    All ranks must run a sharded model the same number of times.
+    All ranks must run a sharded model the same number of times, and each of several teachers at the same time. A
+    teacher that reads no row on any rank has no microbatch.
     """
-    micro_batches = rollout.split(tokens_per_micro_batch)
-    most = int(ranks.largest(len(micro_batches)))
-    return micro_batches + [rollout.idle() for _ in range(most - len(micro_batches))]
+    present = [0] if rollout.teacher_B is None else rollout.teacher_B.unique().tolist()
+    own = {teacher: rollout.of_teacher(teacher).split(tokens_per_micro_batch) for teacher in present}
+    most: dict[int, int] = {}
+    for counts in ranks.collect({teacher: len(found) for teacher, found in own.items()}):
+        most |= {teacher: max(count, most.get(teacher, 0)) for teacher, count in counts.items()}
+    micro_batches = []
+    for teacher in sorted(most):
+        found = own.get(teacher, [])
+        missing = most[teacher] - len(found)
+        micro_batches += found + [replace(rollout.idle(), teacher=teacher) for _ in range(missing)]
+    return micro_batches
 
 
 class FiniteGuard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.sharding import Sharding, choose_sharding, sync_gradients
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
+from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import Projections
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher.frozen import FrozenTeacher, TappedTeacher
@@ -23,7 +24,6 @@ from oprd_tune.teacher.self_teaching import MovingAverage
 from oprd_tune.torchtune_compat import compile_backend
 from oprd_tune.training.drift import TiedHeadDrift
 from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
-from oprd_tune.types import LayerPair
 
 
 class Student:
@@ -60,44 +60,44 @@ class Student:
         self.average: MovingAverage | None = None
         self._ranks, self._settings = ranks, s
         self._loss_P: Tensor | None = None
+        self._loss_of: dict[str, Tensor] = {}  # by teacher, if there are several
 
     def taught_by(
-        self,
-        model: TransformerDecoder,
-        pairs: Sequence[LayerPair],
-        *,
-        final: bool = False,
-        bridge: Projections | None = None,
+        self, model: TransformerDecoder, pair: ModelPair, *, final: bool = False, bridge: Projections | None = None
     ) -> TappedTeacher:
         """The teacher with this model, which may be the student's own. See `FrozenTeacher` for the arguments.
 
-        If the settings say so, the model, which then has the student's first weights, follows the student from here on.
+        If its settings say so, the model, which then has the student's first weights, follows the student from here on.
         """
         if model is self.model:
-            return TappedTeacher(model, pairs)
-        if (decay := self._settings.teacher_decay) is not None:
+            return TappedTeacher(model, pair.layers)
+        if (decay := pair.settings.teacher_decay) is not None:
             self.average = MovingAverage(self.model, model, decay)  # while the teacher has its head
-        return FrozenTeacher(model, pairs, final=final, bridge=bridge)
+        return FrozenTeacher(model, pair.layers, final=final, bridge=bridge)
 
-    def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool) -> None:
+    def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool, teacher: str | None = None) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
 
         Args:
             sum_P: the microbatch's loss as a sum over tokens, or one sum for each part of the loss.
             count_P: N of the whole step, over all microbatches and ranks; one for each part.
             last: whether this is the step's last microbatch. Gradients are then averaged over processes.
+            teacher: the name of the teacher that has read it, if there are several.
         """
         sync_gradients(self.model, self._settings.sync_every_micro_batch or last)
         backward(sum_P, count_P, world_size=self._ranks.world_size)
         share_P = sum_P.detach() / count_P
         self._loss_P = share_P if self._loss_P is None else self._loss_P + share_P
+        if teacher is not None:
+            self._loss_of[teacher] = self._loss_of.get(teacher, 0) + share_P.sum()
 
     def update(self, step: int, metrics: Metrics, part_names: Iterable[str] = ()) -> float | None:
         """Finish an optimizer step: clip the gradient, and update the parameters if loss and gradient are finite.
 
         Args:
             step: the number of the step, from 1, for messages.
-            metrics: gets the loss, the loss of each part if there are several, and the gradient norm before clipping.
+            metrics: gets the loss, what of it comes from each part and from each teacher if there are several, and the
+                gradient norm before clipping.
             part_names: the names of the parts whose sums `backward` got.
 
         Returns:
@@ -108,7 +108,11 @@ class Student:
         """
         assert self._loss_P is not None
         parts = self._ranks.total(self._loss_P.flatten().tolist())
-        self._loss_P = None
+        if self._loss_of:
+            shares = self._ranks.total(torch.stack([*self._loss_of.values()]).tolist())
+            for name, share in zip(self._loss_of, shares, strict=True):
+                metrics.set(f"teachers/{name}/loss", share)
+        self._loss_P, self._loss_of = None, {}
         loss = torch.tensor(parts, dtype=torch.float32).sum().item()
         grad_norm = clip_gradients(self._trainable, self._settings.clip_grad_norm)
         finite = self.guard.allows(step, loss=loss, grad_norm=grad_norm)

@@ -50,7 +50,9 @@ def write(folder, rows, suffix=".jsonl"):
 def seen(monkeypatch):
     """The rows that `prompt_dataset` makes, before they are tokenized."""
     rows = []
-    monkeypatch.setattr("oprd_tune.data.prompts.PromptDataset", lambda found, *_, **__: rows.extend(found) or rows)
+    monkeypatch.setattr(
+        "oprd_tune.data.prompt_sources.PromptDataset", lambda found, *_, **__: rows.extend(found) or rows
+    )
     return rows
 
 

@@ -121,7 +121,7 @@ def run_everything(rank, folder):
             "rollout.record": folder / f"{name}, rollouts",
         }
         trainer = run(folder / f"{name} on 2", **replay, **overrides, **{"rollout.temperature": 1.0})
-        layers = trainer.bridge._layers
+        layers = trainer.teachers[0].bridge._layers
         assert_same_everywhere(rank, 2, [tensor for own in layers.values() for tensor in vars(own).values()])
         saved = load_file(folder / f"{name} on 2" / FILE)
         for layer, own in layers.items():

@@ -15,6 +15,7 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.selection import Selection
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.calibration import calibrate
+from oprd_tune.training.teachers import Teachers, TeacherSide
 from oprd_tune.types import LayerPair
 from tests.conftest import DEPTH, make_model
 from tests.losses.saved import kept_for_backward
@@ -226,7 +227,8 @@ def test_rms_scales_are_the_teachers_mean_squares_at_the_selected_states_of_all_
     pairs = [LayerPair(1, 2), LayerPair(2, 2), LayerPair(DEPTH, DEPTH)]
     loss, select, batch = HiddenStateMSE("rms"), StateSelector("first_k", 3), rollout()
     micro_batches = batch.split(9)
-    calibrate(loss, FrozenTeacher(make_model(), pairs), [*micro_batches, batch.idle()], select, Ranks())
+    teachers = Teachers([TeacherSide(FrozenTeacher(make_model(), pairs), pairs)])
+    calibrate(loss, teachers, [*micro_batches, batch.idle()], select, Ranks())
     index_T = select(batch).index_T
     assert (len(micro_batches), len(index_T), loss.needs_calibration) == (2, 5, False)
     found = collect_states(make_model(), batch.tokens_BS, [(pair.teacher, index_T, None) for pair in pairs])

@@ -12,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchtune.models.llama3_1 import llama3_1
 from torchtune.training import FullModelHFCheckpointer
 
-from oprd_tune.config import OPRDSettings
+from oprd_tune.config import ONLY_TEACHER, OPRDSettings
 from oprd_tune.modeling.families.llama import llama
 from oprd_tune.modeling.freezing import freeze
 from oprd_tune.modeling.weights import build_on_meta
-from oprd_tune.preflight import report as module
+from oprd_tune.preflight import describe
 from oprd_tune.preflight.disk import room
 from oprd_tune.preflight.memory import Plan, predict_memory
 from oprd_tune.ranks import Ranks
@@ -95,19 +95,20 @@ def test_conventions_that_differ_are_told(tmp_path):
             path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     class Pair:
+        name = ONLY_TEACHER
         student_files = Files("student")
         teacher_files = Files("teacher", eos_token="<pad>", chat_template="{{ messages }}")
 
-    assert module._differing_conventions(Pair) == [
+    assert describe._differing_conventions([Pair]) == [
         ("EOS", "<eos> (student), <pad> (teacher); responses end as `tokenizer` says"),
         ("chat template", "differs between student and teacher; prompts use the one of `tokenizer`"),
     ]
     Pair.teacher_files = Pair.student_files
-    assert module._differing_conventions(Pair) == []
+    assert describe._differing_conventions([Pair]) == []
 
 
 def test_what_does_not_fit_is_said(out, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_free_bytes", lambda ranks: 2**20)
+    monkeypatch.setattr(describe, "_free_bytes", lambda ranks: 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     cfg = load_config("tiny/oprd", output_dir=out, preflight="only", **SMALL)
     assert launch(recipe_class("oprd_distributed"), cfg) in ENDED

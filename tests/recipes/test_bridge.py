@@ -72,12 +72,12 @@ def fitted(tmp_path_factory):
     """The folder of a run that fitted a bridge and trained on it."""
     folder = tmp_path_factory.mktemp("fitted")
     recipe = run(folder / "run", **{"checkpoint_every_n_steps": 2})
-    held = {id(tensor) for own in recipe.bridge._layers.values() for tensor in vars(own).values()}
+    held = {id(tensor) for own in recipe.teachers[0].bridge._layers.values() for tensor in vars(own).values()}
     trained = {id(p) for group in recipe.student.optimizer.param_groups for p in group["params"]}
     assert len(held) == 5 * 4
     assert not held & trained
     assert len(trained) == len(list(recipe.student.model.parameters()))
-    recipe.bridge.save(folder / "after.safetensors")
+    recipe.teachers[0].bridge.save(folder / "after.safetensors")
     return folder / "run"
 
 
@@ -175,9 +175,9 @@ def test_a_teacher_keeps_its_top_only_where_the_basis_asks_for_it(basis, out, ca
 
     monkeypatch.setattr(_Fit, "_observe", note)
     recipe = prepared(out, layers="[1,2]", diagnostics_every_n_steps="null", **{"bridge.basis": basis})
-    assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 3)]
+    assert [(p.student, p.teacher) for p in recipe.teachers[0].pairs] == [(1, 1), (2, 3)]
     assert set(depths) == {6 if basis == "predictive" else 3}
-    assert len(recipe.teacher._model.layers) == 3
+    assert len(recipe.teachers[0].teacher._model.layers) == 3
     assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)).loss < 1
     needed = capsys.readouterr().out
     assert f"teacher {'9.9' if basis == 'predictive' else '5.0'} MiB" in needed
@@ -187,12 +187,16 @@ def test_pairs_may_be_given_and_share_a_teacher_layer(out):
     recipe = prepared(out, layer_pairs="[[1,2],[2,2],[4,6]]", dtype="bf16", **{"bridge.basis": "reduced_rank"})
     bridge = Bridge.load(out / FILE, device=CPU)
     assert [(p.student, p.teacher) for p in bridge.pairs] == [(1, 2), (2, 2), (4, 6)]
-    layers = recipe.bridge._layers
+    layers = recipe.teachers[0].bridge._layers
     assert torch.equal(layers[1].teacher_mean_C, layers[2].teacher_mean_C)
     assert not torch.equal(layers[1].teacher_RC, layers[2].teacher_RC)
     assert not torch.equal(layers[2].teacher_mean_C, layers[4].teacher_mean_C)
     assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)).loss < 1
-    assert set(recipe.teacher.targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {1, 2, 4}
+    assert set(recipe.teachers[0].targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {
+        1,
+        2,
+        4,
+    }
 
 
 def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
@@ -211,8 +215,8 @@ def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
     recipe = prepared(out, positions="last_k", positions_k=2, prompts_per_step=16, tokens_per_micro_batch=60)
     rollout = recipe.engine.generate(recipe.data.prompts.at_step(0))
     selection = recipe.select(rollout)
-    recipe.teacher._bridge = None
-    targets = recipe.teacher.targets(rollout.tokens_BS, selection.index_T, selection.index_T)
+    recipe.teachers[0].teacher._bridge = None
+    targets = recipe.teachers[0].targets(rollout.tokens_BS, selection.index_T, selection.index_T)
     assert sorted(seen) == [1, 2, 3, 4]
     for layer, batches in seen.items():
         h, g, f = map(torch.cat, zip(*batches, strict=True))
@@ -221,8 +225,9 @@ def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
         first = len(selection)
         for mine, wanted in ((g[:first], targets.states[layer]), (f[:first], targets.final_TC)):
             torch.testing.assert_close(mine.sum(0), wanted.sum(0), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(recipe.bridge._layers[layer].student_mean_D, h.mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(recipe.bridge._layers[layer].teacher_mean_C, g.mean(0), rtol=1e-4, atol=1e-4)
+        fitted = recipe.teachers[0].bridge._layers[layer]
+        torch.testing.assert_close(fitted.student_mean_D, h.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fitted.teacher_mean_C, g.mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_every_setting_of_a_fit_reaches_it(fitted, tmp_path, capsys):
@@ -251,7 +256,7 @@ def test_a_bridge_beside_a_token_loss(out):
     assert 1 < logged["loss/bridge"] < 30  # 100 times what the bridge leaves unexplained
     assert logged["loss/opd"] > 0.1
     assert Bridge.load(out / FILE, device=CPU).rank == 16
-    assert recipe.teacher._bridge is recipe.bridge
+    assert recipe.teachers[0].teacher._bridge is recipe.teachers[0].bridge
 
 
 def test_without_a_single_state_there_is_no_bridge(out, capsys):

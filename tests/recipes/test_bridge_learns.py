@@ -44,7 +44,7 @@ def test_a_bridge_beside_full_kl_teaches_more_than_holding_the_student_still(tmp
     def hold(recipe):
         from held_near_start import HeldNearStart
 
-        recipe.teacher = HeldNearStart(recipe)
+        recipe.teachers[0].teacher = HeldNearStart(recipe)
 
     beside = gain(tmp_path / "bridge", "tiny/bridge_plus_opd", **RATE)
     held = gain(tmp_path / "held", "tiny/bridge_plus_opd", hold, **RATE)

@@ -54,7 +54,7 @@ def first_rollout(recipe):
 
 @pytest.mark.parametrize(("name", "config"), [(OPRD, "tiny/oprd"), (OPD, "tiny/opd_topk")])
 def test_a_metric_of_ones_own_reaches_the_logger(name, config, out, tmp_path):
-    collect = "            metrics.merge(stream.metrics)\n"
+    collect = "            teacher.merge(metrics, stream.metrics)\n"
     own = '            metrics.add_each("my/thing", -micro.sampler_logprobs_BS[micro.response_mask_BS])\n'
     recipe = prepared(copied(name, tmp_path, (collect, collect + own)), config, out, tokens_per_micro_batch=20)
     assert recipe.train() in ENDED
@@ -100,16 +100,14 @@ class Stubborn:
         return TeacherTargets({layer: self.state_D.expand(len(index_T), -1) for layer in (1, 2, 3, 4)}, final_TD)
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "final"),
-    [(OPRD, "tiny/oprd", "final=pair.diagnosed, "), (OPD, "tiny/opd_full", "final=True, ")],
-    ids=[OPRD, OPD],
-)
-def test_another_teacher_is_what_the_student_learns_from(name, config, final, out, tmp_path):
-    ours = f"self.student.taught_by(teacher, self.pairs, {final}bridge=self.bridge)"
+@pytest.mark.parametrize(("name", "config"), [(OPRD, "tiny/oprd"), (OPD, "tiny/opd_full")], ids=[OPRD, OPD])
+def test_another_teacher_is_what_the_student_learns_from(name, config, out, tmp_path):
+    ours = "        run.begin("
     theirs = "from tests.recipes.test_copied_recipe import Stubborn\n"
     imported = "from oprd_tune.training.student import Student\n"
-    make_recipe = copied(name, tmp_path, (imported, imported + theirs), (ours, "Stubborn()"))
+    make_recipe = copied(
+        name, tmp_path, (imported, imported + theirs), (ours, "        self.teachers[0].teacher = Stubborn()\n" + ours)
+    )
     recipe = prepared(make_recipe, config, out, **{"optimizer.lr": 6e-3})
     rollout = first_rollout(recipe)
     index_T = response_tokens(rollout).index_T
@@ -118,11 +116,13 @@ def test_another_teacher_is_what_the_student_learns_from(name, config, final, ou
         """Of the student from what the teacher says."""
         states = collect_states(recipe.student.model, rollout.tokens_BS, [(n, index_T, None) for n in (1, 2, 3, 4)])
         if name == OPRD:
-            return torch.stack([(state_TD - recipe.teacher.state_D).square().mean() for state_TD in states]).mean()
+            return torch.stack(
+                [(state_TD - recipe.teachers[0].teacher.state_D).square().mean() for state_TD in states]
+            ).mean()
         heads = (shipped(role, out).tok_embeddings.weight for role in ("student", "teacher"))
         log_p, log_q = (
             (state @ head_VD.T).log_softmax(-1)
-            for state, head_VD in zip((states[-1], recipe.teacher.state_D), heads, strict=True)
+            for state, head_VD in zip((states[-1], recipe.teachers[0].teacher.state_D), heads, strict=True)
         )
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 

@@ -42,7 +42,7 @@ def _group_removed():
 
 
 def tensors(recipe):
-    student, teacher = recipe.student, recipe.teacher._model
+    student, teacher = recipe.student, recipe.teachers[0].teacher._model
     moments = [value for state in student.optimizer.state.values() for value in state.values()]
     return [*student.model.parameters(), *teacher.parameters(), *moments]
 
@@ -59,7 +59,7 @@ def test_one_process_makes_no_group_shards_nothing_and_never_communicates(recipe
         done = run_recipe(recipe, config, out, **extra, **steps)
         assert not dist.is_initialized()
         assert not is_sharded(done.student.model)
-        assert not is_sharded(done.teacher._model)
+        assert not is_sharded(done.teachers[0].teacher._model)
         assert not any(isinstance(tensor, DTensor) for tensor in tensors(done))
     assert done.run.step == 4
     assert json.loads((out / "summary.json").read_text())["world_size"] == 1
@@ -74,7 +74,9 @@ def test_fp32_weights_of_a_bf16_student_are_sharded_and_learn(recipe, config, ou
     assert dist.get_world_size() == 1
     assert is_sharded(trainer.student.model)
     assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in trainer.student.model.parameters())
-    assert not any(isinstance(p, DTensor) or p.dtype != torch.bfloat16 for p in trainer.teacher._model.parameters())
+    assert not any(
+        isinstance(p, DTensor) or p.dtype != torch.bfloat16 for p in trainer.teachers[0].teacher._model.parameters()
+    )
     prompts = trainer.data.prompts.at_step(0)
     rollout = trainer.engine.generate(prompts)
     trainer.engine.generate = lambda *_, **__: rollout

@@ -162,7 +162,7 @@ def test_padded_vocabularies_are_compared_on_shared_tokens(config, padded, tmp_p
         "tokenizer": "tiny/student",
     }
     recipe = run_recipe(NAME, config, tmp_path / "padded", max_steps=2, **extra)
-    assert recipe.heads.vocabulary == 16
+    assert recipe.teachers[0].heads.vocabulary == 16
     logged, wanted = recipe.run.journal.logged, plain.run.journal.logged
     assert math.isclose(logged["loss/total"], wanted["loss/total"], rel_tol=1e-5)
     assert logged["rollout/response_tokens"] == wanted["rollout/response_tokens"]

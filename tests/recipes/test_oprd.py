@@ -88,7 +88,7 @@ def test_diagnoses_change_nothing_and_a_teacher_is_cut_without_them(tmp_path):
         assert diagnosed == {1: [1, 2, 3, 4], 3: [3], "null": []}[every]
     for every in (3, "null"):
         assert_same_student(tmp_path / "1", tmp_path / str(every))
-    depths = {every: len(recipe.teacher._model.layers) for every, recipe in runs.items()}
+    depths = {every: len(recipe.teachers[0].teacher._model.layers) for every, recipe in runs.items()}
     assert depths == {1: 4, 3: 4, "null": 2}
 
 
@@ -147,7 +147,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(out, capsys):
     recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **SMALL))
     recipe.setup()
     before = [p.clone() for p in recipe.student.model.parameters()]
-    recipe.teacher.targets = lambda tokens, index: TeacherTargets(
+    recipe.teachers[0].teacher.targets = lambda tokens, index: TeacherTargets(
         {n: torch.full((len(index), 128), torch.nan) for n in (1, 2, 3, 4)}
     )
     with pytest.raises(FloatingPointError, match="step 3"):
@@ -194,7 +194,7 @@ def test_layer_pairs_heal_a_student_of_other_depth(out):
         "layer_pairs": "[[1,1],[2,2],[4,5]]",
     }
     recipe = run_recipe(NAME, CONFIG, out, max_steps=2, **overrides)
-    assert [(p.student, p.teacher) for p in recipe.pairs] == [(1, 1), (2, 2), (4, 5)]
+    assert [(p.student, p.teacher) for p in recipe.teachers[0].pairs] == [(1, 1), (2, 2), (4, 5)]
     assert sorted(n for n in recipe.run.journal.logged if n.startswith("layers/mse")) == [
         f"layers/mse_0{i}" for i in (1, 2, 4)
     ]

@@ -73,8 +73,8 @@ def states_and_logits(model, head_VD, tokens):
 
 
 def by_hand(recipe, prompts, sampled):
-    teacher, heads = recipe.teacher._model, recipe.heads
-    errors, kls = {pair.student: [] for pair in recipe.pairs}, []
+    teacher, heads = recipe.teachers[0].teacher._model, recipe.teachers[0].heads
+    errors, kls = {pair.student: [] for pair in recipe.teachers[0].pairs}, []
     for row, position in enumerate(sampled.prompt_positions_B.tolist()):
         place = prompts.positions.index(position)
         prompt, told = prompts.tokens[place], prompts.teacher_tokens[place]
@@ -84,7 +84,7 @@ def by_hand(recipe, prompts, sampled):
         other, other_logits = states_and_logits(teacher, heads.teacher_VC, [*told, *response])
         here = slice(len(prompt) - 1, len(prompt) - 1 + len(response))
         there = slice(len(told) - 1, len(told) - 1 + len(response))
-        for pair in recipe.pairs:
+        for pair in recipe.teachers[0].pairs:
             h, g = own[pair.student - 1][here], other[pair.teacher - 1][there]
             errors[pair.student].append((h - g).square().mean(-1))
         log_p, log_q = own_logits[here].log_softmax(-1), other_logits[there].log_softmax(-1)

@@ -2,12 +2,12 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from oprd_tune.config import OPRDSettings
 from oprd_tune.losses.masking import response_tokens
 from oprd_tune.modeling.heads import LMHead
 from oprd_tune.run.launcher import run_recipe as launch
@@ -74,13 +74,13 @@ def test_each_teacher_has_the_weights_that_it_says(tmp_path, kind):
     recipe.setup()
     expected = prepared(tmp_path / "other", "tiny/oprd_plus_opd", **WEIGHTS["initial"])
     expected.setup()
-    model = expected.teacher._model
+    model = expected.teachers[0].teacher._model
     for step in range(3):
         prompts = recipe.data.prompts.at_step(step)
         rollout = recipe.data.read(recipe.engine.generate(prompts), prompts)
         tokens, selection = response_tokens(rollout), recipe.select(rollout)
         asked = rollout.teacher_tokens, selection.teacher_index_T, tokens.teacher_index_T
-        got, wanted = recipe.teacher.targets(*asked), expected.teacher.targets(*asked)
+        got, wanted = recipe.teachers[0].targets(*asked), expected.teachers[0].targets(*asked)
         assert recipe.student.model.training
         assert not got.final_TC.requires_grad
         torch.testing.assert_close(got.final_TC, wanted.final_TC, rtol=1e-5, atol=1e-5)
@@ -168,14 +168,10 @@ def test_what_cannot_work_is_told_before_weights_are_read(tmp_path, capsys, over
 def test_a_head_follows_too_although_the_teacher_is_cut_off_from_it(tied):
     model, first = make_model(tied=tied), make_model(tied=tied)
     student = object.__new__(Student)
-    student.model, student._settings = (
-        model,
-        OPRDSettings(
-            output_dir="out", max_steps=1, max_prompt_tokens=1, max_new_tokens=1, teacher_weights={"ema": 0.5}
-        ),
-    )
+    student.model = model
+    pair = SimpleNamespace(layers=[], settings=SimpleNamespace(teacher_decay=0.5))
     head = LMHead(first)
-    student.taught_by(first, [], final=True)
+    student.taught_by(first, pair, final=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1

@@ -10,7 +10,7 @@ BOTH = [("oprd_distributed", "tiny/oprd"), ("opd_topk_distributed", "tiny/oprd_p
 
 
 def teacher_overflows(recipe):
-    block = recipe.teacher._model.layers[1]
+    block = recipe.teachers[0].teacher._model.layers[1]
     block.register_forward_hook(lambda module, inputs, output: output * torch.inf)
 
 

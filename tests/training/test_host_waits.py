@@ -96,7 +96,8 @@ def test_a_step_waits_for_nothing_between_its_first_microbatch_and_the_optimizer
     cfg = load_config(config, output_dir=tmp_path / "out", **{**SMALL, **changes})
     run = recipe_class(recipe)(cfg)
     run.setup()
-    targets, update, waits, passes = run.teacher.targets, run.student.update, [], []
+    teacher = run.teachers[0].teacher
+    targets, update, waits, passes = teacher.targets, run.student.update, [], []
 
     def first_targets(*args):
         if not passes:
@@ -111,7 +112,7 @@ def test_a_step_waits_for_nothing_between_its_first_microbatch_and_the_optimizer
         passes.clear()
         return update(*args, **kwargs)
 
-    run.teacher.targets, run.student.update = first_targets, last_update
+    teacher.targets, run.student.update = first_targets, last_update
     assert run.train() in ENDED
     assert len(waits) == 2
     for _, found in waits:

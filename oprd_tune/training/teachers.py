@@ -1,0 +1,97 @@
+"""The teachers of a run, each with what belongs to it, and which of them reads a microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+
+from oprd_tune.config import ONLY_TEACHER
+from oprd_tune.losses.masking import StateSelector
+from oprd_tune.metrics.step import Metrics
+from oprd_tune.modeling.bridge import Bridge
+from oprd_tune.modeling.heads import Heads, LMHead, why_no_matrix
+from oprd_tune.preflight.data import RunData
+from oprd_tune.preflight.pair import ModelPair, ModelPairs
+from oprd_tune.protocols import RolloutEngine, Teacher
+from oprd_tune.training.bridge_fit import fit_or_load
+from oprd_tune.training.student import Student
+from oprd_tune.types import LayerPair, Rollout, TeacherTargets
+
+
+@dataclass
+class TeacherSide:
+    """The teacher's side of a comparison with the student.
+
+    Attributes:
+        teacher: gives the targets.
+        pairs: the layers of the student and of this teacher that a loss on hidden states compares.
+        bridge: maps both models' states, or None.
+        heads: the LM heads of the student and of this teacher; None if neither a loss nor a diagnosis reads them.
+        name: the teacher's name among several; None if it is the only one.
+    """
+
+    teacher: Teacher
+    pairs: list[LayerPair]
+    bridge: Bridge | None = None
+    heads: Heads | None = None
+    name: str | None = None
+
+    def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
+        """As in `protocols.Teacher`."""
+        if final_index_T is None:
+            return self.teacher.targets(tokens_BS, index_T)
+        return self.teacher.targets(tokens_BS, index_T, final_index_T)
+
+    def merge(self, metrics: Metrics, own: Metrics) -> None:
+        """Add the metrics of a microbatch that this teacher has read; among several also as `teachers/<name>/…`."""
+        metrics.merge(own)
+        if self.name is not None:
+            metrics.merge_means(own, prefix=f"teachers/{self.name}/")
+
+
+class Teachers(list[TeacherSide]):
+    """A run's teachers, in the order of the config."""
+
+    def of(self, micro: Rollout) -> TeacherSide:
+        """The teacher that reads a microbatch."""
+        return self[micro.teacher]
+
+
+def load_teachers(
+    load: Callable[..., TransformerDecoder],
+    pairs: ModelPairs,
+    data: RunData,
+    student: Student,
+    engine: RolloutEngine,
+    select: StateSelector,
+    *,
+    token_loss: bool,
+) -> Teachers:
+    """Load the teachers one after the other, and fit or load their bridges. Every rank calls.
+
+    Args:
+        load: `Run.load_teacher`.
+        token_loss: whether a loss compares final states.
+    """
+    found = Teachers()
+    for pair in pairs:
+        own, several = data.teachers[pair.name], pair.name != ONLY_TEACHER
+        model = load(pair, own, student, top=None if token_loss else pair.teacher_top)
+        heads = None
+        if token_loss or is_diagnosed(pair, model):  # while the teacher has its head
+            heads = Heads(LMHead(student.model), LMHead(model, "teacher_model"), pair.vocabulary)
+        bridge = fit_or_load(pair, own, engine, student.model, model, select, suffix=f"_{pair.name}" if several else "")
+        teacher = student.taught_by(model, pair, final=heads is not None, bridge=bridge)
+        found.append(TeacherSide(teacher, pair.layers, bridge, heads, pair.name if several else None))
+    return found
+
+
+def is_diagnosed(pair: ModelPair, teacher: TransformerDecoder) -> bool:
+    """Whether a run without a token loss looks at this teacher's distributions. If it cannot, it says why."""
+    what = why_no_matrix(teacher) if pair.diagnosed else None
+    if what is not None:  # a scaling that only shows in a loaded head
+        print(f"No diagnostics of next tokens, since the teacher's {what}.")
+    return pair.diagnosed and what is None
