@@ -22,8 +22,8 @@ SHUFFLED = "dataset.shuffled=true"
 CASES = {
     "hidden states": Case("tiny/two_teachers", (3e-3, 6e-3, 1.2e-2)),
     "hidden states, shuffled": Case("tiny/two_teachers", (3e-3, 6e-3, 1.2e-2), (SHUFFLED,)),
-    "full KL": Case("tiny/opd_full", (1e-3, 3e-3, 6e-3), BOTH),
-    "full KL, shuffled": Case("tiny/opd_full", (1e-3, 3e-3, 6e-3), (*BOTH, SHUFFLED)),
+    "full KL": Case("tiny/opd_full", (3e-4, 1e-3, 3e-3), BOTH),
+    "full KL, shuffled": Case("tiny/opd_full", (3e-4, 1e-3, 3e-3), (*BOTH, SHUFFLED)),
 }
 
 

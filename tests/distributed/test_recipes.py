@@ -32,6 +32,10 @@ LORA = {"lora.rank": 4}
 TOLD = {"teacher": "student", "dataset.teacher_prompt_template": "'{answer}={prompt}'"}
 LIVE = {**TOLD, "teacher_weights": "live"}
 FOLLOWS = {**TOLD, "teacher_weights.ema": 0.5}
+TWO = {
+    **{"teacher": "null", "teachers.addition": "tiny/teacher", "teachers.reversal": "tiny/reversing_teacher"},
+    "dataset._component_": "oprd_tune.tiny.two_tasks",
+}
 # Name: (which twin's rollouts, overrides of the sharded run).
 VARIANTS = {
     "oprd": ("oprd", {}),
@@ -52,6 +56,8 @@ VARIANTS = {
     "the student teaches": ("live", {"teacher_placement": "replicated"}),
     "the teacher follows": ("follows", {}),
     "the teacher follows, replicated": ("follows", {"teacher_placement": "replicated"}),
+    "two teachers": ("two", {}),
+    "two teachers, uneven microbatches": ("two", {"tokens_per_micro_batch": 20, "teacher_placement": "replicated"}),
     "embedding frozen": ("frozen", {"freeze_embedding": "true"}),
 }
 # Twins with an objective of their own.
@@ -63,6 +69,7 @@ TWINS = {
     "truncated": ("tiny/oprd", {"layers": "[1,3]"}),
     "live": ("tiny/oprd_plus_opd", LIVE),
     "follows": ("tiny/oprd_plus_opd", FOLLOWS),
+    "two": ("tiny/oprd_plus_opd", TWO),
     "frozen": ("tiny/opd_topk", {"freeze_embedding": "true"}),
 }
 
@@ -120,7 +127,7 @@ def logged(folder):
 )
 def test_ranks_follow_their_twin_of_one_process(folder, name, world_size):
     alone, together = logged(folder / VARIANTS[name][0]), logged(folder / f"{name} on {world_size}")
-    compared = ["layers", "positions", "rollout", "token", "head", "loss", "diagnostics"]
+    compared = ["layers", "positions", "rollout", "token", "head", "loss", "teachers", "diagnostics"]
     if "tokens_per_micro_batch" in VARIANTS[name][1]:
         compared.pop()  # of which only a few responses fit
     assert len(alone) == len(together) == STEPS
@@ -132,3 +139,4 @@ def test_ranks_follow_their_twin_of_one_process(folder, name, world_size):
         same = [key for key in a if key.split("/")[0] in compared]
         assert {k: b[k] for k in same} == pytest.approx({k: a[k] for k in same}, rel=grown * 1e-5, abs=1e-7)
     assert alone[-1]["loss/total"] != alone[0]["loss/total"]
+    assert ("teachers/reversal/loss" in together[0]) == name.startswith("two teachers")
