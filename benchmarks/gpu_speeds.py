@@ -34,7 +34,8 @@ def update(bench: Bench, limit: Limit) -> Found:
     sizes = (SHORT, LONG) if bench.on_gpu else (64,)
     for tokens in sizes:
         out = bench.work / f"update_{tokens}"
-        command = bench.script("update_cost.py", "--tokens", tokens, *words, "--out", out)
+        compiled = ["--compiled"] if bench.on_gpu and tokens == SHORT else []  # says whether `compile: true` pays here
+        command = bench.script("update_cost.py", "--tokens", tokens, *words, *compiled, "--out", out)
         ended = limit.run(command, env=environment(bench.device))
         if ended.problem:
             found.failed.append(f"{tokens:,} tokens ({ended.problem})")
@@ -59,6 +60,8 @@ def add_ratios(found: Found, cases: Mapping[tuple[str, str], Mapping[str, float]
                 row[f"{what} / {to}"] = "–" if ratio is None else f"{ratio:.2f}"
                 if ratio is not None:
                     found.figures[ratio_name(objective, what, to, tokens)] = ratio
+        fused = cases.get((objective, "compiled"))
+        row["time compiled / not"] = f"{fused['seconds'] / ours['seconds']:.2f}" if fused else "–"
         if "waiting_bytes" in ours:
             floor = bound["delta_peak_bytes"] + ours["waiting_bytes"]
             found.figures[ratio_name(objective, "Δpeak", FLOOR, tokens)] = ours["delta_peak_bytes"] / floor

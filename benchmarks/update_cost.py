@@ -2,6 +2,7 @@
 
     python benchmarks/update_cost.py --tokens 2048
     python benchmarks/update_cost.py --tokens 512 1024 2048 4096 --objectives bound oprd topk full
+    python benchmarks/update_cost.py --compiled --objectives bound oprd full --out FOLDER
     python benchmarks/update_cost.py --launches
 
 An update is the teacher's forward, the student's forward and its backward, at the width and vocabulary of Qwen2.5-1.5B
@@ -36,6 +37,7 @@ VOCABULARY, WIDTH, PROMPT, LONGEST_RESPONSE, TOP_K = 151_936, 1536, 16, 1024, 16
 WARM_UP_TOKENS = 32
 OBJECTIVES = ("bound", "oprd", "sampled", "topk", "full", "vopd")
 FORMULATIONS = ("ours", "plain")
+COMPILED = "compiled"  # ours, with compiled blocks and losses
 LOGITS_COPIES = {"oprd": 3, "sampled": 6, "topk": 6, "full": 8, "vopd": 8}  # [T, V] in fp32, to skip what cannot fit
 MIB = 2**20
 
@@ -119,8 +121,8 @@ def bound(case: Case) -> None:
     state_BSD.backward(torch.ones_like(state_BSD))
 
 
-def ours(case: Case, objective: str) -> Callable[[], float]:
-    """The update as the recipes do it."""
+def ours(case: Case, objective: str, *, compiled: bool = False) -> Callable[[], float]:
+    """The update as the recipes do it, with `compile: true` or without."""
     from oprd_tune import losses
     from oprd_tune.losses.masking import select_states
     from oprd_tune.modeling.heads import Heads, LMHead
@@ -137,6 +139,8 @@ def ours(case: Case, objective: str) -> Callable[[], float]:
         "full": losses.FullReverseKL(),
         "vopd": losses.ControlVariateReverseKL(),
     }[objective]
+    if compiled:
+        loss.compile()
     heads = Heads(LMHead(case.student), LMHead(case.teacher), VOCABULARY)
     layers = list(range(1, case.depth + 1)) if objective == "oprd" else []
     teacher = FrozenTeacher(case.teacher, [LayerPair(layer, layer) for layer in layers], final=objective != "oprd")
@@ -205,9 +209,14 @@ def plain(case: Case, objective: str) -> Callable[[], float]:
 
 def updating(case: Case, objective: str, formulation: str) -> Callable[[], float | None]:
     """A function that does one update."""
+    if formulation == COMPILED:
+        for block in case.student.layers:
+            block.compile()
     if objective == "bound":
         return lambda: bound(case)
-    return {"ours": ours, "plain": plain}[formulation](case, objective)
+    if formulation == "plain":
+        return plain(case, objective)
+    return ours(case, objective, compiled=formulation == COMPILED)
 
 
 class PeakMemory:
@@ -281,7 +290,7 @@ def fits(objective: str, formulation: str, tokens: int, args: argparse.Namespace
     """Whether a plain formulation has room for its logits; ours always has."""
     import torch
 
-    if formulation == "ours" or objective == "bound":
+    if formulation != "plain" or objective == "bound":
         return True
     size = {"fp32": 4, "bf16": 2}[args.dtype]
     block = 2 * WIDTH * (WIDTH + 256) + 3 * WIDTH * 8960
@@ -298,7 +307,7 @@ def run_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for tokens in args.tokens:
         for objective in args.objectives:
-            for formulation in FORMULATIONS:
+            for formulation in (*FORMULATIONS, *([COMPILED] if args.compiled else [])):
                 if objective == "bound" and formulation == "plain":
                     continue
                 if not fits(objective, formulation, tokens, args):
@@ -340,13 +349,14 @@ def as_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         if row["formulation"] == "plain":
             continue
         tokens, name = row["tokens"], row["objective"]
+        shown = f"{name}, compiled" if row["formulation"] == COMPILED else name
         keys = [(tokens, name, "plain"), (tokens, "oprd", "ours")]
         cells = [ratio(row, key, what) for key in keys for what in ("delta_peak_bytes", "seconds")]
         cells.append(ratio(row, (tokens, "bound", "ours"), "seconds"))
         cells += [f"{row['delta_peak_bytes'] / MIB:,.0f}", f"{row['seconds']:.2f}"]
         other = by_case.get(keys[0])
         cells += [f"{other['delta_peak_bytes'] / MIB:,.0f}", f"{other['seconds']:.2f}"] if other else ["–", "–"]
-        lines.append(f"| {tokens} | {name} | {' | '.join(cells)} |")
+        lines.append(f"| {tokens} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -419,6 +429,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--launches", action="store_true", help="count launches instead of measuring")
+    parser.add_argument("--compiled", action="store_true", help="also with compiled blocks and losses")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device is None:

@@ -123,9 +123,9 @@ class Reading:
         return Reading(self.tokens_BU[:, :context], self.lengths_B.clamp(max=context), column_BS)
 
     def idle(self) -> Reading:
-        """A reading of one row and one token that no column matches."""
+        """A reading of one row and one token, which every teacher has and no column matches."""
         one_B = torch.ones_like(self.lengths_B[:1])
-        return Reading(self.tokens_BU[:1, :1], one_B, torch.full_like(self.column_BS[:1, :1], -1))
+        return Reading(torch.zeros_like(self.tokens_BU[:1, :1]), one_B, torch.full_like(self.column_BS[:1, :1], -1))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from oprd_tune.config.components import Component, nearest
+from oprd_tune.data.tokenizer_files import conventions
 from oprd_tune.errors import ConfigError
 
 # What an entry may say. It counts in the place of the same key of the config. `prompts` is an entry's alone.
@@ -17,6 +19,7 @@ SCALARS = (
 )
 ALONE = ("teacher", "teacher_model", "teacher_checkpointer", "teacher_tokenizer", "reader")  # not beside `teachers`
 PROMPTS = "prompts"
+ONLY_TEACHER = "teacher"  # its name where a config has one
 Values = dict[str, Any]
 
 
@@ -51,8 +54,8 @@ class TeacherEntry:
 def expand_teachers(values: Mapping[str, Any], expand: Callable[[Mapping[str, Any]], Values]) -> Values:
     """Write the short form of a config with several teachers out.
 
-    Each teacher's entry is expanded as a config with this teacher alone. The tokenizer is that of the first teacher
-    that shares the student's tokens, or the student's own.
+    Each teacher's entry is expanded as a config with this teacher alone. The tokenizer is that of the teachers that
+    share the student's tokens, or the student's own if there is none.
 
     Args:
         expand: expands a config with one teacher.
@@ -76,17 +79,33 @@ def expand_teachers(values: Mapping[str, Any], expand: Callable[[Mapping[str, An
             raise ConfigError(f"teachers.{name}: {error}") from error
         if any(expanded[name].get(key) is None for key in ("teacher_model", "teacher_checkpointer")):
             raise ConfigError(f"teachers.{name} lacks `teacher`, a model folder or a hub name")
-    first = next((one for one in expanded.values() if one.get("teacher_tokenizer") is None), None)
-    found = dict(first or next(iter(expanded.values())))
-    for key in (*COMPONENTS, "teachers"):
+    sharing = {name: one for name, one in expanded.items() if one.get("teacher_tokenizer") is None}
+    if "tokenizer" not in shared:
+        _check_alike(sharing)
+    found = dict(next(iter((sharing or expanded).values())))
+    for key in (*COMPONENTS, *SCALARS):
         found.pop(key, None)
+    found |= {key: shared[key] for key in SCALARS if key in shared}
     found["teachers"] = {
         name: {key: one[key] for key in COMPONENTS if one.get(key) is not None}
         | {key: entries[name][key] for key in SCALARS if key in entries[name]}
-        | {PROMPTS: entries[name].get(PROMPTS, [name])}
+        | {PROMPTS: [str(value) for value in entries[name].get(PROMPTS, [name])]}
         for name, one in expanded.items()
     }
     return found
+
+
+def _check_alike(sharing: Mapping[str, Values]) -> None:
+    """Raise ConfigError if teachers of one tokenizer would write prompts, or end responses, each in another way."""
+    own = {name: conventions(Path(one["teacher_model"].get("path", ""))) for name, one in sharing.items()}
+    known = {name: (found["chat template"], found["EOS"]) for name, found in own.items() if found is not None}
+    for name, found in known.items():
+        first = next(iter(known))
+        if found != known[first]:
+            raise ConfigError(
+                f"teachers.{first} and teachers.{name} have the same tokens, but another chat template or EOS; give "
+                "`tokenizer`, the folder whose template writes the prompts and whose stop tokens end the responses"
+            )
 
 
 def _over(shared: object, own: object) -> object:
@@ -101,6 +120,8 @@ def _checked(name: str, entry: object) -> Mapping[str, Any]:
     where = f"teachers.{name}"
     if not name.replace("_", "").isalnum():
         raise ConfigError(f"teachers has the name {name!r}; allowed are letters, digits and _")
+    if name == ONLY_TEACHER:
+        raise ConfigError(f"teachers has the name {name!r}, which stands for one that is alone; give it another")
     if isinstance(entry, str):
         return {"teacher": entry}
     if not isinstance(entry, Mapping):
@@ -110,7 +131,7 @@ def _checked(name: str, entry: object) -> Mapping[str, Any]:
         if key not in known:
             raise ConfigError(f"{where} has no key {key!r}{nearest(str(key), known)}")
     prompts = entry.get(PROMPTS, [name])
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(value, str) for value in prompts):
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(value, (str, int)) for value in prompts):
         raise ConfigError(
             f"{where}.{PROMPTS} is {prompts!r}; give a list of what the data set's teacher_column says, such as "
             f"[{name}]"

@@ -37,9 +37,10 @@ class AccuracyByTeacher:
     def __call__(self, model: TransformerDecoder) -> float:
         """The share of right answers, between 0 and 1. Every rank must call."""
         self.last = {name: part(model) for name, part in self.parts.items()}
-        return self.of_all(self.last)
+        return sum(self.last[name] * part.samples for name, part in self.parts.items()) / self.samples
 
-    def of_all(self, accuracies: Mapping[str, float]) -> float:
-        """The share over all prompts of these teachers, from the share on each one's."""
-        samples = {name: self.parts[name].samples for name in accuracies}
-        return sum(accuracies[name] * count for name, count in samples.items()) / sum(samples.values())
+    def of_all(self, accuracies: Mapping[str, float]) -> float | None:
+        """The share over all prompts, from the share on each teacher's; None if one is missing."""
+        if not accuracies.keys() >= self.parts.keys():
+            return None
+        return sum(accuracies[name] * part.samples for name, part in self.parts.items()) / self.samples

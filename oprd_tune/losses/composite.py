@@ -113,9 +113,14 @@ class Composite:
         return CompositeStream(streams, self.weights, probe)
 
     def compile(self) -> None:
-        """As in `HiddenStateLoss`. Token losses are left as they are."""
-        if self.hidden is not None:
-            self.hidden.compile()
+        """As in `HiddenStateLoss` and `TokenLoss`, for each part."""
+        for part in self.parts.values():
+            part.compile()
+
+    def fit(self, room: int, vocabulary: int, width: int) -> None:
+        """As in `TokenLoss`, for each part."""
+        for part in self.token_losses.values():
+            part.fit(room, vocabulary, width)
 
     def state_dict(self) -> dict[str, object]:
         """State of the hidden-state loss, if there is one; token losses have none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class EntryDivergence(DenseTokenLoss):
     """
 
     entry_clip: float | None = None
-    chunk_tokens: int = 256
+    usual_chunk: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +48,7 @@ class EntryDivergence(DenseTokenLoss):
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
         """As in `DenseTokenLoss`, with four more [chunk, V] tensors."""
-        return super().working_bytes(vocabulary, width) + 4 * self.chunk_tokens * vocabulary * 4
+        return super().working_bytes(vocabulary, width) + 4 * self.at_once * vocabulary * 4
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """As in `DenseTokenLoss`."""
@@ -156,7 +157,7 @@ class TailedTopKKL(DenseTokenLoss):
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
         """As in `DenseTokenLoss`, with two more [chunk, V] tensors."""
-        return super().working_bytes(vocabulary, width) + 2 * self.chunk_tokens * vocabulary * 4
+        return super().working_bytes(vocabulary, width) + 2 * self.at_once * vocabulary * 4
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """As in `DenseTokenLoss`.

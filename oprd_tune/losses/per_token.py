@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,15 +36,18 @@ class PerTokenLoss(DenseTokenLoss):
     """
 
     per_token: TokenError | str
-    chunk_tokens: int = 256
+    usual_chunk: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._function: TokenError = find_function("loss.per_token", self.per_token)
 
+    def compile(self) -> None:
+        """The function is left as it is, since it may do anything."""
+
     def working_bytes(self, vocabulary: int, width: int) -> int:
         """As in `TokenLoss`, plus p and four more [chunk, V] tensors that autograd is assumed to keep."""
-        return super().working_bytes(vocabulary, width) + 5 * self.chunk_tokens * vocabulary * 4
+        return super().working_bytes(vocabulary, width) + 5 * self.at_once * vocabulary * 4
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
         """As in `DenseTokenLoss`. With g = ∂loss/∂log p, the gradient with respect to the logits is g − p · Σ_v g."""

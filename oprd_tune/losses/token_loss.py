@@ -19,6 +19,9 @@ from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.heads import Heads, add_product, gathered_logits, head_logits, wide
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.selection import ResponseTokens
+from oprd_tune.torchtune_compat import compile_backend
+
+_MOST_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class TokenLoss:
         student_temperature: divides the student's logits; the loss is not rescaled.
         teacher_temperature: divides the teacher's logits; the loss is not rescaled.
         chunk_tokens: how many tokens have logits at the same time. Each takes 4·V bytes, once or twice. This limits
-            memory and never changes the loss.
+            memory and never changes the loss. None takes `usual_chunk`, and more where a device has room, see `fit`.
+        at_once: the number that is used.
         sampler_top_k: how many of the sampler's most probable tokens the loss needs with the rollout.
         needs_samples: whether the loss needs what the sampler says of each token, which given responses have not. It
             then leaves those out.
@@ -58,22 +62,40 @@ class TokenLoss:
 
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
-    chunk_tokens: int = 512
+    chunk_tokens: int | None = None
+    at_once: int = field(default=0, init=False)
     sampler_top_k: int = field(default=0, init=False)
     needs_samples: bool = field(default=False, init=False)
     reads_references_alone: ClassVar[bool] = False
+    usual_chunk: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         check_positive("loss.student_temperature", self.student_temperature)
         check_positive("loss.teacher_temperature", self.teacher_temperature)
-        check_whole("loss.chunk_tokens", self.chunk_tokens)
+        if self.chunk_tokens is not None:
+            check_whole("loss.chunk_tokens", self.chunk_tokens)
+        self.at_once = self.chunk_tokens or self.usual_chunk
 
     def check(self, vocabulary: int, engine: RolloutEngine) -> None:
         """Raise ConfigError if the loss cannot use this engine, or these heads, which share `vocabulary` tokens."""
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
         """Upper bound, in bytes, on the memory for chunks of logits. `width` is the student's."""
-        return 3 * self.chunk_tokens * vocabulary * 4
+        return 3 * self.at_once * vocabulary * 4
+
+    def fit(self, room: int, vocabulary: int, width: int) -> None:
+        """Take larger chunks if none were asked for: as many tokens as `room` bytes hold, up to `_MOST_AT_ONCE`.
+
+        Each chunk reads and writes the head's whole gradient, so larger ones cost less time.
+        """
+        while self.chunk_tokens is None and self.at_once < _MOST_AT_ONCE:
+            self.at_once *= 2
+            if self.working_bytes(vocabulary, width) > room:
+                self.at_once //= 2
+                return
+
+    def compile(self) -> None:
+        """Fuse what a chunk of logits goes through, if the loss can."""
 
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics
@@ -152,6 +174,23 @@ class DenseTokenLoss(TokenLoss):
         """The chunk's losses [T], and their gradient [T, V] with respect to the student's temperature-scaled logits."""
         raise NotImplementedError
 
+    def scored(self, student: Side, teacher: Side, tokens: ResponseTokens) -> tuple[Tensor, Tensor, Metrics]:
+        """A chunk's sum, its gradient with respect to the student's logits, [T, V], and what was measured.
+
+        A function of tensors alone, which `compile` turns into a few kernels.
+        """
+        metrics = Metrics()
+        loss_T, logits_TV = self.objective(self.compared(student, teacher, tokens), metrics)
+        check_one_a_token(f"{type(self).__name__}.objective", loss_T, student.state_TD)
+        if tokens.weight_T is not None:
+            loss_T, logits_TV = loss_T * tokens.weight_T, logits_TV.mul_(tokens.weight_T.unsqueeze(-1))
+        logits_TV = divided_(logits_TV, self.student_temperature).to(student.weight_VD.dtype)
+        return loss_T.sum(), logits_TV, metrics
+
+    def compile(self) -> None:
+        """As in `TokenLoss`."""
+        self.scored = torch.compile(self.scored, dynamic=True, backend=compile_backend())  # type: ignore[method-assign]
+
     def working_bytes(self, vocabulary: int, width: int) -> int:
         """As in `TokenLoss`, plus the head's gradient, which is collected in fp32."""
         return super().working_bytes(vocabulary, width) + vocabulary * width * 4
@@ -165,18 +204,12 @@ class DenseTokenLoss(TokenLoss):
         gradient_TD = torch.empty_like(student_TD)
         gradient_VD = torch.zeros_like(weight_VD, dtype=dtype) if heads.student.weight_VD.requires_grad else None
         total = torch.zeros((), dtype=dtype, device=weight_VD.device)
-        for start in range(0, len(student_TD), self.chunk_tokens):
-            rows = slice(start, start + self.chunk_tokens)
-            student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
-            chunk = self.compared(student, teacher, tokens.chunk(start, self.chunk_tokens))
-            loss_T, logits_TV = self.objective(chunk, metrics)
-            check_one_a_token(f"{type(self).__name__}.objective", loss_T, student_TD[rows])
-            del chunk  # frees one of its two [T, V]
-            if tokens.weight_T is not None:
-                weight_T = tokens.weight_T[rows]
-                loss_T, logits_TV = loss_T * weight_T, logits_TV.mul_(weight_T.unsqueeze(-1))
-            total += loss_T.sum()
-            logits_TV = divided_(logits_TV, self.student_temperature).to(weight_VD.dtype)
+        for start in range(0, len(student_TD), self.at_once):
+            rows = slice(start, start + self.at_once)
+            sides = self.sides(student_TD[rows], teacher_TC[rows], heads)
+            chunk_sum, logits_TV, measured = self.scored(*sides, tokens.chunk(start, self.at_once))
+            metrics.merge(measured)
+            total += chunk_sum
             gradient_TD[rows] = logits_TV @ weight_VD
             if gradient_VD is not None:
                 add_product(gradient_VD, logits_TV, student_TD[rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class TopKReverseKL(TokenLoss):
 
     k: int = 16
     support: str = "student"
-    chunk_tokens: int = 256
+    usual_chunk: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,9 +116,9 @@ class TopKReverseKL(TokenLoss):
         gradient_TD = torch.empty_like(student_TD)
         total = torch.zeros((), dtype=wide(weight_VD.dtype), device=weight_VD.device)
         all_ids, all_factors = [], []
-        for start in range(0, max(1, len(student_TD)), self.chunk_tokens):
-            rows = slice(start, start + self.chunk_tokens)
-            part = tokens.chunk(start, self.chunk_tokens)
+        for start in range(0, max(1, len(student_TD)), self.at_once):
+            rows = slice(start, start + self.at_once)
+            part = tokens.chunk(start, self.at_once)
             student, teacher = self.sides(student_TD[rows], teacher_TC[rows], heads)
             support = self._choose(student, teacher, part, self.k)
             student_TK = _logits_on(support, student, support.log_p_TK)

@@ -10,7 +10,7 @@ import torch
 
 from oprd_tune.config import ONLY_TEACHER, OPRDSettings, Parts, construct
 from oprd_tune.config.components import check_offers, takes
-from oprd_tune.data import PromptReader, PromptStream
+from oprd_tune.data import PromptReader, PromptStream, RoutedPrompts
 from oprd_tune.data.alignment import side_by_side
 from oprd_tune.data.routing import PromptsOfTeacher
 from oprd_tune.errors import ConfigError
@@ -114,6 +114,9 @@ def load_data(parts: Parts, settings: OPRDSettings, pairs: ModelPairs, ranks: Ra
     evaluate = Evaluators(parts, pairs, tokenizer, own_tokenizers, ranks)
     accuracy, perplexity = evaluate.accuracy(held_out), evaluate.perplexity(held_out)
     benchmarks = evaluate.benchmarks()
+    prompts = PromptStream(
+        train, prompts_per_step=s.prompts_per_step, seed=s.seed, rank=ranks.rank, world_size=ranks.world_size
+    )
     teachers = {}
     for pair in pairs:
         with of_teacher(pair.name):
@@ -123,9 +126,6 @@ def load_data(parts: Parts, settings: OPRDSettings, pairs: ModelPairs, ranks: Ra
                 benchmarks=evaluate.teacher_benchmarks(pair, benchmarks),
             )
     _check_lengths(s, pairs, accuracy, perplexity)
-    prompts = PromptStream(
-        train, prompts_per_step=s.prompts_per_step, seed=s.seed, rank=ranks.rank, world_size=ranks.world_size
-    )
     request = _request(s, pairs, tokenizer)
     return RunData(
         tokenizer=tokenizer,
@@ -154,7 +154,7 @@ def _given(name: str, parts: Parts, s: OPRDSettings, own_tokenizers: Mapping[str
     routes = takes(component.path, "teachers")
     if name == "dataset" and not routes:
         raise ConfigError(
-            f"there are several `teachers`, and {component.path} does not say who reads a prompt; give a data set that "
+            f"the config has `teachers`, and {component.path} does not say who reads a prompt; give a data set that "
             "takes `teachers`, such as oprd_tune.data.prompt_dataset with a teacher_column"
         )
     if name == "eval_dataset" and takes(component.path, "teacher_column"):
@@ -167,7 +167,7 @@ def _part(train: PromptSource, pair: ModelPair) -> PromptSource:
     """The prompts that a teacher reads. Raises ConfigError if there are none."""
     if pair.name == ONLY_TEACHER:
         return train
-    found: PromptSource | None = getattr(train, "parts", {}).get(pair.name)
+    found = train.parts.get(pair.name) if isinstance(train, RoutedPrompts) else None
     if found is None:
         raise ConfigError(
             "it reads no prompt of `dataset`; take it out, or list what the column says of its prompts as its `prompts`"

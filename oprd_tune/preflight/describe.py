@@ -45,7 +45,7 @@ def _describe(model: TransformerDecoder) -> str:
 
 
 def _describe_teachers(pairs: ModelPairs, data: RunData) -> list[Row]:
-    """A row for each teacher, and one for its bridge if it has one."""
+    """A row for each teacher."""
     rows = []
     for pair in pairs:
         model = build_on_meta(pair.parts.teacher_model)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from oprd_tune.config import Parts, construct
 from oprd_tune.config.components import check_offers
+from oprd_tune.data import RoutedPrompts
 from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation import AccuracyByTeacher, ReferencePerplexity, TaskAccuracy
 from oprd_tune.evaluation.during_training import BenchmarkEval
@@ -27,18 +29,22 @@ class Evaluators:
 
     def accuracy(self, held_out: PromptSource | None) -> TaskAccuracy | AccuracyByTeacher | None:
         """Measures the student on held-out prompts, by teacher where the data set says who reads a prompt."""
-        by_teacher: Mapping[str, PromptSource] = getattr(held_out, "parts", {})
-        if not by_teacher or self.parts.task_accuracy is None:
+        if not isinstance(held_out, RoutedPrompts) or self.parts.task_accuracy is None:
             return self._accuracy(held_out, self.tokenizer, self.pairs.vocabulary)
-        found = {name: self._accuracy(part, self.tokenizer, self.pairs.vocabulary) for name, part in by_teacher.items()}
-        return AccuracyByTeacher({name: one for name, one in found.items() if one is not None})
+        found: dict[str, Any] = {}
+        for name, part in held_out.parts.items():
+            found[name] = self._accuracy(part, self.tokenizer, self.pairs.vocabulary)
+            if missing := [needed for needed in ("grader", "samples", "request") if not hasattr(found[name], needed)]:
+                kind = type(found[name]).__name__
+                raise ConfigError(f"task_accuracy: {kind} lacks {', '.join(missing)}, which several teachers need")
+        return AccuracyByTeacher(found)
 
     def teacher_accuracy(
         self, pair: ModelPair, held_out: PromptSource | None, students: TaskAccuracy | AccuracyByTeacher | None
     ) -> TaskAccuracy | None:
         """Measures a teacher on the held-out prompts that it reads; None if nothing says which these are."""
         if self.parts.teachers:
-            held_out = getattr(held_out, "parts", {}).get(pair.name)
+            held_out = held_out.parts.get(pair.name) if isinstance(held_out, RoutedPrompts) else None
             students = students.parts.get(pair.name) if isinstance(students, AccuracyByTeacher) else None
         if held_out is None or held_out.longest_teacher_prompt is None:
             return students  # type: ignore[return-value]
@@ -68,6 +74,8 @@ class Evaluators:
         """The benchmarks of the section `eval`, for the student."""
         if self.parts.eval is None:
             return None
+        if self.parts.eval.teacher and self.parts.teachers:
+            raise ConfigError("eval.teacher asks one teacher, and the config has `teachers`; ask them by math_eval")
         found = BenchmarkEval.open(self.parts.eval, self.tokenizer, self.pairs.vocabulary, self.ranks)
         found.problems.check_fit("eval", vocabulary=self.pairs.vocabulary, context=self.pairs.context)
         return found
@@ -76,8 +84,6 @@ class Evaluators:
         """The same for a teacher, if it is to answer them too."""
         if self.parts.eval is None or not self.parts.eval.teacher:
             return None
-        if self.parts.teachers:
-            raise ConfigError("eval.teacher asks the one teacher, and there are several; ask them by math_eval")
         if (own := self.own_tokenizers[pair.name]) is None:
             return students
         found = BenchmarkEval.open(self.parts.eval, own, pair.teacher_vocabulary, self.ranks)

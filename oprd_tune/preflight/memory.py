@@ -46,6 +46,7 @@ class Plan:
         rollout_bytes: what sampling takes beside the weights.
         engine_bytes: what an engine with weights of its own holds all the time.
         optimizer_bytes: the optimizer's state for each number that trains.
+        follows: whether a teacher is the student's moving average.
         teacher_bytes: the teacher's parameters.
         whole_teacher_bytes: a sharded teacher's parameters while it is gathered for its evaluation; 0 if it never is.
         teacher_width: numbers in a state of the teacher.
@@ -67,6 +68,7 @@ class Plan:
     rollout_bytes: int
     engine_bytes: int
     optimizer_bytes: float
+    follows: bool
     teacher_bytes: int
     whole_teacher_bytes: int
     teacher_width: int
@@ -142,7 +144,7 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
         training = gradients + max(working, embedding)
     fitted = (plan.tapped + plan.trains_head) * plan.selected * plan.teacher_width * compute  # whole states
     fitting = plan.moment_bytes + max(sampling, fitted) if plan.moment_bytes else 0
-    average = 0 if s.teacher_decay is None else trained * _WIDE // ranks
+    average = trained * _WIDE // ranks if plan.follows else 0
     checkpoint = (trained * master + optimizer) // ranks + average
     offloaded = 0 if on_device else (resident + trained * master + optimizer) // ranks + average
     return Memory(

@@ -153,6 +153,11 @@ def of_teacher(name: str) -> Iterator[None]:
         raise ConfigError(f"teachers.{name}: {error}") from error
 
 
+def whose(name: str) -> str:
+    """`the teacher's`, with its name among several."""
+    return "the teacher's" if name == ONLY_TEACHER else f"the teacher {name}'s"
+
+
 def load_pairs(
     parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False
 ) -> ModelPairs:
@@ -228,7 +233,7 @@ def _load_pair(name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: 
         teacher_context=teacher.max_seq_len,
         vocabulary=vocabulary,
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
-        diagnosed=not token_loss and _diagnosed(settings, student, teacher, own_tokens=own_tokens),
+        diagnosed=not token_loss and _diagnosed(name, settings, student, teacher, own_tokens=own_tokens),
     )
 
 
@@ -267,15 +272,15 @@ def _built(build: Component) -> TransformerDecoder:
 
 
 def _diagnosed(
-    settings: OPRDSettings, student: TransformerDecoder, teacher: TransformerDecoder, *, own_tokens: bool
+    name: str, settings: OPRDSettings, student: TransformerDecoder, teacher: TransformerDecoder, *, own_tokens: bool
 ) -> bool:
     """Whether to compare next-token distributions now and then. If that is wished but impossible, say why."""
     if settings.diagnostics_every_n_steps is None:
         return False
-    heads = (("the student's", student), ("the teacher's", teacher))
+    heads = (("the student's", student), (whose(name), teacher))
     obstacles = [f"{whose} {what}" for whose, model in heads if (what := why_no_matrix(model)) is not None]
     if own_tokens:
-        obstacles.append("the teacher reads texts in other tokens")
+        obstacles.append(f"{whose(name)} tokens are others")
     if obstacles:
         print(f"No diagnostics of next tokens, since {' and '.join(obstacles)}.")
     return not obstacles

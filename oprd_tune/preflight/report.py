@@ -28,6 +28,8 @@ from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import sampling_bytes
 from oprd_tune.teacher import TeacherPlan
 
+_SHARE_OF_LOGITS = 16  # of a GPU's whole memory, so that the same card always gives the same chunks
+
 
 def preflight(
     parts: Parts,
@@ -47,6 +49,9 @@ def preflight(
     s, ranks, loss = settings, data.ranks, as_composite(loss)
     student = build_on_meta(parts.model)
     top = pairs.depth if loss.token_losses else pairs.top
+    if ranks.device.type == "cuda":
+        room = torch.cuda.get_device_properties(ranks.device).total_memory // _SHARE_OF_LOGITS
+        loss.fit(room, pairs.vocabulary, width_of(student))
     freeze(student, top=top, trains_head=bool(loss.token_losses), freeze_embedding=s.freeze_embedding)
     held, for_benchmarks = _benchmark_bytes(data, engine, student, pairs, s.torch_dtype)
     plan = _plan(parts, s, pairs, data, loss, engine, student=student)
@@ -59,6 +64,8 @@ def preflight(
     if s.preflight:
         disk = predict_disk(s, student, memory, ranks, evaluated=_is_evaluated(data))
         rows = rows_of(student, s, pairs, data, memory, for_benchmarks)
+        chunks = ", ".join(f"{part.at_once:,}" for part in loss.token_losses.values())
+        rows += [("logits", f"of {chunks} tokens at once")] if chunks else []
         rows.append(("disk", disk.text + ("" if disk.fits else ". This will not fit")))
         wide = max(len(name) for name, _ in rows)
         print("\n" + "\n".join(f"  {name:<{wide}}  {text}" for name, text in rows) + "\n")
@@ -119,6 +126,7 @@ def _plan(
             sharding=sharding,
             folder=Path(s.output_dir),
         ),
+        follows=any(pair.settings.teacher_decay is not None for pair in pairs),
         teacher_bytes=sum(kept for kept, _ in teacher_bytes),
         whole_teacher_bytes=max(whole for _, whole in teacher_bytes),
         teacher_width=max(pair.teacher_width for pair in pairs),

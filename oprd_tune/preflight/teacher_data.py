@@ -11,7 +11,7 @@ from oprd_tune.data import PromptReader, PromptStream, Reader
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.evaluation import TaskAccuracy
 from oprd_tune.evaluation.during_training import BenchmarkEval
-from oprd_tune.preflight.pair import ModelPair
+from oprd_tune.preflight.pair import ModelPair, whose
 from oprd_tune.protocols import PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
 from oprd_tune.teacher.self_teaching import is_student
@@ -23,6 +23,7 @@ class TeacherData:
     """What a teacher reads.
 
     Attributes:
+        name: the teacher's name.
         prompts: this rank's share of each step's prompts, as if this teacher were the only one.
         reader: finds where the states of both models meet, if the teacher has other tokens or other prompts; else None.
         context: the number of tokens that the teacher can read.
@@ -32,6 +33,7 @@ class TeacherData:
         benchmarks: what the teacher answers once; None if it is not to.
     """
 
+    name: str
     prompts: PromptStream
     reader: Reader | PromptReader | None
     context: int
@@ -60,8 +62,8 @@ class TeacherData:
         matched, tokens = self.ranks.total([rollout.matched_tokens, rollout.response_tokens])
         if matched < self.min_matched_share * tokens:
             raise RolloutError(
-                f"only {matched / tokens:.1%} of the response tokens end where one of the teacher's ends too: the "
-                "tokenizers cut the text differently, or responses are no text that the teacher's can read. Lower "
+                f"only {matched / tokens:.1%} of the response tokens end where one of {whose(self.name)} ends too: the "
+                "tokenizers cut the text differently, or responses are no text that the teacher's can read. Lower its "
                 f"min_matched_share, which is {self.min_matched_share}, to go on with so few"
             )
 
@@ -87,6 +89,7 @@ def load_teacher_data(
     """
     s, share = pair.settings, {"rank": ranks.rank, "world_size": ranks.world_size}
     return TeacherData(
+        name=pair.name,
         prompts=PromptStream(train, prompts_per_step=s.prompts_per_step, seed=s.seed, **share),
         reader=_reader(pair, train, tokenizer, own_tokenizer),
         context=pair.teacher_context,
@@ -116,8 +119,8 @@ def _reader(
             )
         if is_student(parts.record):
             print(
-                "teacher: it begins with the student's weights and reads what the student reads, so at first there is "
-                "nothing to learn from it; dataset.teacher_prompt_template lets it read more"
+                f"{pair.name}: it begins with the student's weights and reads what the student reads, so at first "
+                "there is nothing to learn from it; dataset.teacher_prompt_template lets it read more"
             )
         return None
     _check_teacher_prompts(pair, train)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
 from oprd_tune.config import ONLY_TEACHER, OPRDSettings
+from oprd_tune.evaluation import AccuracyByTeacher
 from oprd_tune.evaluation.during_training import metrics_of, results_of
 from oprd_tune.evaluation.samples import Sample, SampleFile
 from oprd_tune.evaluation.texts import differences_as_markdown, samples_as_markdown
@@ -50,7 +50,6 @@ class Journal:
         self._answers: SampleFile | None = None
         self._teacher_answers: Sequence[Sample] = ()
         self._graded: int | None = None  # answers of an evaluation
-        self._teacher_right: dict[str, tuple[float, int]] = {}  # right answers, of how many
         self._once: dict[str, float] = {}  # metrics of the first row of the run, not of a resumption's
 
     def open(self, logger: MetricLogger | None, data: RunData, *, first_step: int) -> None:
@@ -64,6 +63,8 @@ class Journal:
         """
         self._logger, self._data = logger, data
         self._graded = getattr(data.task_accuracy, "samples", None)  # an evaluator of the user's may lack it
+        if isinstance(data.task_accuracy, AccuracyByTeacher):
+            self.history.teacher_accuracy = data.task_accuracy.of_all(self.history.teacher_accuracies)
         if self._ranks.first:
             folder, evaluated = Path(self._settings.output_dir), {row["step"] for row in self.history.evaluations}
             self._log = StepLog(folder, first_step=first_step, evaluated=evaluated)
@@ -82,6 +83,10 @@ class Journal:
         sampled, read = map(int, self._ranks.total(counts))
         history.response_tokens += sampled
         metrics.merge(rollout_metrics(rollout))
+        for number, name in enumerate(self._data.teachers):
+            if rollout.teacher_B is not None and (rollout.teacher_B == number).any():
+                own = rollout_metrics(rollout.of_teacher(number))
+                metrics.merge_means(own, prefix=f"teachers/{name}/")
         metrics.merge(speed_metrics(seconds, sampled, read))
         metrics.set("memory/peak", self._ranks.largest(peak_memory_bytes(self._ranks.device)) / _GIB)
         metrics.set("optimizer/skipped_steps", history.skipped_steps)
@@ -132,14 +137,12 @@ class Journal:
             f"{errors[max(errors)]:.2%}, at most {errors[worst]:.2%} (layer {worst})."
         )
 
-    def add_teacher_accuracy(self, accuracy: float, samples: int, teacher: str) -> None:
-        """Record a teacher's accuracy on the held-out prompts that it reads, and that of all teachers together."""
-        history = self.history
-        self._teacher_right[teacher] = accuracy * samples, samples
-        right, graded = map(sum, zip(*self._teacher_right.values(), strict=True))
-        history.teacher_accuracy = right / graded
-        if teacher != ONLY_TEACHER:
-            history.teacher_accuracies[teacher] = accuracy
+    def add_teacher_accuracy(self, accuracy: float, teacher: str) -> None:
+        """Record a teacher's accuracy on the held-out prompts that it reads."""
+        if teacher == ONLY_TEACHER:
+            self.history.teacher_accuracy = accuracy
+        else:
+            self.history.teacher_accuracies[teacher] = accuracy
 
     def add_teacher_samples(self, samples: Sequence[Sample]) -> None:
         """Record what the teacher has answered to benchmarks, before anything is trained."""
@@ -148,13 +151,7 @@ class Journal:
         self._teacher_answers = samples
 
     def add_evaluation(
-        self,
-        step: int,
-        accuracy: float | None,
-        perplexity: float | None,
-        samples: Sequence[Sample] = (),
-        *,
-        by_teacher: Mapping[str, float] = MappingProxyType({}),
+        self, step: int, accuracy: float | None, perplexity: float | None, samples: Sequence[Sample] = ()
     ) -> bool:
         """Record and log an evaluation; returns whether the student has trained and is the best so far.
 
@@ -163,7 +160,6 @@ class Journal:
             accuracy: a fraction, or None if not measured.
             perplexity: the perplexity of reference answers, or None if not measured.
             samples: the student's answers to benchmarks, the same on all ranks; none if it was not asked.
-            by_teacher: the accuracy on the prompts of each of several teachers.
         """
         history, results = self.history, results_of(samples)
         row: dict[str, Any] = {
@@ -172,8 +168,10 @@ class Journal:
             "accuracy": accuracy,
             "perplexity": perplexity,
         }
+        evaluator = self._data.task_accuracy
+        by_teacher = evaluator.last if accuracy is not None and isinstance(evaluator, AccuracyByTeacher) else {}
         if by_teacher:
-            row |= {"accuracy_by_teacher": dict(by_teacher)}
+            row |= {"accuracy_by_teacher": by_teacher}
         if results:
             row |= {"benchmarks": results, "avg_at_k": fmean(one["avg_at_k"]["value"] for one in results.values())}
             self._keep_answers(step, samples)

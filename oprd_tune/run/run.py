@@ -120,7 +120,7 @@ class Run:
             )
             self.journal.add_teacher_errors(errors, pair.name)
         if measure is not None:
-            self.journal.add_teacher_accuracy(measure(teacher), getattr(measure, "samples", 1), pair.name)
+            self.journal.add_teacher_accuracy(measure(teacher), pair.name)
         if benchmarks is not None:
             sampler = Sampler(teacher, benchmarks.request, batch_size=benchmarks.rows)
             self.journal.add_teacher_samples(benchmarks(sampler.sample, "teacher"))
@@ -252,8 +252,7 @@ class Run:
         if benchmarks is not None:
             self._engine.sync_weights(self.step)
             samples = benchmarks(partial(self._engine.generate, request=benchmarks.request), "student")
-        by_teacher = getattr(data.task_accuracy, "last", {}) if accuracy is not None else {}
-        if self.journal.add_evaluation(self.step, accuracy, perplexity, samples, by_teacher=by_teacher):
+        if self.journal.add_evaluation(self.step, accuracy, perplexity, samples):
             self._export("best")
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""Embedded models that add integers: a student, three teachers, and the functions that configs need for them."""
+"""Embedded models that add integers or reverse digits, and the functions that configs need for them."""
 
 from oprd_tune.tiny.model import checkpointer, lora_tiny_qwen2, tiny_qwen2, tokenizer, wide_tiny_qwen2
 from oprd_tune.tiny.task import addition, two_tasks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 from oprd_tune.config.checks import check_seed, check_whole
@@ -34,14 +34,14 @@ def sample_problems(count: int, *, split: str, seed: int) -> list[tuple[int, int
     Raises ValueError if there is no such split.
     """
     rng = _generator("addition", split, seed)
-    draws = ((_number(rng, 1, MAX_DIGITS), _number(rng, 1, MAX_DIGITS)) for _ in iter(int, 1))
+    draws = ((_number(rng, 1, MAX_DIGITS), _number(rng, 1, MAX_DIGITS)) for _ in repeat(None))
     return list(islice((pair for pair in draws if is_held_out(*pair) == (split == "held_out")), count))
 
 
 def sample_numbers(count: int, *, split: str, seed: int) -> list[int]:
     """Draw `count` numbers to reverse, as `sample_problems` does."""
     rng = _generator("reversal", split, seed)
-    draws = (_number(rng, 2, MAX_REVERSED_DIGITS) for _ in iter(int, 1))
+    draws = (_number(rng, 2, MAX_REVERSED_DIGITS) for _ in repeat(None))
     return list(islice((number for number in draws if is_held_out(number) == (split == "held_out")), count))
 
 
@@ -103,7 +103,7 @@ def two_tasks(
     teachers: Mapping[str, PromptsOfTeacher] | None = None,
     shuffled: bool = False,
 ) -> PromptDataset | RoutedPrompts:
-    """As many problems of `sample_problems` as numbers to reverse, in turn, `count` in all.
+    """Problems of `sample_problems` and numbers to reverse, in turn, half of `count` of each.
 
     Several teachers are told apart by the name of the task, `addition` or `reversal`. `RoutedPrompts` describes them.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from oprd_tune.config import OPRDSettings
+from oprd_tune.config import ONLY_TEACHER, OPRDSettings
 from oprd_tune.errors import ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
 from oprd_tune.losses.masking import StateSelector
@@ -71,8 +71,6 @@ def fit_or_load(
     student: TransformerDecoder,
     teacher: TransformerDecoder,
     select: StateSelector,
-    *,
-    suffix: str = "",
 ) -> Bridge | None:
     """The bridge of a teacher. Every rank calls.
 
@@ -86,18 +84,16 @@ def fit_or_load(
         student: the student as it trains.
         teacher: the loaded teacher. It must be whole if the plan needs its final state.
         select: selects a microbatch's states, as in training.
-        suffix: what the names of the bridge's files end in.
 
     Raises:
         ConfigError: if an existing bridge does not belong to this run.
-        NothingLeftToDo: if the user asked for the bridge only.
     """
     plan, settings = pair.bridge, pair.settings
     if plan is None:
         return None
     fit = _Fit(settings, pair, data, engine, student, teacher, select, data.ranks)
     ranks, belongs, folder = data.ranks, fit.belonging(), Path(settings.output_dir)
-    own = folder / _named(FILE, suffix)
+    own = folder / file_of(pair, FILE)
     if resumed := settings.resume and own.is_file():
         bridge = Bridge.load(own, device=ranks.device)
         bridge.check(pair.layers, belongs, plan)
@@ -112,16 +108,25 @@ def fit_or_load(
         print(as_table(bridge))
     if ranks.first and not resumed:
         folder.mkdir(parents=True, exist_ok=True)
-        bridge_figure(bridge).savefig(folder / _named(FIGURE, suffix), dpi=150)
+        bridge_figure(bridge).savefig(folder / file_of(pair, FIGURE), dpi=150)
         bridge.save(own)
     ranks.wait()
-    if plan.fit_only:
-        engine.close()
-        raise NothingLeftToDo(f"bridge.fit_only: it lies in {own}; bridge.file takes it")
     return bridge
 
 
-def _named(file: str, suffix: str) -> str:
+def end_if_only_fitted(pairs: ModelPairs, engine: RolloutEngine) -> None:
+    """Raise NothingLeftToDo, with the engine closed, if the user asked for the bridges only."""
+    fitted = [pair for pair in pairs if pair.bridge is not None and pair.bridge.fit_only]
+    if fitted:
+        engine.close()
+        files = [str(Path(pair.settings.output_dir) / file_of(pair, FILE)) for pair in fitted]
+        lie = f"it lies in {files[0]}" if len(files) == 1 else f"they lie in {', '.join(files)}"
+        raise NothingLeftToDo(f"bridge.fit_only: {lie}; bridge.file takes it")
+
+
+def file_of(pair: ModelPair, file: str) -> str:
+    """The name of a bridge's file, with its teacher's name among several."""
+    suffix = "" if pair.name == ONLY_TEACHER else f"_{pair.name}"
     return Path(file).stem + suffix + Path(file).suffix
 
 

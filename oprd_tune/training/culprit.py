@@ -55,7 +55,7 @@ def _first_in(
     final: bool,
 ) -> str | None:
     weights = [name for name, weight in student.named_parameters() if not _is_finite(weight)]
-    of_teacher: list[int] = []
+    of_teacher: list[tuple[str, int]] = []
     of_student: list[int] = []
 
     def look(layer: int, state_BSD: Tensor) -> Tensor:
@@ -66,18 +66,21 @@ def _first_in(
     for micro in micro_batches:  # all of them on every rank, so that sharded models meet
         selection = select(micro)
         of_final = [response_tokens(micro).teacher_index_T] if final else []
-        targets = teachers.of(micro).targets(micro.teacher_tokens, selection.teacher_index_T, *of_final)
-        of_teacher += [layer for layer in list(targets.states) if not _is_finite(targets.states.pop(layer))]
+        teacher = teachers.of(micro)
+        whose = "the teacher's" if teacher.name is None else f"the teacher {teacher.name}'s"
+        targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, *of_final)
+        of_teacher += [(whose, layer) for layer in list(targets.states) if not _is_finite(targets.states.pop(layer))]
         if targets.final_TC is not None and not _is_finite(targets.final_TC):
-            of_teacher.append(len(student.layers))
+            of_teacher.append((whose, len(student.layers)))
         taps = layer_taps(student, range(1, len(student.layers) + 1), look)
         with evaluating(student), taps, torch.compiler.set_stance("force_eager"):
             student(micro.tokens_BS)
     if weights:  # before the teacher, which may be the student
         return f"the student's weights are not, such as {weights[0]}: an update has overflowed; lower optimizer.lr"
     if of_teacher:
+        whose, layer = min(of_teacher, key=lambda found: found[1])
         return (
-            f"the teacher's states are not, first those for student layer {min(of_teacher)}, although its weights are: "
+            f"{whose} states are not, first those for student layer {layer}, although its weights are: "
             "it overflows; set dtype=fp32, or take another teacher"
         )
     if of_student:

@@ -52,7 +52,8 @@ class Diagnosis:
 
     def _look_at(self, rollout: Rollout, teacher: TeacherSide, heads: Heads) -> Metrics:
         s = self._settings
-        share = math.ceil(s.diagnostics_tokens / self._ranks.world_size / len(self._teachers))
+        looked_at = sum(each.heads is not None for each in self._teachers)
+        share = math.ceil(s.diagnostics_tokens / self._ranks.world_size / looked_at)
         micro = _some_rows(rollout, share, s.tokens_per_micro_batch)
         tokens = response_tokens(micro)
         final_TC = teacher.targets(micro.teacher_tokens, tokens.index_T[:0], tokens.teacher_index_T).final_TC

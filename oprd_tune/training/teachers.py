@@ -14,9 +14,9 @@ from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.bridge import Bridge
 from oprd_tune.modeling.heads import Heads, LMHead, why_no_matrix
 from oprd_tune.preflight.data import RunData
-from oprd_tune.preflight.pair import ModelPair, ModelPairs
+from oprd_tune.preflight.pair import ModelPair, ModelPairs, whose
 from oprd_tune.protocols import RolloutEngine, Teacher
-from oprd_tune.training.bridge_fit import fit_or_load
+from oprd_tune.training.bridge_fit import end_if_only_fitted, fit_or_load
 from oprd_tune.training.student import Student
 from oprd_tune.types import LayerPair, Rollout, TeacherTargets
 
@@ -75,23 +75,28 @@ def load_teachers(
     Args:
         load: `Run.load_teacher`.
         token_loss: whether a loss compares final states.
+
+    Raises:
+        NothingLeftToDo: if the user asked for the bridges only.
     """
     found = Teachers()
     for pair in pairs:
-        own, several = data.teachers[pair.name], pair.name != ONLY_TEACHER
+        own = data.teachers[pair.name]
         model = load(pair, own, student, top=None if token_loss else pair.teacher_top)
         heads = None
-        if token_loss or is_diagnosed(pair, model):  # while the teacher has its head
+        if token_loss or _is_diagnosed(pair, model):  # while the teacher has its head
             heads = Heads(LMHead(student.model), LMHead(model, "teacher_model"), pair.vocabulary)
-        bridge = fit_or_load(pair, own, engine, student.model, model, select, suffix=f"_{pair.name}" if several else "")
+        bridge = fit_or_load(pair, own, engine, student.model, model, select)
         teacher = student.taught_by(model, pair, final=heads is not None, bridge=bridge)
-        found.append(TeacherSide(teacher, pair.layers, bridge, heads, pair.name if several else None))
+        name = None if pair.name == ONLY_TEACHER else pair.name
+        found.append(TeacherSide(teacher, pair.layers, bridge, heads, name))
+    end_if_only_fitted(pairs, engine)
     return found
 
 
-def is_diagnosed(pair: ModelPair, teacher: TransformerDecoder) -> bool:
+def _is_diagnosed(pair: ModelPair, teacher: TransformerDecoder) -> bool:
     """Whether a run without a token loss looks at this teacher's distributions. If it cannot, it says why."""
     what = why_no_matrix(teacher) if pair.diagnosed else None
     if what is not None:  # a scaling that only shows in a loaded head
-        print(f"No diagnostics of next tokens, since the teacher's {what}.")
+        print(f"No diagnostics of next tokens, since {whose(pair.name)} {what}.")
     return pair.diagnosed and what is None

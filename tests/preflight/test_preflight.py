@@ -42,6 +42,7 @@ PLAN = Plan(
     engine_bytes=0,
     whole_teacher_bytes=0,
     optimizer_bytes=8.0,
+    follows=False,
     teacher_bytes=7000,
     teacher_width=128,
     target_width=128,

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from oprd_tune.config import OPRDSettings, resolve
 from oprd_tune.metrics.names import is_described
 from oprd_tune.run.launcher import run_recipe as launch
 from tests.conftest import ENDED, SMALL, assert_same_student, load_config, recipe_class
@@ -26,7 +28,6 @@ def run(out, config="tiny/two_teachers", status=ENDED, **overrides):
 def test_the_student_learns_both_tasks_but_not_from_teachers_that_read_the_other_ones_prompts(tmp_path):
     found = {}
     for shuffled in ("false", "true"):
-        cfg = load_config("tiny/two_teachers", output_dir=tmp_path / shuffled, **{"eval_dataset.count": 600})
         cfg = load_config(
             "tiny/two_teachers",
             output_dir=tmp_path / shuffled,
@@ -126,18 +127,124 @@ def test_one_that_reads_nothing_in_a_step_does_not_run(tmp_path):
 
 
 def test_rms_is_measured_on_all_teachers_and_quantised_ones_are_told_apart(tmp_path, capsys):
-    overrides = {"loss.normalisation": "rms", "teachers.reversal.teacher": "tiny/reversing_teacher"}
-    cfg = load_config("tiny/two_teachers", output_dir=tmp_path)
-    del cfg.teachers.reversal
-    small = {**SMALL, "max_steps": 1, "teachers.reversal.teacher_quantization": "int8_weight_only"}
-    for key, value in {**small, **overrides}.items():
-        from omegaconf import OmegaConf
-
-        OmegaConf.update(cfg, key, value, force_add=True)
-    assert launch(recipe_class(cfg.recipe), cfg) in ENDED
+    recipe, prompts = prepared(
+        tmp_path,
+        {"reversal": {"teacher": "tiny/reversing_teacher", "teacher_quantization": "int8_weight_only"}},
+        **{"loss.normalisation": "rms", "prompts_per_step": 8},
+    )
     assert "Quantised teacher reversal: relative error" in capsys.readouterr().out
-    summary = json.loads((Path(tmp_path) / "summary.json").read_text())
-    assert list(summary["teacher_errors"]) == ["reversal"]
+    assert list(recipe.run.journal.history.teacher_errors) == ["reversal"]
+    assert [pair.settings.teacher_quantization for pair in recipe.pairs_seen] == [None, "int8_weight_only"]
+    rollout = recipe.data.read(recipe.run.sample(prompts), prompts)
+    squares = []
+    for number, teacher in enumerate(recipe.teachers):
+        micro = rollout.of_teacher(number)
+        index_T = recipe.select(micro).index_T
+        squares.append(teacher.targets(micro.tokens_BS, index_T).states[4].square().mean(-1))
+    assert all(len(square_T) > 5 for square_T in squares)
+    recipe.train_step(prompts)
+    assert recipe.loss.scales[4] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-5)
+
+
+def prepared(folder, entries, config="tiny/two_teachers", **overrides):
+    """A recipe that is set up, with these entries of `teachers`, and its first prompts."""
+    cfg = load_config(config, output_dir=folder, **{**SMALL, **overrides})
+    teachers = OmegaConf.to_container(cfg.teachers)
+    cfg.teachers = {**{name: entry for name, entry in teachers.items() if name not in entries}, **entries}
+    make_recipe = recipe_class(cfg.recipe)
+    names, seen = make_recipe.setup.__globals__, []
+    load_pairs = names["load_pairs"]
+    names["load_pairs"] = lambda *args, **given: seen.append(load_pairs(*args, **given)) or seen[0]
+    recipe = make_recipe(cfg)
+    recipe.setup()
+    recipe.pairs_seen = seen[0]
+    return recipe, recipe.data.prompts.at_step(0)
+
+
+def test_what_one_has_of_its_own_is_not_the_others(tmp_path):
+    own = {"teacher": "tiny/teacher", "teacher_placement": "offloaded", "min_matched_share": 0.1}
+    cfg = load_config("tiny/two_teachers", output_dir=tmp_path, teacher_placement="sharded")
+    cfg.teachers = {"addition": own, "reversal": "tiny/reversing_teacher"}
+    settings, parts = resolve(cfg, OPRDSettings, recipe="oprd_distributed")
+    each = [own for _, own in parts.of_each_teacher(settings).values()]
+    assert [(s.teacher_placement, s.min_matched_share) for s in (settings, *each)] == [
+        ("sharded", 0.5),
+        ("offloaded", 0.1),
+        ("sharded", 0.5),
+    ]
+
+
+def test_one_that_is_the_student_itself_may_stand_first_and_its_average_is_counted(tmp_path, capsys):
+    """The other does not become a moving average; the average's memory is predicted, and it moves."""
+    predicted = {}
+    for weights in ("initial", "{ema: 0.5}"):
+        entry = {"teacher": "student", "teacher_weights": OmegaConf.create(weights) if "{" in weights else weights}
+        cfg = load_config("tiny/two_teachers", output_dir=tmp_path / "out", preflight="only", **SMALL)
+        cfg.teachers = {"addition": entry, "reversal": "tiny/reversing_teacher"}
+        assert launch(recipe_class(cfg.recipe), cfg) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "student 3.0 MiB" in line)
+        predicted[weights] = float(line.partition("teacher ")[2].partition(" MiB")[0])
+    assert predicted["{ema: 0.5}"] - predicted["initial"] == pytest.approx(3.0, abs=0.1)
+    entries = {
+        "addition": {"teacher": "student", "teacher_weights": {"ema": 0.5}},
+        "reversal": "tiny/reversing_teacher",
+    }
+    recipe, prompts = prepared(tmp_path / "run", entries)
+    own, other = (side.teacher._model.layers[0].attn.q_proj.weight for side in recipe.teachers)
+    before = [own.clone(), other.clone()]
+    recipe.train_step(prompts)
+    assert not torch.equal(own, before[0])
+    assert torch.equal(other, before[1])
+
+
+def test_one_with_fewer_tokens_reads_idle_microbatches_too(tmp_path):
+    """An idle row stands for a teacher without prompts, whatever the other's tokens are: its ids must exist."""
+    unlike = {key: value for key, value in UNALIKE.items() if "bridge" not in key}
+    bridges = {"bridge.rank": 8, "bridge.prompts": 16, "bridge.held_out_prompts": 16}
+    cfg = load_config("tiny/cross_tokenizer", output_dir=tmp_path, **{**SMALL, **CONSTANT, **unlike, **bridges})
+    recipe = recipe_class(cfg.recipe)(cfg)
+    recipe.setup()
+    prompts = recipe.data.prompts.at_step(0)
+    additions = prompts.among(
+        [p for p, name in zip(prompts.positions, prompts.teachers, strict=True) if name == "addition"]
+    )
+    rollout = recipe.data.read(recipe.run.sample(additions), additions)
+    reversing = rollout.of_teacher(1)
+    assert reversing.response_tokens == 0
+    assert reversing.teacher_tokens.tolist() == [[0]]
+    recipe.teachers[1].targets(reversing.teacher_tokens, recipe.select(reversing).teacher_index_T)
+
+
+def test_all_bridges_are_fitted_before_a_run_that_only_fits_ends(tmp_path, capsys):
+    overrides = {**SMALL, **CONSTANT, **UNALIKE, "bridge.fit_only": "true"}
+    cfg = load_config("tiny/cross_tokenizer", output_dir=tmp_path, **overrides)
+    assert launch(recipe_class(cfg.recipe), cfg) == 0
+    files = [str(tmp_path / f"bridge_{name}.safetensors") for name in ("addition", "reversal")]
+    assert f"they lie in {', '.join(files)}; bridge.file takes it" in capsys.readouterr().out
+    assert all(Path(file).is_file() for file in files)
+
+
+def test_an_accuracy_of_all_teachers_needs_all_of_them(tmp_path):
+    entry = {"teacher": "tiny/reversing_teacher", "evaluate_teacher": False}
+    recipe, _ = prepared(tmp_path, {"reversal": entry}, max_steps=1)
+    assert recipe.train() in ENDED
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["teacher"], summary["gap_closed"]) == (None, None)
+    assert summary["by_teacher"]["addition"]["teacher"] > 0.5
+    assert summary["by_teacher"]["reversal"]["teacher"] is None
+
+
+class NoCounts:
+    """An evaluator of a user's with what one teacher needs."""
+
+    def __init__(self, dataset, tokenizer, **_):
+        self.request = None
+
+    def memory_bytes(self, model, dtype):
+        return 0
+
+    def __call__(self, model):
+        return 0.5
 
 
 @pytest.mark.parametrize(
@@ -152,7 +259,20 @@ def test_rms_is_measured_on_all_teachers_and_quantised_ones_are_told_apart(tmp_p
         ({"teachers.third.placement": "offloaded"}, "has no key 'placement'; did you mean 'teacher_placement'?"),
         ({"teachers.third.prompts": "[addition]"}, "teachers.third lacks `teacher`"),
         ({"dataset._component_": "oprd_tune.tiny.addition"}, "does not say who reads a prompt"),
-        ({"eval.benchmarks.a.source": "x.jsonl", "eval.teacher": "true"}, "eval"),
+        (
+            {
+                "eval.benchmarks": "[gsm8k]",
+                "eval.teacher": "true",
+                "eval.grader": "oprd_tune.grading.exact_match",
+                "eval.max_new_tokens": 8,
+            },
+            "eval.teacher asks one teacher, and the config has `teachers`",
+        ),
+        ({"teachers.teacher": "tiny/teacher"}, "teachers has the name 'teacher', which stands for one that is alone"),
+        (
+            {"task_accuracy._component_": f"{__name__}.NoCounts"},
+            "NoCounts lacks grader, samples, which several teachers",
+        ),
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(tmp_path, capsys, overrides, said):
@@ -166,6 +286,7 @@ def test_mistakes_are_told_before_weights_are_read(tmp_path, capsys, overrides, 
         ({"teacher_weights": "live"}, "teachers.third: teacher_weights is live, which is for a student that"),
         ({"min_matched_share": "many"}, "teachers.third: min_matched_share is 'many'; it must be float"),
         ({"prompts": "addition"}, "teachers.third.prompts is 'addition'; give a list"),
+        ({"prompts": [1, 2]}, "teachers.third: it reads no prompt of `dataset`"),
         ({"prompts": ["addition"]}, "both teachers.addition and teachers.third read the prompts 'addition'"),
         ({"layers": [9]}, "teachers.third has no key 'layers'"),
         (
