@@ -271,7 +271,7 @@ class NoCounts:
         ({"teachers.teacher": "tiny/teacher"}, "teachers has the name 'teacher', which stands for one that is alone"),
         (
             {"task_accuracy._component_": f"{__name__}.NoCounts"},
-            "NoCounts lacks grader, samples, which several teachers",
+            "NoCounts lacks grader, samples, which",
         ),
     ],
 )
