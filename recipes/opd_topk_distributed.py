@@ -35,7 +35,6 @@ from oprd_tune.training.bridge_fit import check_bridges
 from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.engine_start import start_engine
-from oprd_tune.training.gradients import split_alike
 from oprd_tune.training.rewards import Rewards
 from oprd_tune.training.student import Student
 from oprd_tune.training.teachers import TeacherSide, load_teachers
@@ -66,7 +65,7 @@ class OPDRecipe:
         if not any(counts):
             return StepResult(None, sampled, metrics)
         count_P = torch.tensor(counts, device=self.ranks.device).clamp(min=1)  # a part may have nothing to read
-        micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
+        micro_batches = self.student.split(rollout)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss.hidden, self.teachers, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens, and

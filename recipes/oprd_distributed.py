@@ -31,7 +31,6 @@ from oprd_tune.training.calibration import calibrate
 from oprd_tune.training.culprit import culprit_named
 from oprd_tune.training.diagnosis import Diagnosis
 from oprd_tune.training.engine_start import start_engine
-from oprd_tune.training.gradients import split_alike
 from oprd_tune.training.student import Student
 from oprd_tune.training.teachers import load_teachers
 from oprd_tune.types import Prompts
@@ -60,7 +59,7 @@ class OPRDRecipe:
         if self.diagnosis.is_due(run.step + 1):
             with run.phase("diagnosis"):
                 metrics.merge(self.diagnosis(rollout))
-        micro_batches = split_alike(rollout, self.settings.tokens_per_micro_batch, self.ranks)
+        micro_batches = self.student.split(rollout)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss, self.teachers, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, nothing does.

@@ -1,4 +1,4 @@
-"""Responses that hit the limit: kept, masked or dropped."""
+"""Responses that hit the limit: kept, masked or dropped; and rows cut into microbatches."""
 
 from dataclasses import fields, replace
 
@@ -11,7 +11,7 @@ from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
-from oprd_tune.types import LayerPair, LogprobGap, SamplingRequest
+from oprd_tune.types import STARTING, LayerPair, LogprobGap, Rollout, SamplingRequest
 from tests.conftest import DEPTH, make_model
 from tests.rollout.test_native import PAD, STOP, make_prompts
 
@@ -99,3 +99,44 @@ def test_where_every_response_was_cut_nothing_is_learned(policy):
     assert loss == 0
     assert gradients
     assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
+
+
+def of_lengths(lengths):
+    column = torch.arange(len(lengths))[:, None].expand(-1, max(lengths))
+    no_BS = torch.zeros(column.shape, dtype=torch.bool)
+    rows = torch.arange(len(lengths))
+    return Rollout(column, no_BS, no_BS.float(), torch.tensor(lengths), rows < 0, rows, 0)
+
+
+def cost(parts):
+    return sum(max(part) * len(part) + STARTING for part in parts)
+
+
+def every_cut(lengths):
+    """All ways to cut a list into parts of neighbours."""
+    yield [lengths]
+    for i in range(1, len(lengths)):
+        yield from ([lengths[:i], *rest] for rest in every_cut(lengths[i:]))
+
+
+@pytest.mark.parametrize("budget", [900, 4000, 9000, 10**6])
+def test_the_cut_into_microbatches_is_the_cheapest_of_all(budget):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        lengths = (torch.rand(9, generator=generator).pow(2) * 3000 + 5).long().tolist()
+        found = [micro.lengths_B.tolist() for micro in of_lengths(lengths).split(budget)]
+        descending = sorted(lengths, reverse=True)
+        assert [length for part in found for length in part] == descending
+        fitting = (
+            cut
+            for cut in every_cut(descending)
+            if all(len(part) == 1 or max(part) * len(part) <= budget for part in cut)
+        )
+        assert cost(found) == min(map(cost, fitting))
+
+
+def test_what_fits_into_one_microbatch_stays_one_where_more_cost_memory():
+    rollout = of_lengths([3000, 100, 100, 100])
+    assert [len(micro) for micro in rollout.split(12_000)] == [1, 3]
+    assert [len(micro) for micro in rollout.split(12_000, freely=False)] == [4]
+    assert [len(micro) for micro in rollout.split(11_999, freely=False)] == [1, 3]

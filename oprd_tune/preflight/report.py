@@ -112,7 +112,7 @@ def _plan(
         row_tokens=longest,
         selected=rows_at_once * (most_states if tapped else s.max_new_tokens),
         tapped=tapped,
-        micro_batches=math.ceil(rows / rows_at_once) + len(pairs) - 1,
+        micro_batches=math.ceil(rows / rows_at_once) + len(pairs) - 1 + (sharding is None and rows > 1),
         logit_bytes=max((part.working_bytes(pairs.vocabulary, width_of(student)) for part in token_losses), default=0),
         rollout_bytes=sampling,
         engine_bytes=held,

@@ -23,7 +23,8 @@ from oprd_tune.teacher.frozen import FrozenTeacher, TappedTeacher
 from oprd_tune.teacher.self_teaching import MovingAverage
 from oprd_tune.torchtune_compat import compile_backend
 from oprd_tune.training.drift import TiedHeadDrift
-from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients
+from oprd_tune.training.gradients import FiniteGuard, backward, clip_gradients, split_alike
+from oprd_tune.types import Rollout
 
 
 class Student:
@@ -58,7 +59,7 @@ class Student:
         self.guard = FiniteGuard(s.max_nonfinite_steps)
         self.drift = TiedHeadDrift(self.model, ranks)
         self.average: MovingAverage | None = None
-        self._ranks, self._settings = ranks, s
+        self._ranks, self._settings, self._is_sharded = ranks, s, sharding is not None
         self._loss_P: Tensor | None = None
         self._loss_of: dict[str, Tensor] = {}  # by teacher, if there are several
 
@@ -74,6 +75,15 @@ class Student:
         if (decay := pair.settings.teacher_decay) is not None:
             self.average = MovingAverage(self.model, model, decay)  # while the teacher has its head
         return FrozenTeacher(model, pair.layers, final=final, bridge=bridge)
+
+    def split(self, rollout: Rollout) -> list[Rollout]:
+        """The microbatches of a step, equally many on every rank; see `split_alike`.
+
+        FSDP2 keeps whole gradients until a step's last microbatch. So what fits into one microbatch stays one there.
+        """
+        s = self._settings
+        freely = not self._is_sharded or s.sync_every_micro_batch
+        return split_alike(rollout, s.tokens_per_micro_batch, self._ranks, freely=freely)
 
     def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool, teacher: str | None = None) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
