@@ -28,7 +28,7 @@ help:
 	@echo "make gpu-check see on one GPU that everything works, and how fast it is (ten minutes after installation)"
 
 # Two stamps: what a run needs, and what developing needs on top.
-$(VENV)/installed: pyproject.toml hatch_build.py
+$(VENV)/installed: pyproject.toml hatch_build.py oprd_tune/oprd_tune.pth
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --retries 1 $(TORCH_INDEX) $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -e .

@@ -30,6 +30,11 @@ def main() -> None:
         from oprd_tune.pruning.prune_command import main as prune
 
         sys.exit(prune(sys.argv[2:]))
+    from oprd_tune.command_line import look_at
+
+    words = sys.argv[1:]
+    look_at(words)
+    sys.argv[1:] = words
     from oprd_tune.registry import register
     from oprd_tune.torchtune_compat import recipe_registry, run_tune
 

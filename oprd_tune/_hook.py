@@ -1,8 +1,9 @@
 """Adds our recipes to torchtune's command line, without a change to torchtune.
 
 `oprd_tune.pth` holds one line, which runs when the interpreter starts. It puts a finder in front of Python's own. The
-finder imports nothing and answers for one module only: torchtune's recipe registry. Then it removes itself and calls
-this file, which also lets a job of several ranks end in one line. `OPRD_TUNE_NO_HOOK=1` switches the hook off.
+finder imports nothing. When `tune` imports torchtune, which takes seconds, it first calls this file, so that mistakes
+in the command are told at once. It answers for one module: torchtune's recipe registry. Then it removes itself and
+calls this file again, which also lets a job of several ranks end in one line. `OPRD_TUNE_NO_HOOK=1` switches it off.
 """
 
 from __future__ import annotations
@@ -10,8 +11,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+
+@cache  # the finder asks whenever something looks for torchtune
+def before_torchtune() -> None:
+    """Look at the command if this process is `tune`."""
+    if os.path.basename(sys.argv[0]) != "tune" or os.environ.get("OPRD_TUNE_NO_HOOK"):
+        return
+    from oprd_tune.command_line import look_at
+
+    words = sys.argv[1:]
+    look_at(words)
+    sys.argv[1:] = words
 
 
 def registry_spec(path: Sequence[str] | None) -> ModuleSpec | None:

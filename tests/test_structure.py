@@ -28,6 +28,7 @@ LAYERS = [
         "torchtune_compat",
         "workers",
         "_hook",
+        "command_line",
         "__init__",
     },
     {"config", "losses", "modeling", "data", "grading", "metrics"},

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from oprd_tune.config.kinds import annotations_of, check_argument
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 from oprd_tune.torchtune_compat import component_at
 
 
@@ -45,7 +46,9 @@ class Component:
             target = component_at(path)
             taken = inspect.signature(target).parameters
         except Exception as error:  # the path may name a module that fails while it is imported
-            raise ConfigError(f"{name}._component_ {path!r} cannot be found: {error}") from error
+            raise ConfigError(
+                f"{name}._component_ {path!r} cannot be found{_hint(path) or f': {in_one_line(error)}'}"
+            ) from error
         given = {str(key): value for key, value in section.items() if key != "_component_"}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         for key in given:
@@ -104,6 +107,17 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said} ({where.filename}, line {where.lineno})"
 
 
+def _hint(path: str) -> str:
+    """The most similar name in the module of a dotted path, as a hint; empty if there is no such module or name."""
+    module, _, name = path.rpartition(".")
+    try:
+        names = vars(importlib.import_module(module))
+    except Exception:  # it may fail in any way, which the caller tells
+        return ""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return f" in {module}; did you mean {module}.{close[0]}?" if close else ""
+
+
 def takes(path: str, argument: str) -> bool:
     """Whether the class or function at a dotted path has an argument of this name; false if it cannot be found."""
     try:
@@ -149,10 +163,3 @@ def _construct(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _construct(inner) for key, inner in value.items()}
     return value
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the most similar known word, or at all known words if none is similar."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

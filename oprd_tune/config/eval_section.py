@@ -7,9 +7,9 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
 from oprd_tune.config.checks import check_not_negative, check_whole, typed
-from oprd_tune.config.components import Component, nearest
+from oprd_tune.config.components import Component
 from oprd_tune.config.settings import free, free_fields
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.config.checks import typed
-from oprd_tune.config.components import Component, nearest
+from oprd_tune.config.components import Component
 from oprd_tune.config.eval_section import EvalSection, named_components
 from oprd_tune.config.settings import FREE_ON_RESUME, free_fields
 from oprd_tune.config.several_teachers import COMPONENTS, ONLY_TEACHER, TeacherEntry
 from oprd_tune.config.short_form import NAMES, expand, shortened
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 from oprd_tune.registry import full_name
 from oprd_tune.torchtune_compat import recipe_of_running_config
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oprd_tune.config.components import Component, nearest
+from oprd_tune.config.components import Component
 from oprd_tune.data.tokenizer_files import conventions
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 
 # What an entry may say. It counts in the place of the same key of the config. `prompts` is an entry's alone.
 COMPONENTS = ("teacher_model", "teacher_checkpointer", "teacher_tokenizer", "reader", "bridge")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from oprd_tune.data.chats import Prompt
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 
 INSTRUCTIONS = {"boxed": "Please reason step by step, and put your final answer within \\boxed{}.", "none": ""}
 
@@ -122,8 +122,6 @@ def find_benchmark(benchmark: str | None, source: str | None, path: str | None, 
             "out. dataset.path names a local file with the rows of the benchmark"
         )
     if benchmark not in BENCHMARKS:
-        from oprd_tune.config.components import nearest  # not above: the config package reads tokenizers, in this room
-
         raise ConfigError(f"dataset.benchmark {benchmark!r} is not known{nearest(str(benchmark), BENCHMARKS)}")
     found = BENCHMARKS[benchmark]
     if path is not None:

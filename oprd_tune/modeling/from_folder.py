@@ -11,8 +11,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config.checks import check_not_negative, check_positive, check_whole
-from oprd_tune.config.components import nearest
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 from oprd_tune.modeling.families import STATED, family_of, transformers_config
 from oprd_tune.modeling.families.numbers import built_numbers, differences, stated_numbers
 from oprd_tune.modeling.folders import read_config

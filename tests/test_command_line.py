@@ -1,0 +1,125 @@
+"""Mistakes in a command: one line that says what to do, at once, and no traceback."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from oprd_tune.command_line import look_at
+from oprd_tune.run.launcher import run_recipe as launch
+from tests.conftest import SMALL, load_config, recipe_class
+
+ROOT = Path(__file__).parents[1]
+TUNE = Path(sys.executable).with_name("tune")
+AT_ONCE = 2  # seconds
+
+OURS = "run oprd_distributed --config tiny/oprd"
+MISTAKES = {
+    "run": "the recipe is missing: tune run oprd_distributed --config tiny/oprd",
+    "run oprd_distributed": "--config is missing: tune run oprd_distributed --config tiny/",
+    "run math_eval": "--config is missing: tune run math_eval --config tiny/eval",
+    "run oprd_distributed --config": "--config is missing",
+    "run oprd_distributed tiny/oprd": "--config is missing",
+    "run oprd_distributed --config tiny/opdr": "no config 'tiny/opdr', nor such a file; did you mean 'tiny/oprd'?",
+    "run --nproc_per_node 2 oprd_distributed --config my.yaml": "there is no config 'my.yaml', nor such a file",
+    "run oprd_distribted --config tiny/oprd": "there is no recipe 'oprd_distribted'; did you mean 'oprd_distributed'?",
+    "run nowhere.recipe --config tiny/oprd": "there is no recipe 'nowhere.recipe'; known are",
+    "run ./recipes/mine.py --config tiny/oprd": "there is no file recipes/mine.py; `tune cp oprd_distributed recipes/",
+    f"{OURS} --max_steps 3": "--max_steps is no option; settings are written without dashes: max_steps=VALUE",
+    f"{OURS} --max_steps=3": "--max_steps=3 is no option; settings are written without dashes: max_steps=VALUE",
+    f"{OURS} max_steps": "'max_steps' is no setting; write key=value",
+    f"{OURS} lr=0.1": "unknown config key 'lr'; did you mean 'optimizer.lr'?",
+    f"{OURS} optimiser.lr=0.1": "unknown config key 'optimiser'; did you mean 'optimizer'?",
+    f"{OURS} ~task_acuracy": "unknown config key 'task_acuracy'; did you mean 'task_accuracy'?",
+}
+FINE = (
+    f"{OURS} max_steps=3 teachers.a=tiny/teacher ~teacher lora.rank=8 bridge.rank=2 eval.first=3",
+    "run --nproc_per_node 2 oprd_distributed --config tiny/oprd max_steps=1",
+    "run opd_topk_single_device --config tiny/opd_topk chat_template_kwargs.a=1",
+    "run full_finetune_distributed --config llama2/7B_full --anything",
+    "run torch.utils.collect_env --config nothing",
+    "run --help",
+    "cp tiny/oprd my.yaml",
+    "",
+)
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_in_a_command_is_told_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        look_at(words.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert MISTAKES[words] in line
+
+
+@pytest.mark.parametrize("words", FINE)
+def test_what_is_no_mistake_is_left_to_torchtune(words):
+    before = words.split()
+    look_at(after := [*before])
+    assert after == before
+
+
+def test_it_takes_no_time():
+    started = time.perf_counter()
+    result = subprocess.run([TUNE, *f"{OURS} lr=1".split()], capture_output=True, text=True, check=False)
+    assert time.perf_counter() - started < AT_ONCE
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: unknown config key 'lr'; did you mean 'optimizer.lr'?\n"
+
+
+def test_the_list_of_recipes_is_torchtunes_own(monkeypatch):
+    started = time.perf_counter()
+    ours = subprocess.run([TUNE, "ls"], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - started < AT_ONCE
+    code = "import sys, oprd_tune.command_line as c; c.look_at = lambda words: None; sys.argv = ['tune', 'ls']\n"
+    code += "from torchtune._cli.tune import main; main()"
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert ours == theirs
+
+
+def test_a_recipes_file_may_lie_anywhere(tmp_path):
+    folder = tmp_path / "deep" / "er"
+    folder.mkdir(parents=True)
+    (folder / "mine.py").write_text("import sys; print('it runs with', *sys.argv[1:])")
+    (tmp_path / "my.yaml").write_text("a: 1\n")
+    for path in ("deep/er/mine.py", folder / "mine.py"):
+        for options in ([], ["--nproc_per_node", "1"]):
+            words = [TUNE, "run", *options, path, "--config", "my.yaml", "b=2"]
+            result = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, cwd=tmp_path)
+            assert "it runs with --config my.yaml b=2" in result.stdout, result.stderr
+
+
+LATER = {
+    "a wrong type": ({"max_steps": "many"}, "max_steps is 'many'; it must be int"),
+    "a device that is not there": ({"device": "cuda:7"}, "device 'cuda:7' with dtype 'fp32' cannot be used"),
+    "a folder that is a file": ({"output_dir": f"{__file__}/out"}, "cannot be used: [Errno 20] Not a directory"),
+    "a misspelt component": (
+        {"loss._component_": "oprd_tune.losses.HiddenStateMES"},
+        "cannot be found in oprd_tune.losses; did you mean oprd_tune.losses.HiddenStateMSE?",
+    ),
+    "a misspelt argument": ({"loss.normalization": "l2"}, "did you mean 'normalisation'?"),
+    "a component without its module": ({"loss._component_": "HiddenStateMSE"}, "loss._component_ 'HiddenStateMSE' can"),
+    "a broken line": ({"dataset": {"source": "{folder}/broken.jsonl"}}, "broken.jsonl, line 2"),
+    "an empty file": ({"dataset": {"source": "{folder}/empty.jsonl"}}, "empty.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_mistake_in_a_value_is_told_in_one_line_too(name, tmp_path, capsys):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    overrides, said = LATER[name]
+    cfg = load_config("tiny/oprd", output_dir=tmp_path / "out", **{k: v for k, v in SMALL.items() if k[:5] != "datas"})
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            cfg[key] = {inner: text.format(folder=tmp_path) for inner, text in value.items()}
+        else:
+            cfg.merge_with_dotlist([f"{key}={value}"])
+    assert launch(recipe_class("oprd_distributed"), cfg) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(told) == 1
+    assert said in told[0]
