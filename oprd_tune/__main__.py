@@ -1,13 +1,14 @@
-"""`python -m oprd_tune`: torchtune's command line with our recipes in it, and three more commands.
+"""`python -m oprd_tune COMMAND`: what this package can do.
 
-    python -m oprd_tune run oprd_distributed --config tiny/oprd
-    python -m oprd_tune export CHECKPOINT_FOLDER HF_FOLDER [--trust COMPONENT]
-    python -m oprd_tune compare RUN RUN … [--out FOLDER] [--against seconds]
-    python -m oprd_tune prune FOLDER_OR_HUB_NAME OUT [--drop-blocks I,J,… | --blocks N] [--width D] …
+    run RECIPE --config CONFIG [key=value …]   train or evaluate, as `tune run` does
+    ls, cp, cat, download, validate            as `tune` does; `COMMAND --help` explains each
+    prune MODEL FOLDER [options]               a smaller student from a trained model; see `prune --help`
+    compare RUN RUN … [options]                several runs in one table and one picture; each RUN is an output_dir
+    export CHECKPOINT FOLDER [--trust NAME]    a checkpoint as a Hugging Face folder; --trust lets it call NAME, a
+                                               component of yours
+    doctor                                     what is installed, which engines and devices work, what is missing
 
-`export` writes a checkpoint as a Hugging Face folder; `--trust` lets it call a component of your own. `compare` puts
-several runs into one picture and one table; each RUN is the `output_dir` of a run. `prune` makes a smaller student;
-`prune --help` lists its options. Everything else works like `tune`, and also works where Python reads no `.pth` files.
+It also works where Python reads no `.pth` files, by which `tune` knows our recipes.
 """
 
 from __future__ import annotations
@@ -15,21 +16,34 @@ from __future__ import annotations
 import os
 import sys
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
+
+_TORCHTUNES = ("run", "ls", "cp", "cat", "download", "validate")
 
 
 def main() -> None:
-    """Dispatch on the first argument: `export`, `compare` and `prune` are ours, everything else torchtune's."""
-    if sys.argv[1:2] == ["export"]:
-        sys.exit(_export(sys.argv[2:]))
-    if sys.argv[1:2] == ["compare"]:
+    """Dispatch on the first argument. What is not ours is torchtune's."""
+    command, words = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0)
+    if command == "export":
+        sys.exit(_export(words))
+    if command == "compare":
         from oprd_tune.compare.command import main as compare
 
-        sys.exit(compare(sys.argv[2:]))
-    if sys.argv[1:2] == ["prune"]:
+        sys.exit(compare(words))
+    if command == "prune":
         from oprd_tune.pruning.prune_command import main as prune
 
-        sys.exit(prune(sys.argv[2:]))
+        sys.exit(prune(words))
+    if command == "doctor":
+        from oprd_tune.doctor import main as doctor
+
+        sys.exit(doctor())
+    if command not in _TORCHTUNES:
+        hint = nearest(command, [*_TORCHTUNES, "prune", "compare", "export", "doctor"])
+        sys.exit(f"error: there is no command {command!r}{hint}; python -m oprd_tune --help explains them")
     from oprd_tune.command_line import look_at
 
     words = sys.argv[1:]
@@ -45,7 +59,7 @@ def main() -> None:
 def _export(words: list[str]) -> str | None:
     """Export a checkpoint; returns what went wrong."""
     if len(words) < 2 or len(words) % 2 or any(word != "--trust" for word in words[2::2]):
-        return __doc__
+        return "error: export takes CHECKPOINT_FOLDER HF_FOLDER [--trust COMPONENT]"
     (folder, target), trust = words[:2], words[3::2]
     from oprd_tune.run.export import export_checkpoint
 

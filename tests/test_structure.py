@@ -35,7 +35,7 @@ LAYERS = [
     {"teacher", "rollout"},
     {"training", "preflight", "evaluation"},
     {"run", "compare", "pruning"},
-    {"tiny", "__main__"},
+    {"tiny", "doctor", "__main__"},
 ]
 ONLY_IN = {
     "vllm": "rollout/vllm/",

@@ -68,7 +68,8 @@ def expand(values: Mapping[str, Any]) -> Values:
     if isinstance(logger, Mapping):
         logger = {"_component_": _USUAL["metric_logger"], **logger}
         if takes(str(logger["_component_"]), "log_dir"):
-            logger = {"log_dir": f"{found.get('output_dir')}/tensorboard", **logger}
+            folder = "wandb" if str(logger["_component_"]).endswith("WandBLogger") else "tensorboard"
+            logger = {"log_dir": f"{found.get('output_dir')}/{folder}", **logger}
         found["metric_logger"] = logger
     if "rollout" in found:
         found["rollout"] = _engine(found["rollout"])

@@ -72,6 +72,8 @@ class Journal:
             self._answers = SampleFile(folder / _ANSWERS)
         if isinstance(logger, RichLogger):
             logger.resume_at(first_step)
+        elif logger is not None:
+            print(f"metric_logger: {type(logger).__name__} takes numbers, but no texts and figures, so there are none")
 
     def finish_step(self, step: int, result: StepResult) -> None:
         """Reduce a step's metrics over ranks, and log them. The first step is 1. Every rank must call."""
