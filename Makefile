@@ -87,7 +87,7 @@ gpu-check: $(VENV)/installed
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python docs/stage.py build/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: docs
 	$(BIN)/mkdocs serve
