@@ -2,7 +2,7 @@
 
     python benchmarks/update_cost.py --tokens 2048
     python benchmarks/update_cost.py --tokens 512 1024 2048 4096 --objectives bound oprd topk full
-    python benchmarks/update_cost.py --compiled --objectives bound oprd full --out FOLDER
+    python benchmarks/update_cost.py --compiled --repeats 3 --objectives bound oprd full --out FOLDER
     python benchmarks/update_cost.py --launches
 
 An update is the teacher's forward, the student's forward and its backward, at the width and vocabulary of Qwen2.5-1.5B

@@ -14,7 +14,7 @@ from oprd_tune.command_line import look_at
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TOUR = (ROOT / "docs" / "tour.md").read_text()
-USE_IT = README.partition("## Use it")[2].partition("\n## ")[0]
+USE_IT = README.partition("## Train")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"(?:^    .+\n)+", USE_IT, re.MULTILINE)
 
 
