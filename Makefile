@@ -33,8 +33,8 @@ help:
 
 # Two stamps: what a run needs, and what developing needs on top.
 $(VENV)/installed: pyproject.toml hatch_build.py oprd_tune/oprd_tune.pth
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 15) else \
-	  "Python %d.%d is not supported, 3.11 to 3.14 are; say which: make PYTHON=python3.13 …" % v)'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 15) \
+	  else "Python %d.%d is not supported, 3.11 to 3.14 are; say which: make PYTHON=python3.13 …" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --retries 1 $(TORCH_INDEX) $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -e .

@@ -13,12 +13,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_STAGED = ".staged"
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "benchmarks/results/*.md")
 
 
 def stage(folder: Path) -> None:
-    """Copy pages and what they link to into a new folder."""
+    """Copy pages and what they link to into a folder, which is made anew. It must be one of ours, or not exist."""
+    if folder.exists() and not (folder / _STAGED).exists():
+        sys.exit(f"{folder} exists, and was not made by this script; give another folder")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _STAGED).touch()
     pages = [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
     wanted = {*pages}
     for page in pages:

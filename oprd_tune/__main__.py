@@ -44,15 +44,13 @@ def main() -> None:
     if command not in _TORCHTUNES:
         hint = nearest(command, [*_TORCHTUNES, "prune", "compare", "export", "doctor"])
         sys.exit(f"error: there is no command {command!r}{hint}; python -m oprd_tune --help explains them")
-    from oprd_tune.command_line import look_at
+    from oprd_tune.command_line import file_to_register, look_at
 
-    words = sys.argv[1:]
-    look_at(words)
-    sys.argv[1:] = words
+    look_at(sys.argv[1:])
     from oprd_tune.registry import register
     from oprd_tune.torchtune_compat import recipe_registry, run_tune
 
-    register(recipe_registry())
+    register(recipe_registry(), file_to_register(sys.argv[1:]))
     run_tune()
 
 

@@ -11,21 +11,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+_looked: list[str] = []  # the command, once it was looked at: the finder asks whenever something looks for torchtune
 
-@cache  # the finder asks whenever something looks for torchtune
+
 def before_torchtune() -> None:
     """Look at the command if this process is `tune`."""
-    if os.path.basename(sys.argv[0]) != "tune" or os.environ.get("OPRD_TUNE_NO_HOOK"):
+    if _looked or os.path.basename(sys.argv[0]) != "tune" or os.environ.get("OPRD_TUNE_NO_HOOK"):
         return
+    _looked.extend(sys.argv)
     from oprd_tune.command_line import look_at
 
-    words = sys.argv[1:]
-    look_at(words)
-    sys.argv[1:] = words
+    look_at(sys.argv[1:])
 
 
 def registry_spec(path: Sequence[str] | None) -> ModuleSpec | None:
@@ -37,10 +36,11 @@ def registry_spec(path: Sequence[str] | None) -> ModuleSpec | None:
 
     def execute_and_register(module: ModuleType) -> None:
         execute(module)
+        from oprd_tune.command_line import file_to_register
         from oprd_tune.failed_ranks import end_quietly
         from oprd_tune.registry import register
 
-        register(module)
+        register(module, file_to_register(sys.argv[1:]))
         end_quietly(sys.argv[1:])
 
     spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

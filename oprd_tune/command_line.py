@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,41 +18,41 @@ from types import ModuleType
 from typing import Any
 
 from oprd_tune.errors import ConfigError, nearest
+from oprd_tune.failed_ranks import is_ours
 from oprd_tune.registry import config_files, full_name, recipe_files, recipe_named_in, register
 
 _CONFIG = Path(__file__).parent / "config"
 # Where a recipe's keys are defined: a file, and its dataclasses.
 _KEYS = {"settings.py": ("OPRDSettings", "EvalSettings"), "parts.py": ("EngineParts", "Parts", "EvalParts")}
+# Options of torchrun's that take no value, with underscores.
+_WITHOUT_VALUE = ("__standalone", "_m", "__module", "__no_python", "__run_path", "__virtual_local_rank")
 _SHORT_FORM = ("student", "teacher", "lora", "recipe")
 
 
-def look_at(words: list[str]) -> None:
-    """Check the words after `tune`; list recipes if they ask for that. May change them, see `_with_folder`.
+def look_at(words: Sequence[str]) -> None:
+    """Check the words after `tune`; list recipes if they ask for that. What is not surely a mistake is left alone.
 
     Raises:
         SystemExit: if nothing is left to do, with status 2 after a mistake, which is then printed.
     """
-    if words == ["ls"]:
-        _list()
-        sys.exit(0)
-    if words[:1] != ["run"] or {"-h", "--help"} & set(words):
-        return
     try:
-        _check_run(words)
+        if list(words) == ["ls"]:
+            _list()
+            sys.exit(0)
+        if words[:1] == ["run"] and not {"-h", "--help"} & set(words):
+            _check_run(words[1:])
     except ConfigError as error:
-        sys.exit(_told(error))
-
-
-def _told(error: ConfigError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:  # whatever it is, torchtune sees the same command, and says so
+        return
 
 
 def torchtunes_registry() -> ModuleType:
     """torchtune's list of recipes with ours in it, without an import of torchtune, which takes seconds."""
     found = PathFinder.find_spec("torchtune")  # past our own finder, which calls this
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError("torchtune is not installed")
+    assert found is not None
+    assert found.submodule_search_locations
     file = Path(next(iter(found.submodule_search_locations))) / "_recipe_registry.py"
     spec = spec_from_file_location("_torchtunes_recipe_registry", file)
     assert spec is not None
@@ -77,44 +78,49 @@ class _Command:
     """A `tune run`, taken apart.
 
     Attributes:
-        place: the place of the recipe among the words; None if there is none.
         recipe: its name or path.
         config: the word after `--config`; None if there is none.
         overrides: words after the recipe that are neither.
     """
 
-    place: int | None
     recipe: str
     config: str | None
     overrides: list[str]
 
 
-def _taken_apart(words: Sequence[str]) -> _Command:
-    """The recipe is the word that is one, or else the one before `--config`, since torchrun's options have values."""
-    known = {*recipe_files(), *(recipe.name for recipe in torchtunes_registry().get_all_recipes())}
-    end = words.index("--config") if "--config" in words else len(words)
-    places = [i for i, word in enumerate(words[1:end], start=1) if word in known or word.endswith(".py")]
-    if not places and end > 1 and "=" not in words[end - 1] and words[end - 1][0] != "-":
-        places = [end - 1]
-    place = places[0] if places else None
-    config = words[end + 1] if end + 1 < len(words) else None
-    rest = [word for i, word in enumerate(words) if i > (place or 0) and i not in (end, end + 1)]
-    return _Command(place, "" if place is None else words[place], config, rest)
+def _taken_apart(words: Sequence[str]) -> _Command | None:
+    """The recipe is the first word that is neither an option of torchrun's nor its value; None if there is none."""
+    place = 0
+    while place < len(words) and words[place].startswith("-"):
+        place += 1 if "=" in words[place] or words[place].replace("-", "_") in _WITHOUT_VALUE else 2
+    if place >= len(words):
+        return None
+    rest = list(words[place + 1 :])
+    config = None
+    if "--config" in rest:
+        at = rest.index("--config")
+        config = rest[at + 1] if at + 1 < len(rest) else None
+        del rest[at : at + 2]
+    return _Command(words[place], config, rest)
 
 
-def _check_run(words: list[str]) -> None:
-    command = _taken_apart(words)
-    recipes = [recipe.name for recipe in torchtunes_registry().get_all_recipes()]
-    if command.place is None:
+def _check_run(words: Sequence[str]) -> None:
+    if not words:
         raise ConfigError("the recipe is missing: tune run oprd_distributed --config tiny/oprd; `tune ls` lists all")
-    if command.recipe.endswith(".py"):
-        _with_folder(words, command)
-    elif command.recipe not in recipes:
-        if find_spec(command.recipe.partition(".")[0]) is None and not Path(command.recipe).exists():
-            raise ConfigError(f"there is no recipe {command.recipe!r}{nearest(command.recipe, recipes)}")
+    command = _taken_apart(words)
+    if command is None:
         return
-    elif command.recipe not in recipe_files():
-        return  # torchtune's own
+    ours = command.recipe in recipe_files()
+    if not ours and command.recipe.endswith(".py"):
+        if not os.path.exists(command.recipe):
+            raise ConfigError(
+                f"there is no file {command.recipe}; `tune cp oprd_distributed {command.recipe}` makes one to edit"
+            )
+        ours = is_ours(Path(command.recipe))
+    elif not ours:
+        _check_recipe(command.recipe)
+    if not ours:
+        return
     _check_config(command)
     for word in command.overrides:
         if word.startswith("--"):
@@ -124,29 +130,44 @@ def _check_run(words: list[str]) -> None:
         _check_keys(command)
 
 
-def _with_folder(words: list[str], command: _Command) -> None:
-    """Let a recipe's file lie anywhere: torchtune makes a module's name of it, which has to be found."""
-    path = Path(command.recipe)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}; `tune cp oprd_distributed {path}` makes one to edit")
-    if path.parent == Path() or command.place is None:
+def _check_recipe(word: str) -> None:
+    """Raise ConfigError for a bare word that is no recipe of torchtune's or ours, no module and no file."""
+    if not word.isidentifier() or Path(word).exists() or Path(f"{word}.py").exists():
         return
-    folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))  # of ranks too
-    words[command.place] = path.name
+    known = [recipe.name for recipe in torchtunes_registry().get_all_recipes()]
+    if word not in known and find_spec(word) is None:
+        raise ConfigError(f"there is no recipe {word!r}{nearest(word, known)}")
+
+
+def file_to_register(words: Sequence[str]) -> tuple[str, str] | None:
+    """A recipe's file that torchtune cannot run, and its whole path, by which it can; None for any other.
+
+    torchtune makes a module's name of a path. It cannot import one with `..` or a leading `./`, an absolute one, or one
+    whose first folder is the name of a package, such as its own `recipes`.
+    """
+    command = _taken_apart(words[1:]) if words[:1] == ["run"] else None
+    if command is None or not command.recipe.endswith(".py") or not os.path.isfile(command.recipe):
+        return None
+    parts = command.recipe.removesuffix(".py").split("/")
+    importable = all(part.isidentifier() for part in parts)
+    if importable and (len(parts) == 1 or find_spec(parts[0]) is None):
+        return None
+    return command.recipe, os.path.abspath(command.recipe)
 
 
 def _check_config(command: _Command) -> None:
     of_recipe = {name for name, file in config_files().items() if _belongs(file, command.recipe)}
     ours = sorted(of_recipe or config_files(), key=lambda name: not name.startswith("tiny/"))  # which run anywhere
     if command.config is None:
+        joined = next((word for word in command.overrides if word.startswith("--config=")), None)
+        if joined is not None:
+            raise ConfigError(f"write it as two words: --config {joined.partition('=')[2]}")
         raise ConfigError(
             f"--config is missing: tune run {command.recipe} --config {ours[0]}; it takes a config that `tune ls` "
             "lists, or a file of yours"
         )
     known = {config.name for recipe in torchtunes_registry().get_all_recipes() for config in recipe.configs}
-    if command.config not in known and not Path(command.config).is_file():
+    if command.config not in known and not os.path.exists(command.config):
         raise ConfigError(f"there is no config {command.config!r}, nor such a file{nearest(command.config, ours)}")
 
 
@@ -160,7 +181,7 @@ def _check_keys(command: _Command) -> None:
     known = {*content, *_SHORT_FORM, *(name for file, classes in _KEYS.items() for name in _fields(file, classes))}
     for word in command.overrides:
         name, equals, _ = word.partition("=")
-        key = name.lstrip("~").partition(".")[0]
+        key = re.split(r"[.\[]", name.lstrip("~"), maxsplit=1)[0]
         if not equals and not name.startswith("~"):
             raise ConfigError(f"{word!r} is no setting; write key=value")
         if key not in known:

@@ -25,20 +25,29 @@ _EXTRAS = (
 
 def main() -> int:
     """Print what was found; returns 1 if something is broken, and 0 otherwise."""
-    rows = [*_packages(), *_devices(), *_engines(), *_tools(), *_extras()]
+    rows: list[Row] = []
+    for section in (_packages, _devices, _engines, _tools, _extras):
+        try:
+            rows += section()
+        except Exception as error:  # whatever is broken, the rest is looked at too
+            rows.append((BROKEN, section.__name__.strip("_"), f"{type(error).__name__}: {error}"))
     wide = max(len(name) for _, name, _ in rows)
     print("\n".join(f"  {mark:<2} {name:<{wide}}  {text}" for mark, name, text in rows))
     broken = [name for mark, name, _ in rows if mark == BROKEN]
     if broken:
         print(f"\n{', '.join(broken)}: see above.", file=sys.stderr)
     else:
-        print("\nNext: tune run oprd_distributed --config tiny/oprd output_dir=outputs/first")
+        print("\nNext: python -m oprd_tune run oprd_distributed --config tiny/oprd output_dir=outputs/first")
     return 1 if broken else 0
 
 
 def _packages() -> list[Row]:
     wanted = {}
-    for line in requires("oprd-tune") or []:
+    try:
+        lines = requires("oprd-tune") or []
+    except PackageNotFoundError:  # the sources are on the path, but nothing is installed
+        lines = []
+    for line in lines:
         name, equals, rest = line.partition("==")
         if equals and "extra" not in line:
             wanted[name.strip()] = rest.strip()
@@ -46,7 +55,8 @@ def _packages() -> list[Row]:
     for name in _PINNED:
         found = _version(name)
         fits = found is not None and found.partition("+")[0] == wanted.get(name, found)
-        tested = "" if fits else f"; tested with {wanted[name]}: pip install {name}=={wanted[name]}"
+        pin = f"=={wanted[name]}" if name in wanted else ""
+        tested = "" if fits else f"; pip install {name}{pin}, which it is tested with"
         rows.append((OK if fits else BROKEN, name, f"{found or 'not installed'}{tested}"))
     return rows
 
@@ -78,21 +88,24 @@ def _engines() -> list[Row]:
 
 
 def _tools() -> list[Row]:
-    tune = Path(sys.executable).with_name("tune")
-    if not tune.is_file():
-        return [(BROKEN, "tune", f"there is no {tune}: pip install torchtune")]
-    on_path = shutil.which("tune")
-    listed = subprocess.run([str(tune), "ls"], capture_output=True, text=True, check=False).stdout
-    if "oprd_distributed" not in listed:
-        told = "does not list our recipes; use `python -m oprd_tune` in its place"
-        return [(MISSING, "tune", f"{tune} {told}")]
-    if on_path is None or Path(on_path).resolve() != tune.resolve():
-        return [(MISSING, "tune", f"is not on the path: source {tune.parent / 'activate'}, or call {tune}")]
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    compiled = (
-        (OK, "compile: true", f"works ({compiler})") if compiler else (MISSING, "compile: true", "wants a compiler")
-    )
-    return [(OK, "tune", f"{on_path} lists our recipes"), compiled]
+    compiled = (OK, f"a compiler is there: {compiler}") if compiler else (MISSING, "wants a compiler of C++")
+    return [_tune(), (compiled[0], "compile: true", compiled[1])]
+
+
+def _tune() -> Row:
+    on_path = shutil.which("tune")
+    beside = [Path(folder) / "tune" for folder in (Path(sys.executable).parent, sysconfig.get_path("scripts"))]
+    own = next((file for file in beside if file.is_file()), None)
+    tune = str(own or on_path or "")
+    if not tune:
+        return BROKEN, "tune", "there is none: pip install torchtune; or use `python -m oprd_tune` in its place"
+    listed = subprocess.run([tune, "ls"], capture_output=True, text=True, check=False).stdout
+    if "oprd_distributed" not in listed:
+        return MISSING, "tune", f"{tune} does not list our recipes; use `python -m oprd_tune` in its place"
+    if on_path is None or (own is not None and Path(on_path).resolve() != own.resolve()):
+        return MISSING, "tune", f"is not on the path: source {Path(tune).parent / 'activate'}, or call {tune}"
+    return OK, "tune", f"{on_path} lists our recipes"
 
 
 def _extras() -> list[Row]:

@@ -60,7 +60,7 @@ def end_quietly(words: Sequence[str]) -> None:
     `tune run --nproc_per_node 2` calls torchrun within this process, and its error would end it in a traceback.
     """
     known = recipe_files()
-    if words[:1] != ["run"] or not any(word in known or _is_ours(Path(word)) for word in words):
+    if words[:1] != ["run"] or not any(word in known or is_ours(Path(word)) for word in words):
         return
     quieten_torchrun()
     usual = sys.excepthook
@@ -73,7 +73,8 @@ def end_quietly(words: Sequence[str]) -> None:
     sys.excepthook = hook
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Whether a file is a recipe that uses this package."""
     try:
         return path.suffix == ".py" and "oprd_tune" in path.read_text()
     except (OSError, ValueError):

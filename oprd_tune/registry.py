@@ -45,8 +45,11 @@ def recipe_named_in(config: Path) -> str | None:
     return match[1] if match else None
 
 
-def register(registry: ModuleType) -> None:
-    """Append our recipes to torchtune's registry module, unless it already lists them."""
+def register(registry: ModuleType, file: tuple[str, str] | None = None) -> None:
+    """Append our recipes to torchtune's registry module, unless it already lists them.
+
+    `file` is one more recipe: the path by which a user calls it, and the path by which it runs.
+    """
     known = {recipe.name for recipe in registry._ALL_RECIPES}
     for recipe, path in recipe_files().items():
         if recipe in known:
@@ -59,3 +62,5 @@ def register(registry: ModuleType) -> None:
         registry._ALL_RECIPES.append(
             registry.Recipe(name=recipe, file_path=str(path), configs=configs, supports_distributed=True)
         )
+    if file is not None and file[0] not in known:
+        registry._ALL_RECIPES.append(registry.Recipe(file[0], file[1], configs=[], supports_distributed=True))

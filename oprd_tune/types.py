@@ -211,7 +211,7 @@ class Rollout:
         index_B = (self.teacher_B == number).nonzero(as_tuple=True)[0]
         return replace(self.rows(index_B) if len(index_B) else self.idle(), teacher=number)
 
-    def split(self, tokens_per_micro_batch: int, *, freely: bool = True) -> list[Rollout]:
+    def split(self, tokens_per_micro_batch: int, *, one_if_it_fits: bool = False) -> list[Rollout]:
         """Cut into microbatches of at most `tokens_per_micro_batch` tokens, padding included, longest rows first.
 
         Rows of similar length share a microbatch. Of all such cuts it is the one that takes the least time, if starting
@@ -219,11 +219,11 @@ class Rollout:
         split does not change the loss, because its denominator is global.
 
         Args:
-            freely: whether rows that fit into one microbatch may be cut all the same, so that less padding is computed.
+            one_if_it_fits: whether rows that fit into one microbatch stay in one, whatever padding that computes.
         """
         order = torch.sort(self.lengths_B, descending=True, stable=True).indices
         lengths = self.lengths_B[order].tolist()
-        if not freely and len(lengths) * lengths[0] <= tokens_per_micro_batch:
+        if one_if_it_fits and lengths and len(lengths) * lengths[0] <= tokens_per_micro_batch:
             return [self.rows(order)]
         starts = list(accumulate(_sizes(lengths, tokens_per_micro_batch), initial=0))
         return [self.rows(order[start:end]) for start, end in pairwise(starts)]

@@ -52,4 +52,14 @@ def test_doctor_fails_where_a_package_is_missing_or_another_one_than_was_tested(
     assert doctor.main() == 1
     mark, said = rows(capsys)["torch"]
     assert mark == doctor.BROKEN
-    assert said.endswith(f"{broken or 'not installed'}; tested with 2.13.0: pip install torch==2.13.0")
+    assert said.endswith(f"{broken or 'not installed'}; pip install torch==2.13.0, which it is tested with")
+
+
+@pytest.mark.parametrize("missing", ["torch", "torchtune"])
+def test_doctor_works_where_imports_fail(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from oprd_tune.doctor import main; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "  ok oprd-tune" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert f"import of {missing} halted" in result.stdout or "ModuleNotFoundError" in result.stdout

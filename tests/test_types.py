@@ -138,5 +138,5 @@ def test_the_cut_into_microbatches_is_the_cheapest_of_all(budget):
 def test_what_fits_into_one_microbatch_stays_one_where_more_cost_memory():
     rollout = of_lengths([3000, 100, 100, 100])
     assert [len(micro) for micro in rollout.split(12_000)] == [1, 3]
-    assert [len(micro) for micro in rollout.split(12_000, freely=False)] == [4]
-    assert [len(micro) for micro in rollout.split(11_999, freely=False)] == [1, 3]
+    assert [len(micro) for micro in rollout.split(12_000, one_if_it_fits=True)] == [4]
+    assert [len(micro) for micro in rollout.split(11_999, one_if_it_fits=True)] == [1, 3]

@@ -111,8 +111,10 @@ def _hint(path: str) -> str:
     """The most similar name in the module of a dotted path, as a hint; empty if there is no such module or name."""
     module, _, name = path.rpartition(".")
     try:
-        names = vars(importlib.import_module(module))
+        names = [known for known in vars(importlib.import_module(module)) if known[0] != "_"]
     except Exception:  # it may fail in any way, which the caller tells
+        return ""
+    if name in names:  # it is there, and something else is wrong with it
         return ""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     return f" in {module}; did you mean {module}.{close[0]}?" if close else ""

@@ -45,9 +45,11 @@ class WandBLogger(_WandBLogger):
         folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / _ID_FILE
-        if not kept.exists():
-            kept.write_text(secrets.token_hex(4))
-        identity = {"id": kept.read_text().strip(), "resume": "allow"}
+        known = kept.read_text().strip() if kept.exists() else ""
+        if not known or not any((folder.parent / "checkpoints").glob("*")):  # nothing to resume from: another run
+            known = secrets.token_hex(4)
+            kept.write_text(known)
+        identity = {"id": known, "resume": "allow", "allow_val_change": True}  # a resumed run may change some settings
         super().__init__(project, entity, group, log_dir, **identity | further)
 
     def resume_at(self, step: int) -> None:

@@ -104,6 +104,15 @@ def choose_sharding(settings: OPRDSettings, ranks: Ranks) -> Sharding | None:
     )
 
 
+def one_if_it_fits(settings: OPRDSettings, sharding: Sharding | None) -> bool:
+    """Whether rows that fit into one microbatch stay in one, because a second one costs memory or much time.
+
+    FSDP2 keeps whole gradients until a step's last microbatch, and an offloaded teacher is copied for each.
+    """
+    accumulates = sharding is not None and not settings.sync_every_micro_batch
+    return accumulates or settings.teacher_placement == "offloaded"
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Within the scope, a sharded model is whole on every rank. Any other model is left alone.

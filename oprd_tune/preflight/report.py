@@ -15,7 +15,7 @@ from oprd_tune.losses.composite import Composite, as_composite
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
 from oprd_tune.losses.masking import StateSelector
 from oprd_tune.modeling.freezing import freeze
-from oprd_tune.modeling.sharding import choose_sharding
+from oprd_tune.modeling.sharding import choose_sharding, one_if_it_fits
 from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.describe import rows_of
@@ -49,9 +49,6 @@ def preflight(
     s, ranks, loss = settings, data.ranks, as_composite(loss)
     student = build_on_meta(parts.model)
     top = pairs.depth if loss.token_losses else pairs.top
-    if ranks.device.type == "cuda":
-        room = torch.cuda.get_device_properties(ranks.device).total_memory // _SHARE_OF_LOGITS
-        loss.fit(room, pairs.vocabulary, width_of(student))
     freeze(student, top=top, trains_head=bool(loss.token_losses), freeze_embedding=s.freeze_embedding)
     held, for_benchmarks = _benchmark_bytes(data, engine, student, pairs, s.torch_dtype)
     plan = _plan(parts, s, pairs, data, loss, engine, student=student)
@@ -61,6 +58,13 @@ def preflight(
         rollout_bytes=max(for_benchmarks, plan.rollout_bytes),
     )
     memory = predict_memory(student, parts.model, plan)
+    if ranks.device.type == "cuda":  # larger chunks of logits, from what the card has beside all that
+        whole = torch.cuda.get_device_properties(ranks.device).total_memory
+        loss.fit(
+            min(whole // _SHARE_OF_LOGITS, whole - memory.peak + plan.logit_bytes), pairs.vocabulary, width_of(student)
+        )
+        plan = replace(plan, logit_bytes=_logit_bytes(loss, pairs, student))
+        memory = predict_memory(student, parts.model, plan)
     if s.preflight:
         disk = predict_disk(s, student, memory, ranks, evaluated=_is_evaluated(data))
         rows = rows_of(student, s, pairs, data, memory, for_benchmarks)
@@ -112,8 +116,8 @@ def _plan(
         row_tokens=longest,
         selected=rows_at_once * (most_states if tapped else s.max_new_tokens),
         tapped=tapped,
-        micro_batches=math.ceil(rows / rows_at_once) + len(pairs) - 1 + (sharding is None and rows > 1),
-        logit_bytes=max((part.working_bytes(pairs.vocabulary, width_of(student)) for part in token_losses), default=0),
+        micro_batches=math.ceil(rows / rows_at_once) + len(pairs) - 1 + (rows > 1 and not one_if_it_fits(s, sharding)),
+        logit_bytes=_logit_bytes(loss, pairs, student),
         rollout_bytes=sampling,
         engine_bytes=held,
         optimizer_bytes=try_optimizer(
@@ -136,6 +140,11 @@ def _plan(
         ),
         moment_bytes=max(_moment_bytes(pair, ranks) for pair in pairs),
     )
+
+
+def _logit_bytes(loss: Composite, pairs: ModelPairs, student: TransformerDecoder) -> int:
+    sizes = (part.working_bytes(pairs.vocabulary, width_of(student)) for part in loss.token_losses.values())
+    return max(sizes, default=0)
 
 
 def _moment_bytes(pair: ModelPair, ranks: Ranks) -> int:

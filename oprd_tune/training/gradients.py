@@ -34,14 +34,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def split_alike(rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks, *, freely: bool = True) -> list[Rollout]:
+def split_alike(
+    rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks, *, one_if_it_fits: bool = False
+) -> list[Rollout]:
     """This rank's microbatches, teacher by teacher, padded with idle ones up to the largest number on any rank.
 
     All ranks must run a sharded model the same number of times, and each of several teachers at the same time. A
-    teacher that reads no row on any rank has no microbatch. See `Rollout.split` for `freely`.
+    teacher that reads no row on any rank has no microbatch. See `Rollout.split` for `one_if_it_fits`.
     """
     present = [0] if rollout.teacher_B is None else rollout.teacher_B.unique().tolist()
-    own = {teacher: rollout.of_teacher(teacher).split(tokens_per_micro_batch, freely=freely) for teacher in present}
+    own = {
+        teacher: rollout.of_teacher(teacher).split(tokens_per_micro_batch, one_if_it_fits=one_if_it_fits)
+        for teacher in present
+    }
     most: dict[int, int] = {}
     for counts in ranks.collect({teacher: len(found) for teacher, found in own.items()}):
         most |= {teacher: max(count, most.get(teacher, 0)) for teacher, count in counts.items()}

@@ -14,7 +14,7 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.config import OPRDSettings, Parts, construct
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.freezing import freeze
-from oprd_tune.modeling.sharding import Sharding, choose_sharding, sync_gradients
+from oprd_tune.modeling.sharding import Sharding, choose_sharding, one_if_it_fits, sync_gradients
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
 from oprd_tune.preflight.pair import ModelPair
 from oprd_tune.protocols import Projections
@@ -59,7 +59,7 @@ class Student:
         self.guard = FiniteGuard(s.max_nonfinite_steps)
         self.drift = TiedHeadDrift(self.model, ranks)
         self.average: MovingAverage | None = None
-        self._ranks, self._settings, self._is_sharded = ranks, s, sharding is not None
+        self._ranks, self._settings, self._one_if_it_fits = ranks, s, one_if_it_fits(s, sharding)
         self._loss_P: Tensor | None = None
         self._loss_of: dict[str, Tensor] = {}  # by teacher, if there are several
 
@@ -77,13 +77,9 @@ class Student:
         return FrozenTeacher(model, pair.layers, final=final, bridge=bridge)
 
     def split(self, rollout: Rollout) -> list[Rollout]:
-        """The microbatches of a step, equally many on every rank; see `split_alike`.
-
-        FSDP2 keeps whole gradients until a step's last microbatch. So what fits into one microbatch stays one there.
-        """
-        s = self._settings
-        freely = not self._is_sharded or s.sync_every_micro_batch
-        return split_alike(rollout, s.tokens_per_micro_batch, self._ranks, freely=freely)
+        """The microbatches of a step, equally many on every rank; see `split_alike` and `one_if_it_fits`."""
+        budget = self._settings.tokens_per_micro_batch
+        return split_alike(rollout, budget, self._ranks, one_if_it_fits=self._one_if_it_fits)
 
     def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool, teacher: str | None = None) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.
