@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oprd_tune.command_line import look_at
+from oprd_tune.command_line import file_to_register, look_at
 from oprd_tune.run.launcher import run_recipe as launch
 from tests.conftest import SMALL, load_config, recipe_class
 
@@ -94,18 +94,29 @@ def test_the_list_of_recipes_is_torchtunes_own(monkeypatch):
     assert ours == theirs
 
 
+def test_which_files_torchtune_cannot_import(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").touch()
+    for folder in ("exp", "deep-er", "recipes"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for path in ("./mine.py", "exp/../mine.py", "deep-er/mine.py", "recipes/mine.py", str(tmp_path / "mine.py")):
+        assert file_to_register(["run", "--nproc_per_node", "2", path]) == (path, str((tmp_path / path).resolve()))
+    for path in ("mine.py", "exp/mine.py", "nowhere/mine.py", "oprd_distributed"):
+        assert file_to_register(["run", path, "--config", "x"]) is None
+
+
 def test_a_recipes_file_may_lie_anywhere(tmp_path):
     """Also where torchtune's own way fails; elsewhere it is torchtune's own way that runs it."""
     told = "import sys; print('{} runs with', *sys.argv[1:])"
-    for folder in ("recipes", "exp", "deep-er/x"):
-        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("recipes", "exp"):
+        (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").write_text(told.format(folder))
     (tmp_path / "exp" / "helper.py").write_text("X = 1")
     (tmp_path / "exp" / "relative.py").write_text("from .helper import X\n" + told.format("relative"))
     (tmp_path / "mine.py").write_text(told.format("here"))
     (tmp_path / "my.yaml").write_text("a: 1\n")
-    paths = {"recipes/mine.py": "recipes", "exp/mine.py": "exp", "exp/relative.py": "relative", "./mine.py": "here"}
-    paths |= {"deep-er/x/mine.py": "deep-er/x", str(tmp_path / "exp" / "mine.py"): "exp", "exp/../mine.py": "here"}
+    paths = {"recipes/mine.py": "recipes", "exp/relative.py": "relative", str(tmp_path / "exp" / "mine.py"): "exp"}
     for path, name in paths.items():
         words = [str(TUNE), "run", path, "--config", "my.yaml", "b=2"]
         result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
