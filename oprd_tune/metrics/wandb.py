@@ -23,8 +23,10 @@ class WandBLogger(_WandBLogger):
 
     Args:
         log_dir: a folder for W&B's files; recipes give one in the run's folder.
-        project, entity, group, further: as torchtune's logger, which hands further arguments to `wandb.init`, such as
-            `mode: offline` or `name`.
+        project: W&B's project.
+        entity: W&B's entity; None takes the user's own.
+        group: groups runs in W&B; None does not.
+        further: handed to `wandb.init`, such as `mode: offline` or `name`.
 
     Raises:
         ImportError: if wandb is not installed: `pip install 'oprd-tune[wandb]'`.
