@@ -18,6 +18,7 @@ import sys
 
 from oprd_tune.errors import ConfigError, nearest
 
+_EXPORT = "export takes CHECKPOINT FOLDER [--trust NAME]; --trust lets the checkpoint call NAME, a component of yours"
 _TORCHTUNES = ("run", "ls", "cp", "cat", "download", "validate")
 
 
@@ -26,6 +27,9 @@ def main() -> None:
     command, words = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
     if command in ("-h", "--help"):
         print(__doc__)
+        sys.exit(0)
+    if command in ("export", "doctor") and {"-h", "--help"} & set(words):
+        print(_EXPORT if command == "export" else "doctor takes nothing. It says what works here, and what is missing.")
         sys.exit(0)
     if command == "export":
         sys.exit(_export(words))
@@ -43,7 +47,10 @@ def main() -> None:
         sys.exit(doctor())
     if command not in _TORCHTUNES:
         hint = nearest(command, [*_TORCHTUNES, "prune", "compare", "export", "doctor"])
-        sys.exit(f"error: there is no command {command!r}{hint}; python -m oprd_tune --help explains them")
+        print(
+            f"error: there is no command {command!r}{hint}; python -m oprd_tune --help explains them", file=sys.stderr
+        )
+        sys.exit(2)
     from oprd_tune.command_line import file_to_register, look_at
 
     look_at(sys.argv[1:])
@@ -57,7 +64,7 @@ def main() -> None:
 def _export(words: list[str]) -> str | None:
     """Export a checkpoint; returns what went wrong."""
     if len(words) < 2 or len(words) % 2 or any(word != "--trust" for word in words[2::2]):
-        return "error: export takes CHECKPOINT_FOLDER HF_FOLDER [--trust COMPONENT]"
+        return f"error: {_EXPORT}"
     (folder, target), trust = words[:2], words[3::2]
     from oprd_tune.run.export import export_checkpoint
 

@@ -6,6 +6,7 @@ A command that has nothing to do with our recipes is left to torchtune.
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import re
 import sys
@@ -121,6 +122,7 @@ def _check_run(words: Sequence[str]) -> None:
         _check_recipe(command.recipe)
     if not ours:
         return
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of C++ extensions that it skips, at every start
     _check_config(command)
     for word in command.overrides:
         if word.startswith("--"):
@@ -168,7 +170,25 @@ def _check_config(command: _Command) -> None:
         )
     known = {config.name for recipe in torchtunes_registry().get_all_recipes() for config in recipe.configs}
     if command.config not in known and not os.path.exists(command.config):
-        raise ConfigError(f"there is no config {command.config!r}, nor such a file{nearest(command.config, ours)}")
+        here = [file.name for file in Path().glob("*.y*ml")]
+        hint = nearest(command.config, [*ours, *here])
+        raise ConfigError(f"there is no config {command.config!r}, nor such a file{hint}")
+    if command.config not in known:
+        _check_yaml(command.config)
+
+
+def _check_yaml(file: str) -> None:
+    """Raise ConfigError, with line and column, for a file that is no YAML."""
+    import yaml
+
+    if not os.path.isfile(file):
+        return
+    try:
+        yaml.safe_load(Path(file).read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(f"{file}{place}: {error.problem}; this is no YAML") from error
 
 
 def _belongs(config: Path, recipe: str) -> bool:

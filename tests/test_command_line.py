@@ -72,6 +72,15 @@ def test_what_is_not_surely_a_mistake_is_left_to_torchtune(words, tmp_path, monk
     look_at(words.split())
 
 
+def test_a_file_that_is_no_yaml_is_told_with_its_place(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my.yaml").write_text("recipe: oprd_distributed\nstudent: a: b\n")
+    monkeypatch.chdir(tmp_path)
+    for config, said in (("my.yaml", "my.yaml, line 2, column 11: "), ("my.yml", "did you mean 'my.yaml'?")):
+        with pytest.raises(SystemExit):
+            look_at(["run", "oprd_distributed", "--config", config])
+        assert said in capsys.readouterr().err
+
+
 def test_no_word_ends_in_a_traceback():
     look_at(["run", "", "--config", "my.yaml"])
 

@@ -19,8 +19,10 @@ def test_help_lists_every_command():
         assert shown.returncode == 0
         for command in ("run RECIPE", "prune", "compare", "export", "doctor"):
             assert f"\n    {command}" in shown.stdout
+    for command in ("export", "doctor"):
+        assert call(command, "--help").returncode == 0
     wrong = call("docter")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert wrong.stderr == (
         "error: there is no command 'docter'; did you mean 'doctor'?; python -m oprd_tune --help explains them\n"
     )

@@ -131,10 +131,12 @@ def takes(path: str, argument: str) -> bool:
 def find_function(name: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
     """A function, given as itself or by its dotted path; raises ConfigError, with the config key, if there is none."""
     if isinstance(function, str):
+        path = function
         try:
-            function = component_at(function)
+            function = component_at(path)
         except Exception as error:  # the path may name a module that fails while it is imported
-            raise ConfigError(f"{name} {function!r} cannot be found: {error}") from error
+            why = _hint(path) or f": {in_one_line(error)}"
+            raise ConfigError(f"{name} {path!r} cannot be found{why}") from error
     if not callable(function):
         raise ConfigError(f"{name} {function!r} is no function; give the dotted path of one")
     return function

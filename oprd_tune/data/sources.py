@@ -112,7 +112,10 @@ def _cut(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
     from datasets import ReadInstruction
 
     parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-    return [row for part in parts for row in rows[part.from_ : part.to]]
+    found = [row for part in parts for row in rows[part.from_ : part.to]]
+    if rows and not found:
+        raise ConfigError(f"dataset.split {split!r} is empty: the file has {len(rows)} rows")
+    return found
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:

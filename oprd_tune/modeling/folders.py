@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, nearest
 
 DOWNLOADS = Path("/tmp")  # where `tune download` puts a model that gets no folder of its own
 _PACKAGE = Path(__file__).parents[1]
@@ -37,6 +37,9 @@ def find_folder(key: str, name: str) -> Path:
         return path
     if is_embedded(name):
         return _PACKAGE / name
+    if name.startswith("tiny/"):
+        embedded = [f"tiny/{file.parent.name}" for file in (_PACKAGE / "tiny").glob("*/config.json")]
+        raise ConfigError(f"{key}: there is no embedded model {name}{nearest(name, embedded)}")
     if not _is_hub_name(name):
         raise ConfigError(f"{key}: there is no folder {name}; give a model folder, or a hub name such as Qwen/Qwen3-4B")
     download = DOWNLOADS / path.name

@@ -8,7 +8,7 @@ from fractions import Fraction
 from oprd_tune.errors import ConfigError
 from oprd_tune.types import LayerPair
 
-_BRIDGE = "the section `bridge` and the loss BridgedMSE; see docs/bridge.md"
+_BRIDGE = "the section `bridge`, and the loss BridgedMSE or HiddenStateLoss; see docs/bridge.md"
 _NAMED = {
     "all": lambda depth: range(1, depth + 1),
     "last": lambda depth: [depth],

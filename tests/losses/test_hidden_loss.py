@@ -149,7 +149,10 @@ def test_it_may_be_a_part_of_a_composite():
     [
         ((3,), "loss.error 3 is no function; give the dotted path of one"),
         ((f"{__name__}.PAIRS",), r"loss.error \[.* is no function"),
-        ((f"{__name__}.hubert",), "loss.error 'tests.losses.test_hidden_loss.hubert' cannot be found: "),
+        (
+            (f"{__name__}.hubert",),
+            "loss.error 'tests.losses.test_hidden_loss.hubert' cannot be found in .*; did you mean .*huber",
+        ),
         (("nowhere.at_all",), "loss.error 'nowhere.at_all' cannot be found: "),
         ((huber, -1), "loss.coefficient is -1; it must be a finite number, 0 or above"),
     ],

@@ -208,7 +208,10 @@ def test_functions_that_return_something_else_are_explained(function, message):
         ({"per_token": 3}, "loss.per_token is 3; it must be a component that gives a Callable or a text"),
         ({"per_token": "tests.losses.token_losses.V"}, "loss.per_token 9 is no function"),
         ({"per_token": "nowhere.at_all"}, "loss.per_token 'nowhere.at_all' cannot be found: "),
-        ({"per_token": "tests.losses.token_losses.forward"}, "loss.per_token '.*forward' cannot be found: "),
+        (
+            {"per_token": "tests.losses.token_losses.forward"},
+            "loss.per_token '.*forward' cannot be found in tests.losses.token_losses; did you mean .*forward_kl",
+        ),
         ({}, "loss: oprd_tune.losses.PerTokenLoss cannot be constructed: .*'per_token'"),
         (
             {"per_token": forward_kl, "student_temperature": 0},

@@ -272,7 +272,7 @@ def test_few_states_are_told(out, capsys):
 
 
 BAD_INPUTS = {
-    "no bridge": ({"bridge": "null"}, "need a bridge (the section `bridge` and the loss BridgedMSE"),
+    "no bridge": ({"bridge": "null"}, "need a bridge (the section `bridge`, and the loss BridgedMSE or"),
     "no bridge for equal widths": (
         {"bridge": "null", "teacher": "tiny/teacher"},
         "BridgedMSE needs a bridge; give the section `bridge`",
