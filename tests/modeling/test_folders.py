@@ -56,7 +56,7 @@ def test_what_is_not_there_is_said_with_the_command_that_fetches_it():
 def test_embedded_models_have_names():
     assert (find_folder("student", "tiny/student") / "config.json").is_file()
     assert hub_name("tiny/student") is None
-    with pytest.raises(ConfigError, match="tiny/nobody is neither"):
+    with pytest.raises(ConfigError, match="student: there is no embedded model tiny/nobody"):
         find_folder("student", "tiny/nobody")
 
 
