@@ -11,6 +11,8 @@ OBJECTIVES = {"oprd": "OPRD", "topk": "top-16", "sampled": "sampled token", "vop
 SHORT, LONG = 4096, 16_384  # tokens of an update
 FLOOR = "bound and one state per layer and token"  # a target or its gradient waits until the backward pass comes there
 MATMUL_SHARE = "both models without head and loss: share of the measured matmul rate"
+PACKED = "packed rows: time / rows padded as the best cut does"
+APART = "packed rows: distance of gradients to those of padded rows, relative"
 NATIVE = "native decoding, tokens/s"
 SYNC = "vLLM: sync and proof, share of a step of 64 × 1,024 tokens"
 OTHER_PHASES = "flagship: largest phase beside rollout, teacher, student, optimizer; share of a step"
@@ -70,6 +72,8 @@ def _of_updates() -> list[Bar]:
 BARS = (
     *_of_updates(),
     Bar(MATMUL_SHARE, 0.60, ("matmul", "update"), least=True, style=".1%"),
+    Bar(PACKED, 1.0, ("packing",)),
+    Bar(APART, 0.01, ("packing",), style=".1e"),  # bf16 gradients are 0.2 % from fp64's
     Bar(NATIVE, 5000, ("rollout",), least=True, style=",.0f"),
     Bar(SYNC, 0.05, ("rollout", "update"), style=".1%"),
     Bar(OTHER_PHASES, 0.05, ("flagship",), style=".1%"),

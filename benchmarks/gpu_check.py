@@ -33,7 +33,7 @@ from gpu_cases import environment
 from gpu_flagship import flagship
 from gpu_report import as_markdown, facts_rows, missed, verdict
 from gpu_runs import recipes, resume, vllm
-from gpu_speeds import combined, matmul, rollout, update
+from gpu_speeds import combined, matmul, packing, rollout, update
 from limited import STOP, Limit
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +43,8 @@ PARTS: dict[str, tuple[Callable[[Bench, Limit], Found], float]] = {  # and their
     "vllm": (vllm, 150),
     "matmul": (matmul, 15),
     "update": (update, 210),
-    "rollout": (rollout, 115),
+    "packing": (packing, 30),
+    "rollout": (rollout, 95),
     "flagship": (flagship, 110),
 }
 TOGETHER = ("recipes", "resume", "vllm")  # they say nothing of speed, so on a GPU they run side by side: 600 s in all

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpu_bars import FLOOR, LONG, MATMUL_SHARE, NATIVE, OBJECTIVES, SHORT, SYNC, ratio_name
+from gpu_bars import APART, FLOOR, LONG, MATMUL_SHARE, NATIVE, OBJECTIVES, PACKED, SHORT, SYNC, ratio_name
 from gpu_bench import Bench, Found
 from gpu_cases import environment
 from limited import Ended, Limit
@@ -66,6 +66,23 @@ def add_ratios(found: Found, cases: Mapping[tuple[str, str], Mapping[str, float]
             floor = bound["delta_peak_bytes"] + ours["waiting_bytes"]
             found.figures[ratio_name(objective, "Δpeak", FLOOR, tokens)] = ours["delta_peak_bytes"] / floor
         found.rows.append(row | {"seconds": f"{ours['seconds']:.3f}", "bound, seconds": f"{bound['seconds']:.3f}"})
+
+
+def packing(bench: Bench, limit: Limit) -> Found:
+    """What packed rows save beside padded ones, and whether they give the same gradients."""
+    words: list[object] = ["--rows", 4, "--layers", 1, "--repeats", 1, "--kinds", "short answers"]
+    if bench.on_gpu:
+        words = ["--rows", 64, "--layers", 8, "--budget", LONG, "--device", bench.device, "--dtype", "bf16"]
+    ended = limit.run(bench.script("packed_rows.py", *words, "--out", bench.work), env=environment(bench.device))
+    if ended.problem:
+        return Found(failed=[ended.problem])
+    rows = json.loads((bench.work / "packed_rows.json").read_text())
+    ratios = [row["packed"] / row["best cut"] for row in rows]
+    shown = [
+        {"responses": row["lengths"], "time packed / padded": f"{ratio:.2f}", "gradients apart": f"{row['apart']:.1e}"}
+        for row, ratio in zip(rows, ratios, strict=True)
+    ]
+    return Found(shown, {PACKED: max(ratios), APART: max(row["apart"] for row in rows)})
 
 
 def rollout(bench: Bench, limit: Limit) -> Found:

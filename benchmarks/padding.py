@@ -1,9 +1,9 @@
-"""How much of an update is padding: rows in their order, rows by length, and as `Rollout.split` cuts them.
+"""How much of an update is padding: rows in their order, rows by length, as `Rollout.split` cuts them, and packed.
 
     python benchmarks/padding.py
 
 Lengths are drawn from log-normal distributions, 64 rows a step, the mean over 200 steps; nothing is trained. The cost
-of an update counts each computed token once, and each microbatch as `STARTING` tokens.
+of an update counts each computed token once, and each microbatch as `STARTING` tokens. packed_rows.py measures time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from oprd_tune.types import STARTING, Rollout
+from oprd_tune.packing import STARTING
+from oprd_tune.types import Rollout
 
 RESULTS = Path(__file__).parent / "results"
-ROWS, STEPS = 64, 200
+ROWS, STEPS, VOCABULARY = 64, 200, 1000
 # Median and spread of the responses, where they are cut, and the tokens of a prompt.
 LENGTHS = {
     "short answers": (180, 0.5, 512, 128),
@@ -28,6 +29,15 @@ LENGTHS = {
     "long reasoning, cut at 16,384": (5000, 0.8, 16_384, 200),
 }
 Cut = Callable[[list[int], int], list[list[int]]]
+
+
+def drawn(name: str, steps: int) -> list[list[int]]:
+    """The lengths of the rows of some steps."""
+    median, spread, most, prompt = LENGTHS[name]
+    generator = torch.Generator().manual_seed(0)
+    responses = torch.randn(steps, ROWS, generator=generator).mul(spread).exp().mul(median)
+    lengths: list[list[int]] = responses.clamp(1, most).long().add(prompt).tolist()
+    return lengths
 
 
 def in_order(lengths: list[int], budget: int) -> list[list[int]]:
@@ -46,21 +56,30 @@ def by_length(lengths: list[int], budget: int) -> list[list[int]]:
     return found
 
 
-def ours(lengths: list[int], budget: int) -> list[list[int]]:
-    """As a run does it."""
-    column = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+def as_rollout(lengths: Sequence[int]) -> Rollout:
+    """Rows of these lengths, of any tokens."""
+    tokens_BS = torch.randint(0, VOCABULARY, (len(lengths), max(lengths)))
     places = torch.zeros(len(lengths), dtype=torch.long)
-    rollout = Rollout(column, column > 0, column.float(), torch.tensor(lengths), places > 0, places, 0)
-    return [micro.lengths_B.tolist() for micro in rollout.split(budget)]
+    return Rollout(tokens_BS, tokens_BS < 0, tokens_BS.float(), torch.tensor(lengths), places > 0, places, 0)
 
 
-CUTS: dict[str, Cut] = {"in order": in_order, "by length": by_length, "ours": ours}
+def padded(lengths: list[int], budget: int) -> list[list[int]]:
+    """As a run cuts them for a model that cannot read packed rows."""
+    return [micro.lengths_B.tolist() for micro in as_rollout(lengths).split(budget)]
 
 
-def measure(micro_batches: Sequence[Sequence[int]]) -> dict[str, float]:
+def packed(lengths: list[int], budget: int) -> list[list[int]]:
+    """As a run cuts them for all others."""
+    return [micro.lengths_B.tolist() for micro in as_rollout(lengths).split(budget, packed=True)]
+
+
+CUTS: dict[str, Cut] = {"in order": in_order, "by length": by_length, "best cut": padded, "packed": packed}
+
+
+def measure(cut: str, micro_batches: Sequence[Sequence[int]]) -> dict[str, float]:
     """The share of padding, the number of microbatches and the cost, in tokens."""
-    computed = sum(len(part) * max(part) for part in micro_batches)
     read = sum(map(sum, micro_batches))
+    computed = read if cut == "packed" else sum(len(part) * max(part) for part in micro_batches)
     cost = computed + STARTING * len(micro_batches)
     return {"padding": 1 - read / computed, "microbatches": len(micro_batches), "cost": cost / read}
 
@@ -73,13 +92,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name, (median, spread, most, prompt) in LENGTHS.items():
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(args.steps, ROWS, generator=generator).mul(spread).exp().mul(median)
-        lengths = drawn.clamp(1, most).long().add(prompt).tolist()
+    for name in LENGTHS:
+        lengths = drawn(name, args.steps)
         for budget in args.budgets:
             for cut, function in CUTS.items():
-                found = [measure(function(step, budget)) for step in lengths]
+                found = [measure(cut, function(step, budget)) for step in lengths]
                 means = {key: fmean(one[key] for one in found) for key in found[0]}
                 rows.append({"lengths": name, "budget": budget, "cut": cut, **means})
     args.out.mkdir(parents=True, exist_ok=True)

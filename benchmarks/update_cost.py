@@ -87,7 +87,7 @@ class Case:
                 num_kv_heads=2,
                 embed_dim=WIDTH,
                 intermediate_dim=8960,
-                max_seq_len=PROMPT + LONGEST_RESPONSE,
+                max_seq_len=4096,
                 rope_base=1_000_000.0,
                 tie_word_embeddings=True,
             )

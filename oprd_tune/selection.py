@@ -13,10 +13,11 @@ class Selection:
     """Which states of a microbatch enter the loss.
 
     Attributes:
-        index_T: positions in the flattened [B * S] grid, ascending and unique.
+        index_T: positions in the flattened [B * S] grid of rows, or among the N tokens of packed ones; ascending and
+            unique.
         part_T: which of 16 equal parts (0 to 15) of its response each selected token lies in; for metrics only.
         teacher_index_T: the teacher's matching positions. They equal `index_T`, unless the teacher has another
-            tokenizer: then they are positions in its own [B * U] grid.
+            tokenizer: then they are positions in its own [B * U] grid. They always count padding.
         weight_T: the weight of each token in the loss, 1 / (the number of selected tokens in its response) where all
             responses weigh the same; None where all tokens do.
     """
@@ -40,7 +41,7 @@ class ResponseTokens:
     """The response tokens of a microbatch, packed in row-major order. The other fields are those of `Rollout`.
 
     Attributes:
-        index_T: for each token, the position in the flattened [B * S] grid of the state that predicts it.
+        index_T: for each token, the position of the state that predicts it, as in `Selection`.
         teacher_index_T: the teacher's matching positions, as in `Selection`; None stands for the same.
         weight_T: as in `Selection`.
         given_T: True for tokens of a reference answer; None if all were sampled.

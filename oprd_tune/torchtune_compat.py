@@ -10,6 +10,7 @@
 - `models.qwen2._convert_weights` renames Qwen2's parameters; `models.qwen2._positional_embeddings` rotates.
 - `models.llama3_1._position_embeddings` rotates with scaled frequencies. On the meta device it has no tables yet.
 - A decoder applies `model.output` to its final states. A tied head is a plain attribute, an untied one a submodule.
+- `MultiHeadAttention._attention_call` gets queries, keys and values, [B, H, S, size of a head], and `mask` as it is.
 - `DoRALinear._get_weight_norm` gives ‖W + s B A‖ by row; `_quantize_base` tells a quantised base.
 """
 
@@ -31,7 +32,7 @@ from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.models.qwen2 import _convert_weights as _qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import FullModelHFCheckpointer
 
@@ -127,6 +128,16 @@ def set_output(model: TransformerDecoder, output: object) -> None:
     model._modules.pop("output", None)
     model.__dict__.pop("output", None)
     model.output = output
+
+
+def attention_call(attention: MultiHeadAttention) -> Callable[..., Tensor]:
+    """What computes a block's attention from its queries, keys and values."""
+    return attention._attention_call
+
+
+def set_attention_call(attention: MultiHeadAttention, call: Callable[..., Tensor]) -> None:
+    """Let a block compute its attention by `call`."""
+    attention._attention_call = call
 
 
 def dora_weight_norm(linear: DoRALinear, weight: Tensor, change: Tensor) -> Tensor:

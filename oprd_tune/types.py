@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Starting a microbatch takes a GPU about as long as that many tokens: the part of an update's time that does not grow
-# with its tokens, as benchmarks/update_cost.py measures it at 4,096 and at 16,384.
-STARTING = 1024
+from oprd_tune.packing import Packed, cut, filled
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,13 @@ class Reading:
         lengths_B: number of teacher tokens in each row's prompt and response together.
         column_BS: for each column of the rollout, the matching teacher column: the one whose state has read exactly
             as much of the response. It is -1 where none matches, also in padding and before the prompt's last column.
+        packed: as in `Rollout`, for `tokens_BU`.
     """
 
     tokens_BU: Tensor
     lengths_B: Tensor
     column_BS: Tensor
+    packed: Packed | None = None
 
     def rows(self, index_B: Tensor, width: int) -> Reading:
         """The given rows: teacher tokens trimmed to the longest of them, and `column_BS` to the rollout's `width`."""
@@ -153,6 +152,7 @@ class Rollout:
         reading: the rows as the teacher reads them; None if both models read the same.
         teacher_B: the number of each row's teacher; None if there is one teacher.
         teacher: the number of the teacher that reads all rows of a microbatch; 0 if there is one.
+        packed: how the student reads the rows of a microbatch without their padding; None if it reads them as they are.
     """
 
     tokens_BS: Tensor
@@ -170,6 +170,7 @@ class Rollout:
     reading: Reading | None = None
     teacher_B: Tensor | None = None
     teacher: int = 0
+    packed: Packed | None = None
 
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
@@ -178,6 +179,24 @@ class Rollout:
     def teacher_tokens(self) -> Tensor:
         """Token ids as the teacher reads them, right-padded."""
         return self.tokens_BS if self.reading is None else self.reading.tokens_BU
+
+    @property
+    def teacher_packed(self) -> Packed | None:
+        """How a teacher reads `teacher_tokens` without their padding."""
+        return self.packed if self.reading is None else self.reading.packed
+
+    def states_at(self, index_T: Tensor) -> Tensor:
+        """Where the states of these positions of the flattened grid [B * S] are among those that the student reads."""
+        return index_T if self.packed is None else self.packed.at(index_T)
+
+    def in_grid(self, index_T: Tensor) -> Tensor:
+        """What `states_at` returned as positions of the flattened grid again."""
+        return index_T if self.packed is None else self.packed.grid_N[index_T]
+
+    def read_by(self, model: Any) -> Tensor:
+        """What the student's model makes of the rows. Its taps get the states where `StateSelector` looks for them."""
+        result: Tensor = model(self.tokens_BS) if self.packed is None else self.packed.read_by(model, self.tokens_BS)
+        return result
 
     @property
     def response_tokens(self) -> int:
@@ -202,7 +221,7 @@ class Rollout:
         picked: dict[str, Any] = {k: v[index_B] for k, v in vars(self).items() if isinstance(v, Tensor)}
         trimmed: dict[str, Any] = {k: v[:, :width] if "_BS" in k else v for k, v in picked.items()}
         reading = None if self.reading is None else self.reading.rows(index_B, width)
-        return replace(self, **trimmed, reading=reading)
+        return replace(self, **trimmed, reading=reading, packed=None)
 
     def of_teacher(self, number: int) -> Rollout:
         """The rows that a teacher reads; one idle row if there are none."""
@@ -211,22 +230,29 @@ class Rollout:
         index_B = (self.teacher_B == number).nonzero(as_tuple=True)[0]
         return replace(self.rows(index_B) if len(index_B) else self.idle(), teacher=number)
 
-    def split(self, tokens_per_micro_batch: int, *, one_if_it_fits: bool = False) -> list[Rollout]:
-        """Cut into microbatches of at most `tokens_per_micro_batch` tokens, padding included, longest rows first.
+    def split(
+        self, tokens_per_micro_batch: int, *, one_if_it_fits: bool = False, packed: bool = False
+    ) -> list[Rollout]:
+        """Cut into microbatches of at most `tokens_per_micro_batch` tokens, longest rows first.
 
-        Rows of similar length share a microbatch. Of all such cuts it is the one that takes the least time, if starting
-        a microbatch takes as long as `STARTING` tokens. A row that exceeds the budget gets a microbatch of its own. The
-        split does not change the loss, because its denominator is global.
+        A row that exceeds the budget gets a microbatch of its own. The split does not change the loss, because its
+        denominator is global.
 
         Args:
-            one_if_it_fits: whether rows that fit into one microbatch stay in one, whatever padding that computes.
+            one_if_it_fits: whether padded rows that fit into one microbatch stay in one, whatever padding they need.
+            packed: whether models read the rows without padding.
         """
         order = torch.sort(self.lengths_B, descending=True, stable=True).indices
-        lengths = self.lengths_B[order].tolist()
-        if one_if_it_fits and lengths and len(lengths) * lengths[0] <= tokens_per_micro_batch:
-            return [self.rows(order)]
-        starts = list(accumulate(_sizes(lengths, tokens_per_micro_batch), initial=0))
-        return [self.rows(order[start:end]) for start, end in pairwise(starts)]
+        lengths, budget = self.lengths_B[order].tolist(), tokens_per_micro_batch
+        if packed:
+            return [self.rows(order[part]).without_padding() for part in filled(lengths, budget)]
+        return [self.rows(order[part]) for part in cut(lengths, budget, one_if_it_fits=one_if_it_fits)]
+
+    def without_padding(self) -> Rollout:
+        """The rows for models that read them packed. The host waits for their lengths."""
+        own, r = Packed.of(self.lengths_B, self.tokens_BS.shape[1]), self.reading
+        reading = None if r is None else replace(r, packed=Packed.of(r.lengths_B, r.tokens_BU.shape[1]))
+        return replace(self, reading=reading, packed=own)
 
     def without_truncated(self, policy: str) -> Rollout:
         """Apply the `policy` for truncated responses; `mask` and `drop` give the same losses.
@@ -250,22 +276,6 @@ class Rollout:
         cut["response_mask_BS"] = torch.zeros_like(cut["response_mask_BS"])
         cut["lengths_B"] = torch.ones_like(row.lengths_B)
         return replace(row, **cut, reading=None if row.reading is None else row.reading.idle())
-
-
-def _sizes(lengths: list[int], budget: int) -> list[int]:
-    """How many rows, whose lengths descend, go into each microbatch: the cut of least cost, found from its end."""
-    rows = len(lengths)
-    cost, size = torch.zeros(rows + 1, dtype=torch.float64), [0] * rows
-    for i in reversed(range(rows)):
-        most = min(rows - i, max(1, budget // lengths[i]))
-        costs = lengths[i] * torch.arange(1, most + 1) + STARTING + cost[i + 1 : i + 1 + most]
-        size[i] = most - int(costs.flip(0).argmin())  # of equal costs, the fewest microbatches
-        cost[i] = costs[size[i] - 1]
-    sizes, i = [], 0
-    while i < rows:
-        sizes.append(size[i])
-        i += size[i]
-    return sizes
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class OPDRecipe:
         if not any(counts):
             return StepResult(None, sampled, metrics)
         count_P = torch.tensor(counts, device=self.ranks.device).clamp(min=1)  # a part may have nothing to read
-        micro_batches = self.student.split(rollout)
+        micro_batches = self.student.micro_batches(rollout)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss.hidden, self.teachers, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, only top-k does, to count tokens, and
@@ -75,7 +75,7 @@ class OPDRecipe:
         for micro, (tokens, selection) in zip(micro_batches, chosen, strict=True):
             teacher = self.teachers.of(micro)
             with run.phase("teacher"):
-                targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, tokens.teacher_index_T)
+                targets = teacher.targets(micro, selection.teacher_index_T, tokens.teacher_index_T)
             with run.phase("student"):
                 stream = self.loss.stream(
                     *(targets, tokens, selection),
@@ -85,7 +85,7 @@ class OPDRecipe:
                     probe=self.probe(teacher, targets, tokens, micro, rollout),
                 )
                 with layer_taps(self.student.model, stream.layers, stream):
-                    sum_P = self.student.model(micro.tokens_BS)  # each part's sum over tokens, weighted
+                    sum_P = micro.read_by(self.student.model)  # each part's sum over tokens, weighted
                 self.student.backward(sum_P, count_P, last=micro is micro_batches[-1], teacher=teacher.name)
             teacher.merge(metrics, stream.metrics)
 

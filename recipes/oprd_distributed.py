@@ -59,7 +59,7 @@ class OPRDRecipe:
         if self.diagnosis.is_due(run.step + 1):
             with run.phase("diagnosis"):
                 metrics.merge(self.diagnosis(rollout))
-        micro_batches = self.student.split(rollout)
+        micro_batches = self.student.micro_batches(rollout)
         # Does nothing, but in the first step of a loss normalised by `rms`.
         calibrate(self.loss, self.teachers, micro_batches, self.select, self.ranks)
         # Before the loop, because counting waits for the device. Within it, nothing does.
@@ -68,11 +68,11 @@ class OPRDRecipe:
         for micro, selection in zip(micro_batches, selections, strict=True):
             teacher = self.teachers.of(micro)
             with run.phase("teacher"):
-                targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T)
+                targets = teacher.targets(micro, selection.teacher_index_T)
             with run.phase("student"):
                 stream = self.loss.stream(teacher.pairs, targets.states, selection, teacher.bridge)
                 with layer_taps(self.student.model, stream.layers, stream):
-                    loss_sum = self.student.model(micro.tokens_BS)  # the last tap stands where the LM head was
+                    loss_sum = micro.read_by(self.student.model)  # the last tap stands where the LM head was
                 self.student.backward(loss_sum, count, last=micro is micro_batches[-1], teacher=teacher.name)
             teacher.merge(metrics, stream.metrics)
 

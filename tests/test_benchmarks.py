@@ -226,7 +226,7 @@ def test_the_flagships_phases_and_memory(module):
 
 
 @pytest.mark.slow
-def test_gpu_check_runs_small_on_a_cpu(tmp_path):
+def test_gpu_check_runs_small_on_a_cpu(tmp_path, module):
     def check_here(*words):
         command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path), "--patience", "5", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -234,10 +234,13 @@ def test_gpu_check_runs_small_on_a_cpu(tmp_path):
         assert done.stdout.startswith((tmp_path / "gpu_check_CPU.md").read_text())
         return done.returncode, record, done.stdout
 
-    status, record, report = check_here("--only", "recipes", "matmul")
+    status, record, report = check_here("--only", "recipes", "matmul", "packing")
     assert status == 0, report
     assert [row["result"] for row in record["parts"]["recipes"]["rows"]] == ["ok"] * 3
     assert record["figures"]["matmul rate"] > 0
+    bars = module("gpu_bars")
+    assert 0 < record["figures"][bars.APART] < 1e-5  # fp32: other sums, the same gradients
+    assert record["figures"][bars.PACKED] > 0
     assert "tmp" not in report
     status, record, report = check_here("--only", "recipes", "matmul", "--override", "dtype=fp8")
     assert status == 1
@@ -257,3 +260,10 @@ def test_what_sampling_ahead_hides(module, monkeypatch, tmp_path):
     ahead.main()
     assert "| 2.00 | 3.00 | 0.10 | 5.10 | 4.10 | 1.00 | 50% |" in (tmp_path / "ahead.md").read_text()
     assert json.loads((tmp_path / "ahead.json").read_text())["hidden"] == pytest.approx(0.5)
+
+
+def test_packed_rows_have_no_padding(tmp_path):
+    rows = run("padding.py", tmp_path, "--steps", "2")
+    by_cut = {row["cut"]: row for row in rows if row["lengths"] == "short answers" and row["budget"] == 16_384}
+    assert by_cut["packed"]["padding"] == 0
+    assert by_cut["packed"]["cost"] < by_cut["best cut"]["cost"] < by_cut["in order"]["cost"]

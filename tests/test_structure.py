@@ -24,6 +24,7 @@ LAYERS = [
         "ranks",
         "failed_ranks",
         "protocols",
+        "packing",
         "selection",
         "torchtune_compat",
         "workers",

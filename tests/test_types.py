@@ -8,10 +8,11 @@ import torch
 from oprd_tune.losses import HiddenStateMSE
 from oprd_tune.losses.masking import StateSelector
 from oprd_tune.modeling.taps import layer_taps
+from oprd_tune.packing import STARTING
 from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
-from oprd_tune.types import STARTING, LayerPair, LogprobGap, Rollout, SamplingRequest
+from oprd_tune.types import LayerPair, LogprobGap, Rollout, SamplingRequest
 from tests.conftest import DEPTH, make_model
 from tests.rollout.test_native import PAD, STOP, make_prompts
 

@@ -81,9 +81,9 @@ class Probe:
             ]
             for top in tops
         ]
-        tokens_BS = self._rollout.tokens_BS
+        tokens_BS, index_T = self._rollout.tokens_BS, self._rollout.in_grid(self._index_T[place_T])
         found = []
-        for n, (index, kl) in enumerate(zip(self._index_T[place_T].tolist(), kl_T.tolist(), strict=True)):
+        for n, (index, kl) in enumerate(zip(index_T.tolist(), kl_T.tolist(), strict=True)):
             row, column = divmod(index, tokens_BS.shape[1])
             read = tokens_BS[row, max(0, column + 1 - _CONTEXT) : column + 2].tolist()
             found.append(TokenDifference(kl, read[:-1], read[-1], candidates[0][n], candidates[1][n]))

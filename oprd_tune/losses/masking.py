@@ -62,6 +62,7 @@ class StateSelector:
             teacher_index_T = teacher_positions(rollout, selection.index_T)
             met_T = teacher_index_T >= 0
             selection = Selection(selection.index_T[met_T], selection.part_T[met_T], teacher_index_T[met_T])
+        selection = replace(selection, index_T=rollout.states_at(selection.index_T))
         return replace(selection, weight_T=self._weights(selection.index_T, rollout))
 
     def tokens(self, rollout: Rollout) -> ResponseTokens:
@@ -73,7 +74,7 @@ class StateSelector:
         """1 / (the number of selected tokens in its response) for each token; None where all tokens weigh the same."""
         if self.average_over == "tokens":
             return None
-        row_T = index_T // rollout.tokens_BS.shape[1]
+        row_T = rollout.in_grid(index_T) // rollout.tokens_BS.shape[1]
         return 1 / row_T.bincount(minlength=len(rollout))[row_T].float()
 
     def most(self, response_length: int) -> int:
@@ -118,7 +119,7 @@ def response_tokens(rollout: Rollout) -> ResponseTokens:
     index_T = select_states(rollout.response_mask_BS).index_T
     row_T = at_T // rollout.tokens_BS.shape[1]
     return ResponseTokens(
-        index_T=index_T,
+        index_T=rollout.states_at(index_T),
         tokens_T=rollout.tokens_BS.flatten()[at_T],
         sampler_logprobs_T=rollout.sampler_logprobs_BS.flatten()[at_T],
         sampler_top_ids_TK=None if top_ids_BSK is None else top_ids_BSK.flatten(0, 1)[at_T],

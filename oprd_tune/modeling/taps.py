@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.modeling.output import OutputStandIn, swapped_output
+from oprd_tune.packing import Packed
 from oprd_tune.torchtune_compat import set_output
 
 OnState = Callable[[int, Tensor], Tensor]
@@ -93,6 +94,7 @@ def collect_states(
     model: TransformerDecoder,
     tokens_BS: Tensor,
     wanted: Sequence[tuple[int, Tensor, Callable[[Tensor], Tensor] | None]],
+    packed: Packed | None = None,
 ) -> list[Tensor]:
     """States of a frozen model at chosen layers and positions, from one forward pass.
 
@@ -101,6 +103,8 @@ def collect_states(
         tokens_BS: right-padded token ids.
         wanted: triples of a layer, positions [T] in the flattened [B * S] grid, and a function to apply to the states
             there, or None. Entries with the same layer and position tensor share one copy of the states.
+        packed: how the model reads the rows without padding, among whose tokens positions then count; None for as they
+            are.
 
     Returns:
         For each entry, the states [T, C] in the model's own dtype, or the function's result on them.
@@ -118,5 +122,8 @@ def collect_states(
         return state_BSD.new_zeros(())
 
     with layer_taps(model, sorted({layer for layer, _, _ in wanted}), keep):
-        model(tokens_BS)
+        if packed is None:
+            model(tokens_BS)
+        else:
+            packed.read_by(model, tokens_BS)
     return [found[place] for place in range(len(wanted))]

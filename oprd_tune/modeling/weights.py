@@ -23,6 +23,7 @@ from oprd_tune.modeling.finite import check_finite
 from oprd_tune.modeling.folders import model_folder, read_config, stored_shapes
 from oprd_tune.modeling.from_folder import can_build
 from oprd_tune.modeling.norms import fuse_norms
+from oprd_tune.modeling.row_attention import take_rows
 from oprd_tune.protocols import DecodesItself, TeacherFiles
 from oprd_tune.torchtune_compat import config_of, folder_of, model_type_of, start_rotations, weight_files_of
 
@@ -32,13 +33,13 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def build_on_meta(build: Builder) -> TransformerDecoder:
-    """The model on the meta device, with fused norms: it has shapes, but takes no memory.
+    """The model on the meta device: it has shapes, but takes no memory. Its norms are fused, and it takes packed rows.
 
     What is no module, as a wrong component's result, is returned as it is.
     """
     with torch.device("meta"):
         model = build()
-    return fuse_norms(model) if isinstance(model, nn.Module) else model
+    return take_rows(fuse_norms(model)) if isinstance(model, nn.Module) else model
 
 
 def width_of(model: TransformerDecoder) -> int:

@@ -10,7 +10,9 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from oprd_tune.modeling.output import evaluating
+from oprd_tune.modeling.row_attention import takes_rows
 from oprd_tune.modeling.taps import collect_states, cut_after
+from oprd_tune.packing import Packed
 from oprd_tune.protocols import Projections
 from oprd_tune.types import LayerPair, TeacherTargets
 
@@ -31,16 +33,30 @@ class TappedTeacher:
     ) -> None:
         self._model, self._pairs, self._depth, self._bridge = model, list(pairs), len(model.layers), bridge
 
-    def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
+    def targets(
+        self,
+        tokens_BS: Tensor,
+        index_T: Tensor,
+        final_index_T: Tensor | None = None,
+        *,
+        packed: Packed | None = None,
+    ) -> TeacherTargets:
         """What the losses compare the student with, from one forward pass. `protocols.Teacher` describes the arguments.
 
         The tensors are [T, C] in the teacher's dtype, or [T, R] through a bridge.
+
+        Args:
+            packed: how to read the rows without their padding, if the model can.
         """
-        wanted = [(pair.teacher, index_T, self._projection(pair)) for pair in self._pairs]
-        if final_index_T is not None:
-            wanted.append((self._depth, final_index_T, None))
+        packed = packed if takes_rows(self._model) else None
+        at_T = index_T if packed is None else packed.at(index_T)
+        wanted = [(pair.teacher, at_T, self._projection(pair)) for pair in self._pairs]
+        if final_index_T is index_T:
+            wanted.append((self._depth, at_T, None))
+        elif final_index_T is not None:
+            wanted.append((self._depth, final_index_T if packed is None else packed.at(final_index_T), None))
         with evaluating(self._model), torch.compiler.set_stance("force_eager"):  # a student's are compiled to train
-            states = collect_states(self._model, tokens_BS, wanted)
+            states = collect_states(self._model, tokens_BS, wanted, packed)
         final_TC = states.pop() if final_index_T is not None else None
         return TeacherTargets({pair.student: state for pair, state in zip(self._pairs, states, strict=True)}, final_TC)
 

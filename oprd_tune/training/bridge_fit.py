@@ -224,7 +224,7 @@ class _Fit:
             return state_BSD.new_zeros(())
 
         with evaluating(self.student), layer_taps(self.student, [pair.student for pair in self.pair.layers], tap):
-            self.student(micro.tokens_BS)
+            micro.read_by(self.student)
 
 
 def _models(pair: ModelPair) -> dict[str, dict[str, Any]]:

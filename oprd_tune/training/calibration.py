@@ -32,7 +32,7 @@ def calibrate(
     for micro in micro_batches:
         selection = select(micro)
         count += len(selection)
-        states = teachers.of(micro).targets(micro.teacher_tokens, selection.teacher_index_T).states
+        states = teachers.of(micro).targets(micro, selection.teacher_index_T).states
         for layer, state_TC in states.items():
             totals[layer] = totals.get(layer, 0.0) + state_TC.float().square().mean(-1).sum().item()
     *sums, everywhere = ranks.total([*totals.values(), count])

@@ -68,13 +68,13 @@ def _first_in(
         of_final = [response_tokens(micro).teacher_index_T] if final else []
         teacher = teachers.of(micro)
         whose = "the teacher's" if teacher.name is None else f"the teacher {teacher.name}'s"
-        targets = teacher.targets(micro.teacher_tokens, selection.teacher_index_T, *of_final)
+        targets = teacher.targets(micro, selection.teacher_index_T, *of_final)
         of_teacher += [(whose, layer) for layer in list(targets.states) if not _is_finite(targets.states.pop(layer))]
         if targets.final_TC is not None and not _is_finite(targets.final_TC):
             of_teacher.append((whose, len(student.layers)))
         taps = layer_taps(student, range(1, len(student.layers) + 1), look)
         with evaluating(student), taps, torch.compiler.set_stance("force_eager"):
-            student(micro.tokens_BS)
+            micro.read_by(student)
     if weights:  # before the teacher, which may be the student
         return f"the student's weights are not, such as {weights[0]}: an update has overflowed; lower optimizer.lr"
     if of_teacher:

@@ -56,7 +56,7 @@ class Diagnosis:
         share = math.ceil(s.diagnostics_tokens / self._ranks.world_size / looked_at)
         micro = _some_rows(rollout, share, s.tokens_per_micro_batch)
         tokens = response_tokens(micro)
-        final_TC = teacher.targets(micro.teacher_tokens, tokens.index_T[:0], tokens.teacher_index_T).final_TC
+        final_TC = teacher.targets(micro, tokens.index_T[:0], tokens.teacher_index_T).final_TC
         if final_TC is None:  # a teacher of the user's that has no distribution
             return Metrics()
         probe = Probe(heads, final_TC, tokens, micro, count=share, k=s.diagnostics_k)
@@ -68,7 +68,7 @@ class Diagnosis:
         taps = layer_taps(self._student, [heads.student.layer], look)
         eager = torch.compiler.set_stance("force_eager")  # blocks are compiled for training alone
         with evaluating(self._student), gathered(heads.student.module), taps, eager:
-            self._student(micro.tokens_BS)
+            micro.read_by(self._student)
         return probe.metrics
 
 

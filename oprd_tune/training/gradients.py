@@ -35,16 +35,21 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
 
 def split_alike(
-    rollout: Rollout, tokens_per_micro_batch: int, ranks: Ranks, *, one_if_it_fits: bool = False
+    rollout: Rollout,
+    tokens_per_micro_batch: int,
+    ranks: Ranks,
+    *,
+    one_if_it_fits: bool = False,
+    packed: bool = False,
 ) -> list[Rollout]:
     """This rank's microbatches, teacher by teacher, padded with idle ones up to the largest number on any rank.
 
     All ranks must run a sharded model the same number of times, and each of several teachers at the same time. A
-    teacher that reads no row on any rank has no microbatch. See `Rollout.split` for `one_if_it_fits`.
+    teacher that reads no row on any rank has no microbatch. See `Rollout.split` for the other arguments.
     """
     present = [0] if rollout.teacher_B is None else rollout.teacher_B.unique().tolist()
     own = {
-        teacher: rollout.of_teacher(teacher).split(tokens_per_micro_batch, one_if_it_fits=one_if_it_fits)
+        teacher: rollout.of_teacher(teacher).split(tokens_per_micro_batch, one_if_it_fits=one_if_it_fits, packed=packed)
         for teacher in present
     }
     most: dict[int, int] = {}

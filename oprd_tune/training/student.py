@@ -14,6 +14,7 @@ from torchtune.training import FullModelHFCheckpointer
 from oprd_tune.config import OPRDSettings, Parts, construct
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.modeling.freezing import freeze
+from oprd_tune.modeling.row_attention import takes_rows
 from oprd_tune.modeling.sharding import Sharding, choose_sharding, one_if_it_fits, sync_gradients
 from oprd_tune.modeling.weights import Builder, build_on_meta, load_weights
 from oprd_tune.preflight.pair import ModelPair
@@ -76,10 +77,13 @@ class Student:
             self.average = MovingAverage(self.model, model, decay)  # while the teacher has its head
         return FrozenTeacher(model, pair.layers, final=final, bridge=bridge)
 
-    def split(self, rollout: Rollout) -> list[Rollout]:
-        """The microbatches of a step, equally many on every rank; see `split_alike` and `one_if_it_fits`."""
-        budget = self._settings.tokens_per_micro_batch
-        return split_alike(rollout, budget, self._ranks, one_if_it_fits=self._one_if_it_fits)
+    def micro_batches(self, rollout: Rollout) -> list[Rollout]:
+        """The microbatches of a step, equally many on every rank; see `split_alike` and `one_if_it_fits`.
+
+        They are packed if the model can read them so.
+        """
+        budget, fits = self._settings.tokens_per_micro_batch, self._one_if_it_fits
+        return split_alike(rollout, budget, self._ranks, one_if_it_fits=fits, packed=takes_rows(self.model))
 
     def backward(self, sum_P: Tensor, count_P: float | Tensor, *, last: bool, teacher: str | None = None) -> None:
         """Backpropagate one microbatch's share of the global mean, Σ over parts of sum / count.

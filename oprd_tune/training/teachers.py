@@ -16,6 +16,7 @@ from oprd_tune.modeling.heads import Heads, LMHead, why_no_matrix
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.pair import ModelPair, ModelPairs, whose
 from oprd_tune.protocols import RolloutEngine, Teacher
+from oprd_tune.teacher.frozen import TappedTeacher
 from oprd_tune.training.bridge_fit import end_if_only_fitted, fit_or_load
 from oprd_tune.training.student import Student
 from oprd_tune.types import LayerPair, Rollout, TeacherTargets
@@ -39,11 +40,12 @@ class TeacherSide:
     heads: Heads | None = None
     name: str | None = None
 
-    def targets(self, tokens_BS: Tensor, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
-        """As in `protocols.Teacher`."""
-        if final_index_T is None:
-            return self.teacher.targets(tokens_BS, index_T)
-        return self.teacher.targets(tokens_BS, index_T, final_index_T)
+    def targets(self, micro: Rollout, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
+        """As in `protocols.Teacher`, for a microbatch. Our own teachers read packed rows as such."""
+        where = (index_T,) if final_index_T is None else (index_T, final_index_T)
+        if isinstance(self.teacher, TappedTeacher):
+            return self.teacher.targets(micro.teacher_tokens, *where, packed=micro.teacher_packed)
+        return self.teacher.targets(micro.teacher_tokens, *where)
 
     def merge(self, metrics: Metrics, own: Metrics) -> None:
         """Add the metrics of a microbatch that this teacher has read; among several also as `teachers/<name>/…`."""

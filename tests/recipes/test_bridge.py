@@ -192,7 +192,7 @@ def test_pairs_may_be_given_and_share_a_teacher_layer(out):
     assert not torch.equal(layers[1].teacher_RC, layers[2].teacher_RC)
     assert not torch.equal(layers[2].teacher_mean_C, layers[4].teacher_mean_C)
     assert 0 < recipe.train_step(recipe.data.prompts.at_step(0)).loss < 1
-    assert set(recipe.teachers[0].targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {
+    assert set(recipe.teachers[0].teacher.targets(torch.ones(1, 3, dtype=torch.long), torch.arange(3)).states) == {
         1,
         2,
         4,
@@ -216,7 +216,7 @@ def test_the_moments_are_those_of_the_trainings_own_states(out, monkeypatch):
     rollout = recipe.engine.generate(recipe.data.prompts.at_step(0))
     selection = recipe.select(rollout)
     recipe.teachers[0].teacher._bridge = None
-    targets = recipe.teachers[0].targets(rollout.tokens_BS, selection.index_T, selection.index_T)
+    targets = recipe.teachers[0].targets(rollout, selection.index_T, selection.index_T)
     assert sorted(seen) == [1, 2, 3, 4]
     for layer, batches in seen.items():
         h, g, f = map(torch.cat, zip(*batches, strict=True))

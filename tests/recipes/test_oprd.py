@@ -147,7 +147,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(out, capsys):
     recipe = recipe_class(NAME)(load_config(CONFIG, output_dir=out, **SMALL))
     recipe.setup()
     before = [p.clone() for p in recipe.student.model.parameters()]
-    recipe.teachers[0].teacher.targets = lambda tokens, index: TeacherTargets(
+    recipe.teachers[0].teacher.targets = lambda tokens, index, packed: TeacherTargets(
         {n: torch.full((len(index), 128), torch.nan) for n in (1, 2, 3, 4)}
     )
     with pytest.raises(FloatingPointError, match="step 3"):

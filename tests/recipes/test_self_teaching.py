@@ -79,7 +79,7 @@ def test_each_teacher_has_the_weights_that_it_says(tmp_path, kind):
         prompts = recipe.data.prompts.at_step(step)
         rollout = recipe.data.read(recipe.engine.generate(prompts), prompts)
         tokens, selection = response_tokens(rollout), recipe.select(rollout)
-        asked = rollout.teacher_tokens, selection.teacher_index_T, tokens.teacher_index_T
+        asked = rollout, selection.teacher_index_T, tokens.teacher_index_T
         got, wanted = recipe.teachers[0].targets(*asked), expected.teachers[0].targets(*asked)
         assert recipe.student.model.training
         assert not got.final_TC.requires_grad

@@ -120,7 +120,9 @@ def test_one_that_reads_nothing_in_a_step_does_not_run(tmp_path):
     ran = []
     for side in recipe.teachers:
         targets = side.teacher.targets
-        side.teacher.targets = lambda *asked, _of=(side.name, targets): ran.append(_of[0]) or _of[1](*asked)
+        side.teacher.targets = lambda *asked, _of=(side.name, targets), **how: (
+            ran.append(_of[0]) or _of[1](*asked, **how)
+        )
     result = recipe.train_step(prompts.among(additions))
     assert ran == ["addition"]
     assert result.loss > 0
@@ -140,7 +142,7 @@ def test_rms_is_measured_on_all_teachers_and_quantised_ones_are_told_apart(tmp_p
     for number, teacher in enumerate(recipe.teachers):
         micro = rollout.of_teacher(number)
         index_T = recipe.select(micro).index_T
-        squares.append(teacher.targets(micro.tokens_BS, index_T).states[4].square().mean(-1))
+        squares.append(teacher.targets(micro, index_T).states[4].square().mean(-1))
     assert all(len(square_T) > 5 for square_T in squares)
     recipe.train_step(prompts)
     assert recipe.loss.scales[4] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-5)
@@ -212,7 +214,7 @@ def test_one_with_fewer_tokens_reads_idle_microbatches_too(tmp_path):
     reversing = rollout.of_teacher(1)
     assert reversing.response_tokens == 0
     assert reversing.teacher_tokens.tolist() == [[0]]
-    recipe.teachers[1].targets(reversing.teacher_tokens, recipe.select(reversing).teacher_index_T)
+    recipe.teachers[1].targets(reversing, recipe.select(reversing).teacher_index_T)
 
 
 def test_all_bridges_are_fitted_before_a_run_that_only_fits_ends(tmp_path, capsys):

@@ -99,12 +99,12 @@ def test_a_step_waits_for_nothing_between_its_first_microbatch_and_the_optimizer
     teacher = run.teachers[0].teacher
     targets, update, waits, passes = teacher.targets, run.student.update, [], []
 
-    def first_targets(*args):
+    def first_targets(*args, **kwargs):
         if not passes:
             scope = noted_host_waits()
             waits.append((scope, scope.__enter__()))
         passes.append(args)
-        return targets(*args)
+        return targets(*args, **kwargs)
 
     def last_update(*args, **kwargs):
         waits[-1][0].__exit__(None, None, None)
