@@ -15,6 +15,7 @@ from oprd_tune.losses.composite import Composite, as_composite
 from oprd_tune.losses.hidden_mse import HiddenStateLoss
 from oprd_tune.losses.masking import StateSelector
 from oprd_tune.modeling.freezing import freeze
+from oprd_tune.modeling.row_attention import takes_rows
 from oprd_tune.modeling.sharding import choose_sharding, one_if_it_fits
 from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
@@ -97,7 +98,10 @@ def _plan(
     ranks, token_losses, sharding = data.ranks, list(loss.token_losses.values()), choose_sharding(s, data.ranks)
     longest = s.max_prompt_tokens + s.max_new_tokens
     rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
-    rows_at_once = min(rows, max(1, s.tokens_per_micro_batch // longest))
+    fitting, packed = max(1, s.tokens_per_micro_batch // longest), takes_rows(student)
+    tokens = min(rows * longest, max(s.tokens_per_micro_batch, longest) if packed else fitting * longest)
+    rows_at_once = math.ceil(tokens / longest)
+    further = rows > 1 and not packed and not one_if_it_fits(s, sharding)  # much padding is worth a microbatch
     tapped = len(pairs[0].layers) if loss.hidden is not None else 0
     most_states = StateSelector(s.positions, s.positions_k, s.anchor, s.average_over).most(s.max_new_tokens)
     held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=s.torch_dtype)
@@ -113,10 +117,10 @@ def _plan(
         sharded=sharding is not None,
         trains_head=bool(token_losses),
         rows=rows_at_once,
-        row_tokens=longest,
-        selected=rows_at_once * (most_states if tapped else s.max_new_tokens),
+        row_tokens=math.ceil(tokens / rows_at_once),
+        selected=min(tokens, rows_at_once * (most_states if tapped else s.max_new_tokens)),
         tapped=tapped,
-        micro_batches=math.ceil(rows / rows_at_once) + len(pairs) - 1 + (rows > 1 and not one_if_it_fits(s, sharding)),
+        micro_batches=math.ceil(rows / fitting) + len(pairs) - 1 + further,
         logit_bytes=_logit_bytes(loss, pairs, student),
         rollout_bytes=sampling,
         engine_bytes=held,
