@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -24,7 +24,8 @@ from oprd_tune.registry import config_files, full_name, recipe_files, recipe_nam
 
 _CONFIG = Path(__file__).parent / "config"
 # Where a recipe's keys are defined: a file, and its dataclasses.
-_KEYS = {"settings.py": ("OPRDSettings", "EvalSettings"), "parts.py": ("EngineParts", "Parts", "EvalParts")}
+_SCALARS = "settings.py"
+_KEYS = {_SCALARS: ("OPRDSettings", "EvalSettings"), "parts.py": ("EngineParts", "Parts", "EvalParts")}
 # Options of torchrun's that take no value, with underscores.
 _WITHOUT_VALUE = ("__standalone", "_m", "__module", "__no_python", "__run_path", "__virtual_local_rank")
 _SHORT_FORM = ("student", "teacher", "lora", "recipe")
@@ -55,12 +56,7 @@ def torchtunes_registry() -> ModuleType:
     assert found is not None
     assert found.submodule_search_locations
     file = Path(next(iter(found.submodule_search_locations))) / "_recipe_registry.py"
-    spec = spec_from_file_location("_torchtunes_recipe_registry", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = _module_at("_torchtunes_recipe_registry", file)
     register(module)
     return module
 
@@ -196,35 +192,76 @@ def _belongs(config: Path, recipe: str) -> bool:
 
 
 def _check_keys(command: _Command) -> None:
-    """Whether each override belongs to a key that there is. What lies below a key is checked later."""
-    content = _content(config_files().get(str(command.config)) or Path(str(command.config)))
-    known = {*content, *_SHORT_FORM, *(name for file, classes in _KEYS.items() for name in _fields(file, classes))}
+    """Whether each key is one that there is, and each scalar of its type. What lies below a key is checked later."""
+    file = config_files().get(str(command.config)) or Path(str(command.config))
+    content, hints = _content(file), _hints()
+    known = {*_SHORT_FORM, *hints}
+    for key, value in content.items():
+        if key not in known:
+            raise ConfigError(f"{file.name}: unknown config key {key!r}{nearest(key, known)}")
+        _check_type(key, value, hints)
     for word in command.overrides:
         name, equals, _ = word.partition("=")
         key = re.split(r"[.\[]", name.lstrip("~"), maxsplit=1)[0]
         if not equals and not name.startswith("~"):
             raise ConfigError(f"{word!r} is no setting; write key=value")
         if key not in known:
-            inner = [f"{section}.{key}" for section, values in content.items() if key in (values or ())]
+            sections = [(section, values) for section, values in content.items() if isinstance(values, dict)]
+            inner = [f"{section}.{key}" for section, values in sections if key in values]
             hint = f"; did you mean {inner[0]!r}?" if inner else nearest(key, known)
             raise ConfigError(f"unknown config key {key!r}{hint}")
+        if name == key:
+            _check_type(key, _value_in(word), hints)
+
+
+def _check_type(key: str, value: Any, hints: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a scalar of a recipe is of another type than its own. Others, and references, are left."""
+    if hints.get(key) is not None and "${" not in str(value) and value != "???":
+        _module_of_config("checks").typed(key, value, hints[key])
+
+
+def _value_in(word: str) -> Any:
+    """The value of `key=value`, as torchtune reads it."""
+    from omegaconf import OmegaConf
+
+    (value,) = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False).values()
+    return value
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """A config's sections; a key's value is a mapping, or of no interest here. Empty if it cannot be read."""
-    import yaml
+    """A config's keys and plain values. Empty if it cannot be read, which is told later."""
+    from omegaconf import OmegaConf
 
     try:
-        found = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        found = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except Exception:
         return {}
-    items = found.items() if isinstance(found, dict) else ()
-    return {str(key): value if isinstance(value, dict) else None for key, value in items}
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
 
 
-def _fields(file: str, classes: Sequence[str]) -> list[str]:
-    """The annotated names of some classes in a file of this package, which is not imported."""
-    tree = ast.parse((_CONFIG / file).read_text())
-    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in classes]
-    lines = [line for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
-    return [line.target.id for line in lines if isinstance(line.target, ast.Name)]
+def _hints() -> dict[str, Any]:
+    """The keys of all recipes. Scalars come with their type; components with None."""
+    found: dict[str, Any] = {}
+    for file, classes in _KEYS.items():
+        tree = ast.parse((_CONFIG / file).read_text())
+        for node in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in classes):
+            for line in (line for line in node.body if isinstance(line, ast.AnnAssign)):
+                assert isinstance(line.target, ast.Name)
+                plain = file == _SCALARS  # our own file, which is not imported
+                found[line.target.id] = eval(ast.unparse(line.annotation), {"Any": Any}) if plain else None
+    return found
+
+
+def _module_of_config(name: str) -> ModuleType:
+    """A file of the package `oprd_tune.config` without that package, whose import takes seconds."""
+    return _module_at(f"_oprd_tune_config_{name}", _CONFIG / f"{name}.py")
+
+
+def _module_at(name: str, file: Path) -> ModuleType:
+    spec = spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from oprd_tune.command_line import file_to_register, look_at
+from oprd_tune.registry import config_files, recipe_named_in
 from oprd_tune.run.launcher import run_recipe as launch
 from tests.conftest import SMALL, load_config, recipe_class
 
@@ -33,11 +34,15 @@ MISTAKES = {
     f"{OURS} max_steps": "'max_steps' is no setting; write key=value",
     f"{OURS} lr=0.1": "unknown config key 'lr'; did you mean 'optimizer.lr'?",
     f"{OURS} optimiser.lr=0.1": "unknown config key 'optimiser'; did you mean 'optimizer'?",
+    f"{OURS} max_steps=many": "max_steps is 'many'; it must be int",
+    f"{OURS} seed=1.5": "seed is 1.5; it must be int",
+    f"{OURS} clip_grad_norm=[1]": "clip_grad_norm is [1]; it must be float or null",
     f"{OURS} ~task_acuracy": "unknown config key 'task_acuracy'; did you mean 'task_accuracy'?",
 }
 FINE = (
     f"{OURS} max_steps=3 teachers.a=tiny/teacher ~teacher lora.rank=8 bridge.rank=2 eval.first=3",
     f"{OURS} optimizer[lr]=0.1 clip_grad_norm=-1",
+    f"{OURS} clip_grad_norm=1e-3 master_dtype=null layers=[1,2] preflight=only max_steps=${{seed}} reference_share=1",
     "run --nproc_per_node 2 oprd_distributed --config tiny/oprd max_steps=1",
     "run --rdzv_id oprd_distributed --standalone oprd_distributed max_steps=1 --config tiny/oprd",
     "run opd_topk_single_device --config tiny/opd_topk average_over=responses",
@@ -79,6 +84,27 @@ def test_a_file_that_is_no_yaml_is_told_with_its_place(tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit):
             look_at(["run", "oprd_distributed", "--config", config])
         assert said in capsys.readouterr().err
+
+
+def test_keys_and_types_in_a_file_are_told_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = config_files()["tiny/oprd"].read_text()
+    cases = {
+        "taks_accuracy: {}": "my.yaml: unknown config key 'taks_accuracy'; did you mean 'task_accuracy'?",
+        "samples_per_prompt: two": "samples_per_prompt is 'two'; it must be int",
+    }
+    for line, said in cases.items():
+        Path("my.yaml").write_text(
+            "\n".join(x for x in whole.splitlines() if not x.startswith("samples")) + f"\n{line}\n"
+        )
+        with pytest.raises(SystemExit):
+            look_at(["run", "oprd_distributed", "--config", "my.yaml"])
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_shipped_configs_are_fine(name):
+    look_at(["run", recipe_named_in(config_files()[name]), "--config", name])
 
 
 def test_no_word_ends_in_a_traceback():
@@ -137,6 +163,7 @@ def test_a_recipes_file_may_lie_anywhere(tmp_path):
 
 LATER = {
     "a wrong type": ({"max_steps": "many"}, "max_steps is 'many'; it must be int"),
+    "a text for a number": ({"optimizer.lr": "fast"}, "optimizer.lr is 'fast'; it must be a number"),
     "a device that is not there": ({"device": "cuda:7"}, "device 'cuda:7' with dtype 'fp32' cannot be used"),
     "a folder that is a file": ({"output_dir": f"{__file__}/out"}, "cannot be used: [Errno 20] Not a directory"),
     "a misspelt component": (

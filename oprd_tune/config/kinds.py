@@ -71,6 +71,8 @@ def _fits(value: Any, hint: Any, *, ours: bool) -> bool:
         return isinstance(value, Mapping) and (
             len(inner) < 2 or all(_fits(item, inner[1], ours=ours) for item in value.values())
         )
+    if getattr(kind, "__name__", None) == "Tensor":  # torch takes numbers in its place, but no texts
+        return not isinstance(value, (bool, str))
     return not inspect.isclass(kind) or not (ours or isinstance(value, bool))
 
 

@@ -10,6 +10,7 @@ from torchtune.data import Message
 
 from oprd_tune.data.chats import Messages, Prompt, as_answer, as_prompt, is_empty, with_system
 from oprd_tune.data.templates import TeacherTemplate
+from oprd_tune.data.unwritable import tell_of_unwritable
 from oprd_tune.errors import ConfigError
 from oprd_tune.metrics.progress import LateBar
 from oprd_tune.protocols import Tokenizer
@@ -145,6 +146,7 @@ class PromptDataset:
                 for (i, _), found in zip(part, read, strict=True):
                     tokens[i] = found
                 bar.update(len(part))
+        tell_of_unwritable([prompt for _, prompt in asked], [tokens[i] for i, _ in asked], tokenizer)
         return tokens
 
 

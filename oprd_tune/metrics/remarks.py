@@ -37,10 +37,13 @@ def remarks(history: History, *, max_new_tokens: int, graded: int | None, ended:
     if name == "avg_at_k":  # answers to one problem are alike, so each problem counts once
         graded = sum(one["problems"] for one in rows[0]["benchmarks"].values())
     lasts = name and len(rows) > _IN_A_ROW and all(_is_worse(name, rows[0], row, graded) for row in rows[-_IN_A_ROW:])
+    kls = history.first_kls, history.last_kls
     perplexities = [row["perplexity"] for row in history.evaluations if row["perplexity"] is not None]
     found = {
-        "astray": gone_astray(perplexities, history.first_kls, history.last_kls),
-        "worse": worse_than_before(name, rows, best, graded) if name and best and (ended or lasts) else None,
+        "astray": gone_astray(perplexities, *kls),
+        "worse": worse_than_before(name, rows, best, graded, learns=_came_nearer(*kls))
+        if name and best and (ended or lasts)
+        else None,
         "endless": never_ending(truncated, max_new_tokens),
         "skipped": skipped(history.not_finite_steps, history.skipped_steps - history.not_finite_steps),
         "length": length_change(*lengths),
@@ -77,9 +80,12 @@ def falls(before: float, after: float, graded: int | None) -> bool:
 
 
 def worse_than_before(
-    name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any], graded: int | None
+    name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any], graded: int | None, *, learns: bool = False
 ) -> str | None:
-    """The last evaluation is worse than the first: in accuracy or Avg@k by `falls`, else in perplexity by over 1 %."""
+    """The last evaluation is worse than the first: in accuracy or Avg@k by `falls`, else in perplexity by over 1 %.
+
+    `learns` says whether the student came nearer to the teacher on the prompts of the training.
+    """
     if not _is_worse(name, rows[0], rows[-1], graded):
         return None
     label, before, after = _LABELS.get(name, name), rows[0][name], rows[-1][name]
@@ -89,7 +95,13 @@ def worse_than_before(
         what = (
             f" ({label} {_shown(before)}, now {_shown(after)}); the best was step {best['step']} ({_shown(best[name])})"
         )
-    return f"worse than at the start{what}; lower optimizer.lr"
+    advice = "lower optimizer.lr"
+    if learns:
+        advice = (
+            "on the training's own prompts it does come nearer to the teacher, so see that eval_dataset asks the same "
+            f"kind of prompts; if it does, {advice}"
+        )
+    return f"worse than at the start{what}; {advice}"
 
 
 def gone_astray(perplexities: Sequence[float], first: Sequence[float], last: Sequence[float]) -> str | None:
@@ -97,11 +109,9 @@ def gone_astray(perplexities: Sequence[float], first: Sequence[float], last: Seq
 
     `first` and `last` are KLs of the first and the latest steps, which must not overlap.
     """
-    if len(perplexities) < 2 or len(first) < WINDOW or len(last) < WINDOW:
+    if len(perplexities) < 2 or perplexities[-1] < _STRAY_FACTOR * perplexities[0] or not _came_nearer(first, last):
         return None
     before, after = statistics.fmean(first), statistics.fmean(last)
-    if perplexities[-1] < _STRAY_FACTOR * perplexities[0] or after > _AGREEMENT * before:
-        return None
     return (
         f"the student learns to say what nobody asked for: the KL on its own responses fell from {_shown(before)} to "
         f"{_shown(after)}, while the perplexity of reference answers rose from {_shown(perplexities[0])} to "
@@ -167,6 +177,13 @@ def skipped(not_finite: int, empty: int) -> str | None:
     if empty:
         said.append(f"{_steps(empty)} skipped since no token was selected; see truncated_responses and positions")
     return "; ".join(said) or None
+
+
+def _came_nearer(first: Sequence[float], last: Sequence[float]) -> bool:
+    """Whether the KL to the teacher fell by a fifth or more; false where it is not known well enough."""
+    if len(first) < WINDOW or len(last) < WINDOW:
+        return False
+    return statistics.fmean(last) <= _AGREEMENT * statistics.fmean(first)
 
 
 def _is_worse(name: str, before: dict[str, Any], after: dict[str, Any], graded: int | None) -> bool:

@@ -21,6 +21,7 @@ from oprd_tune.modeling.weights import build_on_meta, width_of
 from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.describe import rows_of
 from oprd_tune.preflight.disk import predict_disk
+from oprd_tune.preflight.loss_trial import try_losses
 from oprd_tune.preflight.memory import Memory, Plan, predict_memory
 from oprd_tune.preflight.pair import ModelPair, ModelPairs, of_teacher
 from oprd_tune.preflight.trial import try_optimizer
@@ -43,14 +44,17 @@ def preflight(
     """Print models, conventions, batch, memory and disk as a short table; returns the memory of one rank.
 
     Raises:
-        ConfigError: if the optimizer or the schedule fails a trial, or if the run's files will not fit on the disk. The
-            setting `preflight` false leaves the disk alone.
+        ConfigError: if the optimizer, the schedule or a loss fails a trial, or if the run's files will not fit on the
+            disk. The setting `preflight` false leaves the loss and the disk alone.
         NothingLeftToDo: if the setting `preflight` is `only`.
     """
     s, ranks, loss = settings, data.ranks, as_composite(loss)
     student = build_on_meta(parts.model)
     top = pairs.depth if loss.token_losses else pairs.top
     freeze(student, top=top, trains_head=bool(loss.token_losses), freeze_embedding=s.freeze_embedding)
+    if s.preflight:
+        for width in {pair.width if pair.bridge is None else pair.bridge.rank for pair in pairs}:
+            try_losses(loss, width=width, vocabulary=pairs.vocabulary, device=ranks.device)
     held, for_benchmarks = _benchmark_bytes(data, engine, student, pairs, s.torch_dtype)
     plan = _plan(parts, s, pairs, data, loss, engine, student=student)
     plan = replace(

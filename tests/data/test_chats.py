@@ -175,7 +175,8 @@ class OneByOne:
     """A tokenizer with no more than the protocol's members, like torchtune's."""
 
     def __init__(self, tokenizer):
-        self.encode, self.tokenize_messages = tokenizer.encode, tokenizer.tokenize_messages
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        self.tokenize_messages = tokenizer.tokenize_messages
 
 
 def test_other_tokenizers_are_asked_chat_by_chat(tokenizer):

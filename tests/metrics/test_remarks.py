@@ -56,6 +56,17 @@ def test_worse_than_at_the_start():
     assert said(run(perplexities=(1.5, 1234.4))) == [perplexity]
 
 
+def test_a_student_that_learns_something_else_is_not_blamed_on_the_learning_rate_first():
+    nearer = {"first_kls": [1.0] * WINDOW, "last_kls": [0.5] * WINDOW}
+    (sentence,) = said(run(0.4, 0.24, **nearer))
+    assert sentence.endswith(
+        "on the training's own prompts it does come nearer to the teacher, so see that eval_dataset asks the same kind "
+        "of prompts; if it does, lower optimizer.lr"
+    )
+    for kls in ([0.9] * WINDOW, [0.1]):  # hardly nearer, and not known well enough
+        assert said(run(0.4, 0.24, **nearer | {"last_kls": kls}))[0].endswith("); lower optimizer.lr")
+
+
 def test_avg_at_k_is_the_measure_where_there_is_no_accuracy():
     history = run(perplexities=(2.0, 1.0, 1.0))
     for row, score in zip(history.evaluations, (0.4, 0.9, 0.2), strict=True):

@@ -1,0 +1,41 @@
+"""Characters of prompts that a tokenizer has no tokens for, so that no model ever reads them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+from oprd_tune.data.chats import Prompt
+from oprd_tune.protocols import Tokenizer
+
+_LOOKED_AT, _SHOWN = 200, 5
+
+
+def tell_of_unwritable(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
+    """Print how many of up to 200 evenly spaced prompts have characters that their tokens do not say."""
+    chosen = range(0, len(prompts), max(1, len(prompts) // _LOOKED_AT))
+    lost = [missing(_text_of(prompts[i]), tokenizer.decode(list(tokens[i]), skip_special_tokens=False)) for i in chosen]
+    found = Counter(character for characters in lost for character in characters)
+    if found:
+        shown = " ".join(character for character, _ in found.most_common(_SHOWN))
+        print(
+            f"dataset: {sum(map(bool, lost))} of {len(lost)} prompts have characters that the tokenizer cannot write, "
+            f"so the model does not read them: {shown}. Give other prompts, or a model that knows these characters"
+        )
+
+
+def missing(text: str, decoded: str) -> set[str]:
+    """The visible characters of a text that its decoded tokens lack. Case and compatible forms are all the same."""
+    kept = set(_plain(decoded))
+    return {character for character in text if character.isprintable() and not set(_plain(character)) <= kept}
+
+
+def _plain(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKD", text).casefold().split())
+
+
+def _text_of(prompt: Prompt) -> str:
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    return "".join(message["content"] for message in prompt if isinstance(message.get("content"), str))

@@ -1,0 +1,44 @@
+"""Characters that a tokenizer has no tokens for are told."""
+
+import pytest
+
+from oprd_tune.data import HuggingFaceTokenizer
+from oprd_tune.data.prompts import PromptDataset
+from oprd_tune.data.unwritable import missing
+from oprd_tune.modeling.folders import find_folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The embedded one, which knows digits and few signs."""
+    return HuggingFaceTokenizer(str(find_folder("student", "tiny/student")))
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded", "lost"),
+    [
+        ("12+3=", "12+3=", ""),
+        ("12 − 3", "12  3", "−"),
+        ("Größe ﬁne", "grosse fine", "ö"),  # the two dots are gone
+        ("Größe", "Größe", ""),
+        ("A\n\tb", "a b", ""),
+        ("½x", "½", "x"),
+        ("说", "", "说"),
+        ("", "anything", ""),
+    ],
+)
+def test_what_is_lost(text, decoded, lost):
+    assert missing(text, decoded) == set(lost)
+
+
+def test_prompts_that_cannot_be_written_are_counted(tokenizer, capsys):
+    rows = [{"prompt": f"{n}+1=" if n % 4 else f"say {n}+1="} for n in range(10, 30)]
+    PromptDataset(rows, tokenizer, prompt_template="{prompt}")
+    said = capsys.readouterr().out
+    assert "dataset: 5 of 20 prompts have characters that the tokenizer cannot write" in said
+    assert set(said.partition("read them: ")[2].partition(".")[0].split()) == set("say")
+
+
+def test_all_is_well_says_nothing(tokenizer, capsys):
+    PromptDataset([{"prompt": f"{n}+1="} for n in range(10, 30)], tokenizer, prompt_template="{prompt}")
+    assert "cannot write" not in capsys.readouterr().out
