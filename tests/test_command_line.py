@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from oprd_tune.command_line import file_to_register, look_at
+from oprd_tune.config.components import Component
+from oprd_tune.errors import ConfigError
 from oprd_tune.registry import config_files, recipe_named_in
 from oprd_tune.run.launcher import run_recipe as launch
 from tests.conftest import SMALL, load_config, recipe_class
@@ -159,6 +161,12 @@ def test_a_recipes_file_may_lie_anywhere(tmp_path):
     words = [str(TUNE), "run", "--nproc_per_node", "1", "recipes/mine.py", "--config", "my.yaml"]
     result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "recipes runs with --config my.yaml" in result.stdout, result.stderr
+
+
+def test_a_text_in_braces_that_was_read_as_a_section_is_told_so():
+    section = {"_component_": "oprd_tune.data.prompt_dataset", "source": "a.jsonl", "prompt_template": {"prompt": None}}
+    with pytest.raises(ConfigError, match="two pairs of quotes: dataset.prompt_template=\"'{prompt}'\""):
+        Component.find("dataset", section)
 
 
 LATER = {

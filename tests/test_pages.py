@@ -60,3 +60,21 @@ def test_the_tours_commands_do_what_it_says(tmp_path):
     assert found["huber"] != found["mine"]
     assert found["healed"]["student_before"] < 0.1
     assert found["healed"]["student_after"] > 0.6
+
+
+def test_the_data_pages_command_counts_prompts(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    said = run(f"source .venv/bin/activate\n{block}", tmp_path)
+    assert "3 prompts" in said
+    assert "nothing was loaded" in said
+
+
+@pytest.mark.slow
+def test_the_choosing_pages_commands_find_a_rate(tmp_path):
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    said = run(f"source .venv/bin/activate\n{block}", tmp_path)
+    after = {rate: summary(tmp_path / "outputs" / f"rate_{rate}")["student_after"] for rate in ("2e-3", "6e-3", "2e-2")}
+    assert max(after, key=after.get) == "6e-3"
+    assert "rate_6e-3" in said

@@ -45,7 +45,13 @@ def check_argument(name: str, value: Any, hint: Any, *, path: str, default: Any 
     if not ours and (value is None or (_is_plain(default) and not _fits(default, hint, ours=False))):
         return  # other libraries write annotations that their own defaults do not fit, and leave out None
     shown = repr(value)
-    raise ConfigError(f"{name} is {shown if len(shown) < 200 else shown[:200] + '…'}; it must be {_in_words(hint)}")
+    hidden = ""
+    if isinstance(value, dict) and value and not any(value.values()) and _fits("", hint, ours=ours):
+        text = "{" + ", ".join(value) + "}"
+        hidden = f"; on the command line, a text with braces needs two pairs of quotes: {name}=\"'{text}'\""
+    raise ConfigError(
+        f"{name} is {shown if len(shown) < 200 else shown[:200] + '…'}; it must be {_in_words(hint)}{hidden}"
+    )
 
 
 def _fits(value: Any, hint: Any, *, ours: bool) -> bool:
