@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ def on_device(lengths: Sequence[int], device: torch.device) -> Rollout:
 
 def update(case: Case, micro_batches: Sequence[Rollout]) -> float:
     """Forward and backward over all rows of a step; returns seconds."""
+    for parameter in case.student.parameters():
+        parameter.grad.zero_()
     if case.device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -53,11 +55,9 @@ def update(case: Case, micro_batches: Sequence[Rollout]) -> float:
     return time.perf_counter() - started
 
 
-def gradients(case: Case) -> Iterator[Tensor]:
-    """The gradients of the student's blocks, which are zero afterwards."""
-    for parameter in case.student.layers.parameters():
-        yield parameter.grad.double().cpu()
-        parameter.grad.zero_()
+def gradients(case: Case) -> list[Tensor]:
+    """The gradients of the student's blocks."""
+    return [parameter.grad.double().cpu() for parameter in case.student.layers.parameters()]
 
 
 def compare(case: Case, lengths: Sequence[int], budget: int, repeats: int) -> dict[str, float]:
@@ -71,7 +71,7 @@ def compare(case: Case, lengths: Sequence[int], budget: int, repeats: int) -> di
         for name, micro_batches in cuts.items():
             seconds = update(case, micro_batches)
             if number == 0:  # the first is for the gradients alone
-                found[name] = list(gradients(case))
+                found[name] = gradients(case)
             else:
                 best[name] = min(seconds, best.get(name, seconds))
     pairs = list(zip(found[PACKED], found[PADDED], strict=True))
