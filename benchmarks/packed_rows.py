@@ -98,12 +98,13 @@ def main() -> None:
         rows.append({"lengths": kind, "tokens": sum(lengths), **compare(case, lengths, args.budget, args.repeats)})
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "packed_rows.json").write_text(json.dumps(rows, indent=1) + "\n")
+    repeated = "one run" if args.repeats == 1 else f"the least of {args.repeats}"
+    words = "" if args.repeats == parser.get_default("repeats") else f" --repeats {args.repeats}"
     lines = [
         "# Packed rows",
         "",
         f"Forward and backward of {args.rows} rows in microbatches of {args.budget:,} tokens, {args.layers} layers of "
-        f"Qwen2.5-1.5B's width, {args.dtype}, {args.device}; the least of {args.repeats}. `python "
-        "benchmarks/packed_rows.py`",
+        f"Qwen2.5-1.5B's width, {args.dtype}, {args.device}; {repeated}. `python benchmarks/packed_rows.py{words}`",
         "",
         "| responses | tokens | time packed / best cut | packed, s | best cut, s | gradients apart |",
         "|---|---|---|---|---|---|",

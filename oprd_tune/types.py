@@ -6,6 +6,7 @@ The names of tensors in this package end in one letter per dimension:
     P  prompt tokens       L  tapped layer pairs                                 H  attention heads
     S  tokens of a row     D  student width        C  teacher width              K  top-k
     U  tokens of a row in the tokenizer of a teacher that has its own            R  rank of a bridge
+    N  tokens of packed rows
 """
 
 from __future__ import annotations
@@ -235,8 +236,7 @@ class Rollout:
     ) -> list[Rollout]:
         """Cut into microbatches of at most `tokens_per_micro_batch` tokens, longest rows first.
 
-        A row that exceeds the budget gets a microbatch of its own. The split does not change the loss, because its
-        denominator is global.
+        A row that exceeds the budget gets one of its own. No split changes the loss, because its denominator is global.
 
         Args:
             one_if_it_fits: whether padded rows that fit into one microbatch stay in one, whatever padding they need.

@@ -38,4 +38,5 @@ def _plain(text: str) -> str:
 def _text_of(prompt: Prompt) -> str:
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
-    return "".join(message["content"] for message in prompt if isinstance(message.get("content"), str))
+    content = prompt[-1].get("content")  # a chat template may leave out what was thought in earlier turns
+    return content if isinstance(content, str) else ""

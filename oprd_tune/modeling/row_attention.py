@@ -14,6 +14,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from oprd_tune.packing import Packed
 from oprd_tune.torchtune_compat import attention_call, set_attention_call
 
+_AMPERE, _LARGEST_HEAD = 8, 256
 _CAUSAL = (-1, 0)  # as a window: all that lies before, nothing that comes after
 
 
@@ -48,7 +49,10 @@ def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, rows: Packed) -> Tensor:
 
 
 def _has_kernel(q_NHD: Tensor) -> bool:
-    return q_NHD.is_cuda and q_NHD.dtype in (torch.bfloat16, torch.float16)
+    """Flash attention runs from Ampere on, with up to 256 numbers a head."""
+    if not q_NHD.is_cuda or q_NHD.dtype != torch.bfloat16 or q_NHD.shape[-1] > _LARGEST_HEAD:
+        return False
+    return torch.cuda.get_device_capability(q_NHD.device)[0] >= _AMPERE
 
 
 def take_rows(model: TransformerDecoder) -> TransformerDecoder:
