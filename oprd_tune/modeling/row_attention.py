@@ -55,16 +55,18 @@ def _has_kernel(q_NHD: Tensor) -> bool:
     return torch.cuda.get_device_capability(q_NHD.device)[0] >= _AMPERE
 
 
-def take_rows(model: TransformerDecoder) -> TransformerDecoder:
+def take_rows(model: Any) -> Any:
     """Let a decoder read `Packed` rows, if all of its blocks attend to all that lies before; returns the model."""
-    if all(_attends_plainly(block) for block in model.layers):
+    if isinstance(model, TransformerDecoder) and all(_attends_plainly(block) for block in model.layers):
         for block in model.layers:
             set_attention_call(block.attn, RowAttention(attention_call(block.attn)))
     return model
 
 
-def takes_rows(model: TransformerDecoder) -> bool:
-    """Whether a decoder, wrapped or not, can read `Packed` rows."""
+def takes_rows(model: Any) -> bool:
+    """Whether a model, its blocks wrapped or not, can read `Packed` rows."""
+    if not isinstance(model, TransformerDecoder):
+        return False
     attentions = [getattr(block, "attn", None) for block in model.layers]
     return all(
         isinstance(attention, MultiHeadAttention) and isinstance(attention_call(attention), RowAttention)
