@@ -15,7 +15,12 @@ _LOOKED_AT, _SHOWN = 200, 5
 def tell_of_unwritable(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
     """Print how many of up to 200 evenly spaced prompts have characters that their tokens do not say."""
     chosen = range(0, len(prompts), max(1, len(prompts) // _LOOKED_AT))
-    lost = [missing(_text_of(prompts[i]), tokenizer.decode(list(tokens[i]), skip_special_tokens=False)) for i in chosen]
+    special = getattr(tokenizer, "special_tokens", {})
+    lost = []
+    for i in chosen:
+        text = _text_of(prompts[i])
+        spelt_out = [name for name in special if name in text]
+        lost.append(missing(text, " ".join([tokenizer.decode(list(tokens[i])), *spelt_out])))
     found = Counter(character for characters in lost for character in characters)
     if found:
         shown = " ".join(character for character, _ in found.most_common(_SHOWN))
