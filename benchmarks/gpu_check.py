@@ -43,8 +43,8 @@ PARTS: dict[str, tuple[Callable[[Bench, Limit], Found], float]] = {  # and their
     "vllm": (vllm, 150),
     "matmul": (matmul, 15),
     "update": (update, 210),
-    "packing": (packing, 30),
-    "rollout": (rollout, 95),
+    "packing": (packing, 25),
+    "rollout": (rollout, 90),
     "flagship": (flagship, 110),
 }
 TOGETHER = ("recipes", "resume", "vllm")  # they say nothing of speed, so on a GPU they run side by side: 600 s in all

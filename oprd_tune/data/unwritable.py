@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from math import ceil
 
 from oprd_tune.data.chats import Prompt
 from oprd_tune.protocols import Tokenizer
@@ -14,13 +15,13 @@ _LOOKED_AT, _SHOWN = 200, 5
 
 def tell_of_unwritable(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
     """Print how many of up to 200 evenly spaced prompts have characters that their tokens do not say."""
-    chosen = range(0, len(prompts), max(1, len(prompts) // _LOOKED_AT))
+    chosen = range(0, len(prompts), max(1, ceil(len(prompts) / _LOOKED_AT)))
     special = getattr(tokenizer, "special_tokens", {})
     lost = []
     for i in chosen:
         text = _text_of(prompts[i])
-        spelt_out = [name for name in special if name in text]
-        lost.append(missing(text, " ".join([tokenizer.decode(list(tokens[i])), *spelt_out])))
+        spelt_out = [name for name in special if str(name) in text]
+        lost.append(missing(text, " ".join([tokenizer.decode(list(tokens[i])), *map(str, spelt_out)])))
     found = Counter(character for characters in lost for character in characters)
     if found:
         shown = " ".join(character for character, _ in found.most_common(_SHOWN))

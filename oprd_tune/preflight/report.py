@@ -108,6 +108,7 @@ def _plan(
     further = rows > 1 and not packed and not one_if_it_fits(s, sharding)  # much padding is worth a microbatch
     tapped = len(pairs[0].layers) if loss.hidden is not None else 0
     most_states = StateSelector(s.positions, s.positions_k, s.anchor, s.average_over).most(s.max_new_tokens)
+    states = most_states if tapped else s.max_new_tokens  # of a whole row
     held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=s.torch_dtype)
     if data.task_accuracy is not None:
         sampling = max(sampling, data.task_accuracy.memory_bytes(student, s.torch_dtype))
@@ -122,7 +123,7 @@ def _plan(
         trains_head=bool(token_losses),
         rows=rows_at_once,
         row_tokens=math.ceil(tokens / rows_at_once),
-        selected=min(tokens, rows_at_once * (most_states if tapped else s.max_new_tokens)),
+        selected=tokens // longest * states + min(states, tokens % longest),
         tapped=tapped,
         micro_batches=math.ceil(rows / fitting) + len(pairs) - 1 + further,
         logit_bytes=_logit_bytes(loss, pairs, student),

@@ -39,6 +39,12 @@ def test_prompts_that_cannot_be_written_are_counted(tokenizer, capsys):
     assert set(said.partition("read them: ")[2].partition(".")[0].split()) == set("say")
 
 
+@pytest.mark.parametrize(("count", "looked_at"), [(200, 200), (201, 101), (399, 200), (1000, 200)])
+def test_no_more_than_two_hundred_are_looked_at(count, looked_at, tokenizer, capsys):
+    PromptDataset([{"prompt": f"say {n}+1="} for n in range(count)], tokenizer, prompt_template="{prompt}")
+    assert f"dataset: {looked_at} of {looked_at} prompts have" in capsys.readouterr().out
+
+
 def test_all_is_well_says_nothing(tokenizer, capsys):
     PromptDataset([{"prompt": f"{n}+1="} for n in range(10, 30)], tokenizer, prompt_template="{prompt}")
     assert "cannot write" not in capsys.readouterr().out
