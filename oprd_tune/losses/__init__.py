@@ -8,7 +8,7 @@ from oprd_tune.losses.divergences import ForwardKL, GeneralisedJSD, MixedKL, Tai
 from oprd_tune.losses.hidden_mse import HiddenStateLoss, HiddenStateMSE
 from oprd_tune.losses.per_token import PerTokenLoss
 from oprd_tune.losses.reverse_kl import FullReverseKL, SampledReverseKL
-from oprd_tune.losses.topk_kl import DetachedTopKReverseKL, TopKReverseKL
+from oprd_tune.losses.topk_kl import DetachedTopKReverseKL, TopKMixedKL, TopKReverseKL
 
 __all__ = [
     "BridgedMSE",
@@ -26,5 +26,6 @@ __all__ = [
     "SampledReverseKL",
     "TailedTopKKL",
     "TaskReward",
+    "TopKMixedKL",
     "TopKReverseKL",
 ]

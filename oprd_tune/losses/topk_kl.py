@@ -1,4 +1,4 @@
-"""Reverse KL on a support of K tokens (Eq. 5 of arXiv 2606.06021), and the detached loss of the published baseline."""
+"""KLs on a support of K tokens (Eq. 5 of arXiv 2606.06021), and the detached loss of the published baseline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from oprd_tune.config.checks import check_whole
+from oprd_tune.config.checks import check_share, check_whole
 from oprd_tune.errors import ConfigError
 from oprd_tune.losses.head_pass import HeadSum, SparseHeadGradient
 from oprd_tune.losses.reverse_kl import exact_kl, score_gradient
@@ -123,15 +123,14 @@ class TopKReverseKL(TokenLoss):
             support = self._choose(student, teacher, part, self.k)
             student_TK = _logits_on(support, student, support.log_p_TK)
             teacher_TK = _logits_on(support, teacher, support.log_q_TK)
-            kl_T, factor_TK = renormalised_kl(student_TK, teacher_TK, support.repeated_TK)
+            loss_T, factor_TK = self.objective(student_TK, teacher_TK, support.repeated_TK, metrics)
             factor_TK = divided_(factor_TK, self.student_temperature)
             if part.weight_T is not None:
                 factor_TK *= part.weight_T.unsqueeze(-1)
-            total += (kl_T if part.weight_T is None else kl_T * part.weight_T).sum()
+            total += (loss_T if part.weight_T is None else loss_T * part.weight_T).sum()
             gradient_TD[rows] = weighted_rows(weight_VD, support.ids_TK, factor_TK)
             all_ids.append(support.ids_TK)
             all_factors.append(factor_TK)
-            metrics.add_each("token/support_kl", kl_T)
             if support.log_p_TK is not None:
                 metrics.add_each("token/student_mass", student_TK.exp().sum(-1))
             if support.log_q_TK is not None:
@@ -139,6 +138,48 @@ class TopKReverseKL(TokenLoss):
             if support.student_mass_T is not None:
                 metrics.add_each("token/student_mass", support.student_mass_T)
         return HeadSum(total, gradient_TD, SparseHeadGradient(torch.cat(all_ids), torch.cat(all_factors), student_TD))
+
+    def objective(
+        self, log_p_TK: Tensor, log_q_TK: Tensor, skipped_TK: Tensor | None, metrics: Metrics
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each token, [T], and its gradient with respect to the student's logits on 𝒮, [T, K].
+
+        Args:
+            log_p_TK: the student's logits or log-probabilities on 𝒮.
+            log_q_TK: the same of the teacher.
+            skipped_TK: True where an id repeats, and both are −∞; None if ids cannot repeat.
+        """
+        kl_T, gradient_TK = renormalised_kl(log_p_TK, log_q_TK, skipped_TK)
+        metrics.add_each("token/support_kl", kl_T)
+        return kl_T, gradient_TK
+
+
+@dataclass(kw_only=True, eq=False)
+class TopKMixedKL(TopKReverseKL):
+    """w · KL(q̄‖p̄) + (1 − w) · KL(p̄‖q̄), both renormalised on a support 𝒮 as in `TopKReverseKL`.
+
+    With `support="teacher"` it is the loss of NeMo-RL's `kl_type: mixed`, and of its `forward` at w = 1.
+
+    Attributes:
+        forward_weight: w, between 0 and 1.
+    """
+
+    forward_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("loss.forward_weight", self.forward_weight)
+
+    def objective(
+        self, log_p_TK: Tensor, log_q_TK: Tensor, skipped_TK: Tensor | None, metrics: Metrics
+    ) -> tuple[Tensor, Tensor]:
+        """As in `TopKReverseKL`. The gradient of KL(q̄‖p̄) is p̄ − q̄."""
+        reverse_T, gradient_TK = super().objective(log_p_TK, log_q_TK, skipped_TK, metrics)
+        log_p_TK, log_ratio_TK = _renormalised(log_p_TK, log_q_TK, skipped_TK)
+        q_TK = log_q_TK.softmax(-1)
+        forward_T = -(q_TK * log_ratio_TK).sum(-1)
+        weight = self.forward_weight
+        return reverse_T.lerp(forward_T, weight), gradient_TK.lerp(log_p_TK.exp() - q_TK, weight)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -173,13 +214,17 @@ def renormalised_kl(log_p_TK: Tensor, log_q_TK: Tensor, skipped_TK: Tensor | Non
 
     Both inputs are logits or log-probabilities on the support. Where `skipped_TK` is True, they must be −∞.
     """
-    log_p_TK, log_q_TK = log_p_TK.log_softmax(-1), log_q_TK.log_softmax(-1)
-    log_ratio_TK = log_p_TK - log_q_TK
-    if skipped_TK is not None:
-        log_ratio_TK = log_ratio_TK.masked_fill(skipped_TK, 0)
+    log_p_TK, log_ratio_TK = _renormalised(log_p_TK, log_q_TK, skipped_TK)
     p_TK = log_p_TK.exp()
     kl_T1 = (p_TK * log_ratio_TK).sum(-1, keepdim=True)
     return kl_T1.squeeze(-1), p_TK * (log_ratio_TK - kl_T1)
+
+
+def _renormalised(log_p_TK: Tensor, log_q_TK: Tensor, skipped_TK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log p̄ and log p̄ − log q̄, which is 0 where ids are skipped."""
+    log_p_TK = log_p_TK.log_softmax(-1)
+    log_ratio_TK = log_p_TK - log_q_TK.log_softmax(-1)
+    return log_p_TK, log_ratio_TK if skipped_TK is None else log_ratio_TK.masked_fill(skipped_TK, 0)
 
 
 def check_k(name: str, k: int, vocabulary: int) -> None:

@@ -27,7 +27,7 @@ loss/total | 1 | mean over the step's selected tokens, or responses (`average_ov
     The objective: what the gradient belongs to. Of sampled objectives a surrogate: read `token/kl` instead.
 loss/<part> | 1 | mean over the part's tokens or responses | A part of a composite, times its weight; they add up.
 token/kl | nats/token | mean over the step's response tokens |
-    KL(p‖q), student to teacher, exact. Not with `TopKReverseKL`.
+    KL(p‖q), student to teacher, exact. Not with `TopKReverseKL` and `TopKMixedKL`.
 token/support_kl | nats/token | mean over the step's response tokens |
     KL(p̄‖q̄) on the support 𝒮: what `TopKReverseKL` minimises.
 token/student_mass | 1 | mean over the step's response tokens |

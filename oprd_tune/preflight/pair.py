@@ -198,6 +198,11 @@ def _load_pair(name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: 
     teacher_files = _opened(parts.teacher_checkpointer, settings.output_dir)
     student, teacher = _built(parts.model), _built(parts.teacher_model)
     _check_each(parts, settings, student, teacher)
+    if settings.teacher_is_student and not token_loss:
+        print(
+            "teacher_weights is live, and only hidden states are compared: both sides move, and may come to agree on "
+            "states that say nothing; give initial, or a slow average such as `ema: 0.99`"
+        )
     pairs: list[LayerPair] = []
     if hidden_loss:
         if parts.bridge is None:

@@ -17,6 +17,7 @@ from oprd_tune.losses import (
     PerTokenLoss,
     SampledReverseKL,
     TailedTopKKL,
+    TopKMixedKL,
     TopKReverseKL,
 )
 from oprd_tune.modeling.heads import Heads
@@ -154,6 +155,7 @@ def plain_sampled(loss, log_p, log_q, tokens):
 
 
 def plain_topk(loss, log_p, log_q, tokens):
+    """Also NeMo-RL's default: both KLs, weighted, on the teacher's top-k."""
     student, teacher = (x.topk(loss.k).indices.tolist() for x in (log_p, log_q))
     rows = {
         "student_support": student,
@@ -164,7 +166,9 @@ def plain_topk(loss, log_p, log_q, tokens):
     total = 0.0
     for t, row in enumerate(rows):
         ids = torch.tensor([row])
-        total = total + kl(*on(ids, log_p[t : t + 1], log_q[t : t + 1])).sum()
+        p, q = on(ids, log_p[t : t + 1], log_q[t : t + 1])
+        weight = getattr(loss, "forward_weight", 0)
+        total = total + (weight * kl(q, p) + (1 - weight) * kl(p, q)).sum()
     return total
 
 
@@ -209,6 +213,9 @@ LOSSES = {
     "top-k student": (lambda **k: TopKReverseKL(k=K, **k), plain_topk),
     "top-k teacher": (lambda **k: TopKReverseKL(k=K, support="teacher", **k), plain_topk),
     "top-k union": (lambda **k: TopKReverseKL(k=K, support="union", **k), plain_topk),
+    "top-k mixed": (lambda **k: TopKMixedKL(k=K, support="teacher", forward_weight=0.3, **k), plain_topk),
+    "top-k mixed union": (lambda **k: TopKMixedKL(k=K, support="union", forward_weight=0.7, **k), plain_topk),
+    "top-k forward": (lambda **k: TopKMixedKL(k=K, forward_weight=1.0, **k), plain_topk),
     "top-k detached": (lambda **k: DetachedTopKReverseKL(k=K, **k), plain_detached),
     "sampled limited": (lambda **k: SampledReverseKL(reward_max=0.3, **k), plain_sampled),
     "forward": (ForwardKL, plain_forward_entries),

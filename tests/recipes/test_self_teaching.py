@@ -164,6 +164,12 @@ def test_what_cannot_work_is_told_before_weights_are_read(tmp_path, capsys, over
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("config", "warns"), [("tiny/oprd", True), ("tiny/oprd_plus_opd", False)])
+def test_states_that_may_agree_on_nothing_are_warned_of(tmp_path, capsys, config, warns):
+    prepared(tmp_path, config, **WEIGHTS["live"]).setup()
+    assert ("may come to agree on states that say nothing" in capsys.readouterr().out) is warns
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_follows_too_although_the_teacher_is_cut_off_from_it(tied):
     model, first = make_model(tied=tied), make_model(tied=tied)
