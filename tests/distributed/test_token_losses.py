@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from oprd_tune.losses import FullReverseKL, HiddenStateMSE, TopKReverseKL
+from oprd_tune.losses import (
+    ForwardKL,
+    FullReverseKL,
+    GeneralisedJSD,
+    HiddenStateMSE,
+    MixedKL,
+    TailedTopKKL,
+    TopKMixedKL,
+    TopKReverseKL,
+)
 from oprd_tune.losses.composite import Composite
 from oprd_tune.losses.masking import StateSelector, response_tokens
 from oprd_tune.modeling.heads import Heads, LMHead
@@ -21,6 +30,15 @@ PAIRS = [LayerPair(1, 1), LayerPair(DEPTH, DEPTH)]
 LOSSES = {
     "full": lambda: Composite({"opd": FullReverseKL(chunk_tokens=3)}),
     "top-k": lambda: Composite({"opd": TopKReverseKL(k=4)}),
+    "divergences": lambda: Composite(
+        {
+            "forward": ForwardKL(entry_clip=0.1),
+            "jsd": GeneralisedJSD(beta=0.3),
+            "mixed": MixedKL(chunk_tokens=2),
+            "tailed": TailedTopKKL(k=3),
+            "top_k": TopKMixedKL(k=4, support="teacher"),
+        }
+    ),
     "composite": lambda: Composite({"opd": FullReverseKL(), "oprd": HiddenStateMSE()}),
 }
 
@@ -62,7 +80,8 @@ def compare(rank, name, tied):
 
 
 @pytest.mark.parametrize(
-    ("name", "tied"), [("full", True), ("top-k", False), ("composite", True), ("composite", False)]
+    ("name", "tied"),
+    [("full", True), ("top-k", False), ("divergences", True), ("composite", True), ("composite", False)],
 )
 def test_gradients_are_those_of_one_process(name, tied, tmp_path):
     run_ranks(compare, 2, tmp_path, name, tied)
