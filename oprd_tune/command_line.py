@@ -210,8 +210,26 @@ def _check_keys(command: _Command) -> None:
             inner = [f"{section}.{key}" for section, values in sections if key in values]
             hint = f"; did you mean {inner[0]!r}?" if inner else nearest(key, known)
             raise ConfigError(f"unknown config key {key!r}{hint}")
+        if name.startswith("~") and content:
+            _check_removal(name[1:], content)
         if name == key:
             _check_type(key, _value_in(word), hints)
+
+
+def _check_removal(path: str, content: Mapping[str, Any]) -> None:
+    """Raise ConfigError for `~path` if there is nothing to take away, or something that torchtune does not."""
+    found: Any = content
+    for key in path.split("."):
+        if isinstance(found, str) and "${" in found:
+            return
+        if not isinstance(found, Mapping) or key not in found:
+            raise ConfigError(f"~{path} takes away a key that the config does not have; leave it out")
+        found = found[key]
+    if isinstance(found, Mapping) and "_component_" in found:
+        raise ConfigError(
+            f"~{path} is a section with a `_component_`, which the command line cannot take away; give {path}=null, or "
+            "`tune cp` the config and take the section out of the copy"
+        )
 
 
 def _check_type(key: str, value: Any, hints: Mapping[str, Any]) -> None:

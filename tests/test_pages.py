@@ -78,3 +78,17 @@ def test_the_choosing_pages_commands_find_a_rate(tmp_path):
     after = {rate: summary(tmp_path / "outputs" / f"rate_{rate}")["student_after"] for rate in ("2e-3", "6e-3", "2e-2")}
     assert max(after, key=after.get) == "6e-3"
     assert "rate_6e-3" in said
+
+
+@pytest.mark.slow
+def test_a_teachers_answers_are_a_data_set(tmp_path):
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    said = run(f"source .venv/bin/activate\n{block}", tmp_path)
+    assert "over 5,000 prompts" in said
+    found = summary(tmp_path / "outputs" / "answers_first")
+    assert found["student_after"] > found["student_before"]
+    lines = (tmp_path / "outputs" / "answers_first" / "metrics.jsonl").read_text().splitlines()
+    shares = [row["rollout/reference_share"] for row in map(json.loads, lines) if "rollout/reference_share" in row]
+    assert shares[0] == 1
+    assert shares[-1] == 0
