@@ -88,10 +88,7 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class LogprobGap:
-    """Mean and largest difference |Δ|, in nats, between a sampler's and the trainer's log-probabilities of its tokens.
-
-    `tokens` of all ranks were compared, which took `seconds`.
-    """
+    """Mean and largest |Δ log p|, in nats, between sampler and trainer on `tokens` of all ranks, found in `seconds`."""
 
     mean: float
     largest: float
@@ -234,7 +231,7 @@ class Rollout:
     def split(
         self, tokens_per_micro_batch: int, *, one_if_it_fits: bool = False, packed: bool = False
     ) -> list[Rollout]:
-        """Cut into microbatches of at most `tokens_per_micro_batch` tokens, longest rows first.
+        """Cut into microbatches of at most `tokens_per_micro_batch` tokens of either model, longest rows first.
 
         A row that exceeds the budget gets one of its own. No split changes the loss, because its denominator is global.
 
@@ -242,8 +239,9 @@ class Rollout:
             one_if_it_fits: whether padded rows that fit into one microbatch stay in one, whatever padding they need.
             packed: whether models read the rows without padding.
         """
-        order = torch.sort(self.lengths_B, descending=True, stable=True).indices
-        lengths, budget = self.lengths_B[order].tolist(), tokens_per_micro_batch
+        longer_B = self.lengths_B if self.reading is None else self.lengths_B.maximum(self.reading.lengths_B)
+        order = torch.sort(longer_B, descending=True, stable=True).indices
+        lengths, budget = longer_B[order].tolist(), tokens_per_micro_batch
         if packed:
             return [self.rows(order[part]).without_padding() for part in filled(lengths, budget)]
         return [self.rows(order[part]) for part in cut(lengths, budget, one_if_it_fits=one_if_it_fits)]

@@ -12,7 +12,7 @@ from oprd_tune.packing import STARTING
 from oprd_tune.rollout.native.sampler import Sampler
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.training.gradients import backward
-from oprd_tune.types import LayerPair, LogprobGap, Rollout, SamplingRequest
+from oprd_tune.types import LayerPair, LogprobGap, Reading, Rollout, SamplingRequest
 from tests.conftest import DEPTH, make_model
 from tests.rollout.test_native import PAD, STOP, make_prompts
 
@@ -134,6 +134,19 @@ def test_the_cut_into_microbatches_is_the_cheapest_of_all(budget):
             if all(len(part) == 1 or max(part) * len(part) <= budget for part in cut)
         )
         assert cost(found) == min(map(cost, fitting))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_microbatch_holds_what_either_model_reads(packed):
+    """A teacher whose prompts are longer reads no more tokens at once than the student may."""
+    rollout = of_lengths([300, 250, 200, 100, 100, 100])
+    theirs_B = torch.tensor([300, 250, 200, 500, 600, 100])
+    width = int(rollout.lengths_B.max())
+    reading = Reading(torch.zeros(6, 600, dtype=torch.long), theirs_B, torch.full((6, width), -1))
+    parts = replace(rollout, reading=reading).split(600, packed=packed)
+    assert all(int(part.lengths_B.sum()) <= 600 and int(part.reading.lengths_B.sum()) <= 600 for part in parts)
+    assert sorted(n for part in parts for n in part.reading.lengths_B.tolist()) == sorted(theirs_B.tolist())
+    assert len(parts) < 6
 
 
 def test_what_fits_into_one_microbatch_stays_one_where_more_cost_memory():

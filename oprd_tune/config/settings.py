@@ -130,6 +130,12 @@ class OPRDSettings:
         return any(self.reference_share[:2]) if isinstance(self.reference_share, list) else self.reference_share > 0
 
     @property
+    def samples_nothing(self) -> bool:
+        """Whether reference answers stand in the place of all samples, in each step."""
+        given = self.reference_share
+        return given[:2] == [1, 1] if isinstance(given, list) else given == 1
+
+    @property
     def teacher_decay(self) -> float | None:
         """How much of its weights a teacher keeps that is the student's moving average; None for any other teacher."""
         return self.teacher_weights["ema"] if isinstance(self.teacher_weights, dict) else None

@@ -118,7 +118,8 @@ class Composite:
             part.compile()
 
     def fit(self, room: int, vocabulary: int, width: int) -> None:
-        """As in `TokenLoss`, for each part."""
+        """As in `TokenLoss`, for each part, in the room that is left beside the gradients that wait."""
+        room -= sum(part.waiting_bytes(vocabulary, width) for part in self.token_losses.values())
         for part in self.token_losses.values():
             part.fit(room, vocabulary, width)
 

@@ -83,6 +83,10 @@ class TokenLoss:
         """Upper bound, in bytes, on the memory for chunks of logits. `width` is the student's."""
         return 3 * self.at_once * vocabulary * 4
 
+    def waiting_bytes(self, vocabulary: int, width: int) -> int:
+        """Bytes of the head's gradient that wait for the backward pass."""
+        return 0
+
     def fit(self, room: int, vocabulary: int, width: int) -> None:
         """Take larger chunks if none were asked for: as many tokens as `room` bytes hold, up to `_MOST_AT_ONCE`.
 
@@ -191,9 +195,9 @@ class DenseTokenLoss(TokenLoss):
         """As in `TokenLoss`."""
         self.scored = torch.compile(self.scored, dynamic=True, backend=compile_backend())  # type: ignore[method-assign]
 
-    def working_bytes(self, vocabulary: int, width: int) -> int:
-        """As in `TokenLoss`, plus the head's gradient, which is collected in fp32."""
-        return super().working_bytes(vocabulary, width) + vocabulary * width * 4
+    def waiting_bytes(self, vocabulary: int, width: int) -> int:
+        """As in `TokenLoss`: it is collected in fp32."""
+        return vocabulary * width * 4
 
     def evaluate(
         self, student_TD: Tensor, teacher_TC: Tensor, heads: Heads, tokens: ResponseTokens, metrics: Metrics

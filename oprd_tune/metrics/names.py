@@ -111,7 +111,7 @@ eval/<set>/teacher_avg_at_k | 1 | mean over the benchmark's problems | Avg@k of 
 teachers/<name>/loss | 1 | as `loss/total` |
     What of `loss/total` comes from the tokens that this teacher reads; they add up.
 teachers/<name>/<metric> | as the metric | over what this teacher reads |
-    With several teachers: any metric of `token`, `layers`, `positions`, `diagnostics`, `teacher`, and
+    With several teachers: any metric of `token`, `layers`, `positions`, `rollout`, `diagnostics`, `teacher`, and
     `eval/accuracy` and `eval/teacher_accuracy` on the held-out prompts that this teacher reads.
 eval/perplexity | 1 | over held-out answer tokens | exp of the mean −log p of the reference answers.
 """

@@ -6,7 +6,8 @@ phases. Each phase adds its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +37,14 @@ class Plan:
 
     Attributes:
         sharded: whether FSDP2 spreads the student over the ranks.
-        trains_head: whether a loss reads the student's head.
+        token_losses: the number of losses that read the student's head.
         rows: responses in the largest microbatch.
         row_tokens: tokens in its longest row.
         selected: states of the microbatch that a loss reads at one layer.
         tapped: the number of layers that a loss on hidden states reads.
         micro_batches: microbatches in a step.
-        logit_bytes: chunks of logits.
+        logit_bytes: chunks of logits, and the gradients of the head that wait.
+        reading_bytes: what a teacher's pass over a microbatch takes beside what it gives.
         rollout_bytes: what sampling takes beside the weights.
         engine_bytes: what an engine with weights of its own holds all the time.
         optimizer_bytes: the optimizer's state for each number that trains.
@@ -58,7 +60,7 @@ class Plan:
     settings: OPRDSettings
     ranks: Ranks
     sharded: bool
-    trains_head: bool
+    token_losses: int
     rows: int
     row_tokens: int
     selected: int
@@ -73,8 +75,14 @@ class Plan:
     whole_teacher_bytes: int
     teacher_width: int
     target_width: int
+    reading_bytes: int = 0
     bridge_bytes: int = 0
     moment_bytes: int = 0
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether a loss reads the student's head."""
+        return self.token_losses > 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ def predict_memory(student: TransformerDecoder, build: Builder, plan: Plan) -> M
     blocks = [_count(block.parameters()) * compute for block in student.layers]
     ends = [_count(module.parameters()) * compute for module in _ends(student)]
     activations = _activations(build, plan, len(student.layers), student.tok_embeddings.embedding_dim)
-    working = activations + _waiting(plan, student.tok_embeddings.embedding_dim) + plan.logit_bytes
+    working = max(activations + plan.logit_bytes, plan.reading_bytes)
+    working += _waiting(plan, student.tok_embeddings.embedding_dim)
     sampling = plan.rollout_bytes
     if plan.sharded:
         sampling += max(2 * max(ends), sum(blocks) + sum(ends), plan.whole_teacher_bytes)
@@ -192,11 +201,12 @@ def _waiting(plan: Plan, width: int) -> int:
     """Bytes of targets, and of gradients of the losses that wait for the backward pass.
 
     At each layer of a loss on hidden states, a gradient of the same size takes the place of a target. Through a bridge
-    both are fp32. A token loss has the teacher's final states, and a gradient in its student's.
+    both are fp32. Token losses share the teacher's final states, and each has a gradient in the student's.
     """
     compute = plan.settings.torch_dtype.itemsize
     hidden = plan.tapped * plan.target_width * (_WIDE if plan.bridge_bytes else compute)
-    return plan.selected * (hidden + plan.trains_head * (width + plan.teacher_width) * compute)
+    final = plan.token_losses * width + plan.trains_head * plan.teacher_width
+    return plan.selected * (hidden + final * compute)
 
 
 def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
@@ -206,12 +216,7 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
     input alone. While the backward pass runs through a block, it needs all that the block keeps, and further tensors
     for a moment; that is one block at a time.
     """
-    with set_default_dtype(plan.settings.torch_dtype):
-        block = build_on_meta(build).layers[0]
-    with torch.device("cpu"):
-        start_rotations(block)  # not below, because torchtune's scaled rotations look at their numbers
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), set_default_dtype(plan.settings.torch_dtype):
-        block.to_empty(device="cpu")
+    with _block_without_data(build, plan.settings.torch_dtype) as block:
         for parameter in block.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
@@ -234,6 +239,27 @@ def _activations(build: Builder, plan: Plan, blocks: int, width: int) -> int:
     every = int(plan.settings.activation_checkpointing)
     recomputed = blocks // every if every else 0
     return (blocks - recomputed) * one + recomputed * inputs + max(live.peak - one, 0) + (one if recomputed else 0)
+
+
+def reading_bytes(build: Builder, *, rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass takes that keeps nothing: one block's, and its input."""
+    with _block_without_data(build, dtype) as block, torch.no_grad():
+        state_BSD = torch.empty(rows, columns, width)
+        with LiveBytes([*block.parameters(), *block.buffers()]) as live:
+            block(state_BSD + 0)  # a tensor that is counted
+    return live.peak
+
+
+@contextmanager
+def _block_without_data(build: Builder, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """Within the scope, tensors have no data, and `dtype` is the default. Gives a model's first block."""
+    with set_default_dtype(dtype):
+        block = build_on_meta(build).layers[0]
+    with torch.device("cpu"):
+        start_rotations(block)  # not below, because torchtune's scaled rotations look at their numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), set_default_dtype(dtype):
+        block.to_empty(device="cpu")
+        yield block
 
 
 def as_size(count: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ from oprd_tune.preflight.data import RunData
 from oprd_tune.preflight.describe import rows_of
 from oprd_tune.preflight.disk import predict_disk
 from oprd_tune.preflight.loss_trial import try_losses
-from oprd_tune.preflight.memory import Memory, Plan, predict_memory
+from oprd_tune.preflight.memory import Memory, Plan, predict_memory, reading_bytes
 from oprd_tune.preflight.pair import ModelPair, ModelPairs, of_teacher
 from oprd_tune.preflight.trial import try_optimizer
-from oprd_tune.protocols import RolloutEngine
+from oprd_tune.protocols import DecodesItself, RolloutEngine
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import sampling_bytes
 from oprd_tune.teacher import TeacherPlan
@@ -102,6 +102,7 @@ def _plan(
     ranks, token_losses, sharding = data.ranks, list(loss.token_losses.values()), choose_sharding(s, data.ranks)
     longest = s.max_prompt_tokens + s.max_new_tokens
     rows = math.ceil(s.prompts_per_step / ranks.world_size) * s.samples_per_prompt
+    longer = max(longest, *(one.longest_row for one in data.teachers.values()))  # as the models read it
     fitting, packed = max(1, s.tokens_per_micro_batch // longest), takes_rows(student)
     tokens = min(rows * longest, max(s.tokens_per_micro_batch, longest) if packed else fitting * longest)
     rows_at_once = math.ceil(tokens / longest)
@@ -112,22 +113,22 @@ def _plan(
     held, sampling = engine.memory_bytes(student, rows=rows, columns=longest, dtype=s.torch_dtype)
     if data.task_accuracy is not None:
         sampling = max(sampling, data.task_accuracy.memory_bytes(student, s.torch_dtype))
-    teacher_bytes = []
+    teachers = []
     for pair in pairs:
         with of_teacher(pair.name):
-            teacher_bytes.append(_teacher_bytes(pair, data, loss))
+            teachers.append(_teacher_bytes(pair, data, loss, rows=rows))
     return Plan(
         settings=s,
         ranks=ranks,
         sharded=sharding is not None,
-        trains_head=bool(token_losses),
+        token_losses=len(token_losses),
         rows=rows_at_once,
         row_tokens=math.ceil(tokens / rows_at_once),
         selected=tokens // longest * states + min(states, tokens % longest),
         tapped=tapped,
-        micro_batches=math.ceil(rows / fitting) + len(pairs) - 1 + further,
+        micro_batches=math.ceil(rows / max(1, s.tokens_per_micro_batch // longer)) + len(pairs) - 1 + further,
         logit_bytes=_logit_bytes(loss, pairs, student),
-        rollout_bytes=sampling,
+        rollout_bytes=max(sampling, *(one.sampling for one in teachers)),
         engine_bytes=held,
         optimizer_bytes=try_optimizer(
             parts.optimizer,
@@ -140,20 +141,22 @@ def _plan(
             folder=Path(s.output_dir),
         ),
         follows=any(pair.settings.teacher_decay is not None for pair in pairs),
-        teacher_bytes=sum(kept for kept, _ in teacher_bytes),
-        whole_teacher_bytes=max(whole for _, whole in teacher_bytes),
+        teacher_bytes=sum(one.kept for one in teachers),
+        whole_teacher_bytes=max(one.gathered for one in teachers),
+        reading_bytes=max(one.reading for one in teachers),
         teacher_width=max(pair.teacher_width for pair in pairs),
         target_width=max(pair.teacher_width if pair.bridge is None else pair.bridge.rank for pair in pairs),
-        bridge_bytes=sum(
-            0 if pair.bridge is None else pair.bridge.projector_bytes(*pair.bridge_sizes) for pair in pairs
-        ),
+        bridge_bytes=sum(pair.bridge.projector_bytes(*pair.bridge_sizes) for pair in pairs if pair.bridge is not None),
         moment_bytes=max(_moment_bytes(pair, ranks) for pair in pairs),
     )
 
 
 def _logit_bytes(loss: Composite, pairs: ModelPairs, student: TransformerDecoder) -> int:
-    sizes = (part.working_bytes(pairs.vocabulary, width_of(student)) for part in loss.token_losses.values())
-    return max(sizes, default=0)
+    """One part after the other has chunks of logits. Each part's gradient of the head waits for the backward pass."""
+    size, parts = (pairs.vocabulary, width_of(student)), loss.token_losses.values()
+    return max((part.working_bytes(*size) for part in parts), default=0) + sum(
+        part.waiting_bytes(*size) for part in parts
+    )
 
 
 def _moment_bytes(pair: ModelPair, ranks: Ranks) -> int:
@@ -179,21 +182,49 @@ def _benchmark_bytes(
     return held, sampling
 
 
-def _teacher_bytes(pair: ModelPair, data: RunData, loss: Composite) -> tuple[int, int]:
-    """A teacher's bytes in its placement, and while it is gathered for its evaluation; 0 if it never is gathered."""
+@dataclass(frozen=True)
+class _TeacherBytes:
+    """Bytes of a teacher.
+
+    Attributes:
+        kept: in its placement.
+        gathered: while it is gathered for its evaluation; 0 if it never is.
+        reading: what its pass over a microbatch takes.
+        sampling: what its evaluation takes.
+    """
+
+    kept: int = 0
+    gathered: int = 0
+    reading: int = 0
+    sampling: int = 0
+
+
+def _teacher_bytes(pair: ModelPair, data: RunData, loss: Composite, *, rows: int) -> _TeacherBytes:
+    """What a teacher takes of the device. One that is the student itself only reads, which takes less than training."""
     s, own = pair.settings, data.teachers[pair.name]
+    teacher = build_on_meta(pair.parts.teacher_model)
+    measured = own.accuracy if s.evaluate_teacher else None
+    sampling = 0 if measured is None else measured.memory_bytes(teacher, s.torch_dtype)
     if s.teacher_is_student:
-        return 0, 0
+        return _TeacherBytes(sampling=sampling)
     keeps_head = bool(loss.token_losses) or pair.diagnosed
     top = (None if keeps_head else pair.teacher_top) or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
-    teacher = build_on_meta(pair.parts.teacher_model)
     kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
-    is_measured = (s.evaluate_teacher and own.accuracy is not None) or own.benchmarks is not None
-    if not plan.sharded or not is_measured:
-        return kept, 0
-    gathered = replace(plan, placement="replicated")
-    return kept, gathered.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
+    gathered = 0
+    if plan.sharded and (measured is not None or own.benchmarks is not None):
+        whole = replace(plan, placement="replicated")
+        gathered = whole.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
+    return _TeacherBytes(kept, gathered, _reading_bytes(pair, own.longest_row, rows), sampling)
+
+
+def _reading_bytes(pair: ModelPair, columns: int, rows: int) -> int:
+    """What a teacher's pass over its largest microbatch takes. Blocks of transformers are not counted."""
+    s, build = pair.settings, pair.parts.teacher_model
+    if isinstance(build_on_meta(build), DecodesItself):
+        return 0
+    rows = min(rows, max(1, s.tokens_per_micro_batch // columns))
+    return reading_bytes(build, rows=rows, columns=columns, width=pair.teacher_width, dtype=s.torch_dtype)
 
 
 def _is_evaluated(data: RunData) -> bool:

@@ -27,6 +27,7 @@ class TeacherData:
         prompts: this rank's share of each step's prompts, as if this teacher were the only one.
         reader: finds where the states of both models meet, if the teacher has other tokens or other prompts; else None.
         context: the number of tokens that the teacher can read.
+        longest_row: the most tokens of a prompt and its response, as the teacher reads them.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
         accuracy: measures the teacher's accuracy on held-out prompts, in its own tokens; None if it is not measured.
@@ -37,6 +38,7 @@ class TeacherData:
     prompts: PromptStream
     reader: Reader | PromptReader | None
     context: int
+    longest_row: int
     min_matched_share: float
     ranks: Ranks
     accuracy: TaskAccuracy | None = None
@@ -74,7 +76,8 @@ def load_teacher_data(
     tokenizer: Tokenizer,
     own_tokenizer: Tokenizer | None,
     ranks: Ranks,
-    **measures: Any,
+    accuracy: TaskAccuracy | None,
+    benchmarks: BenchmarkEval | None,
 ) -> TeacherData:
     """Find out what a teacher reads.
 
@@ -82,21 +85,38 @@ def load_teacher_data(
         train: the prompts that it reads.
         tokenizer: the student's tokenizer.
         own_tokenizer: the teacher's; None if it reads the student's tokens.
-        measures: `TeacherData.accuracy` and `benchmarks`.
+        accuracy: see `TeacherData`, as `benchmarks`.
 
     Raises:
         ConfigError: if it cannot read a prompt.
     """
+    _check_evaluation(pair, accuracy)
     s, share = pair.settings, {"rank": ranks.rank, "world_size": ranks.world_size}
     return TeacherData(
         name=pair.name,
         prompts=PromptStream(train, prompts_per_step=s.prompts_per_step, seed=s.seed, **share),
         reader=_reader(pair, train, tokenizer, own_tokenizer),
         context=pair.teacher_context,
+        longest_row=min((train.longest_teacher_prompt or s.max_prompt_tokens) + s.max_new_tokens, pair.teacher_context),
         min_matched_share=s.min_matched_share,
         ranks=ranks,
-        **measures,
+        accuracy=accuracy,
+        benchmarks=benchmarks,
     )
+
+
+def _check_evaluation(pair: ModelPair, measured: TaskAccuracy | None) -> None:
+    """Raise ConfigError if a teacher cannot read the held-out prompts, as it is to read them, with a response."""
+    request = getattr(measured, "request", None)
+    if not pair.settings.evaluate_teacher or request is None:
+        return
+    if request.longest_row > pair.teacher_context:
+        raise ConfigError(
+            f"the longest prompt of eval_dataset has {request.max_prompt_tokens} tokens as the teacher reads it, which "
+            f"with task_accuracy.max_new_tokens = {request.max_new_tokens} exceeds its context of "
+            f"{pair.teacher_context}; shorten eval_dataset.teacher_prompt_template, leave long rows out, or give "
+            "evaluate_teacher=false"
+        )
 
 
 def _reader(

@@ -18,8 +18,9 @@ class References:
     """Gives a share of each step's prompts their reference answer, once each, instead of samples.
 
     Args:
-        share: the share, or `[from, to]`, between which it goes linearly over the run, or `[from, to, steps]`, over its
-            first steps.
+        share: the share of a step's rows, or `[from, to]`, between which it goes linearly over the run, or
+            `[from, to, steps]`, over its first steps. An answer is one row; a prompt that is sampled has
+            `request.samples_per_prompt`.
         prompts: the run's stream, which has the answers.
         request: what training samples. Longer answers are cut and marked truncated, as samples are.
         prompts_per_step: of all ranks together.
@@ -40,6 +41,8 @@ class References:
         self._first, self._last, self._until = first, last, int(until[0] if until else steps)
         self._prompts, self._request, self._ranks = prompts, request, ranks
         self._prompts_per_step = prompts_per_step
+        self._counts: list[int] = []  # of prompts, by step
+        self._owed = 0.0  # prompts that earlier steps have left over
 
     def share(self, step: int) -> float:
         """The share in a step, counted from 0. The last of the steps over which it changes has the last share."""
@@ -47,10 +50,25 @@ class References:
         return self._first + (self._last - self._first) * progress
 
     def count(self, step: int) -> int:
-        """How many prompts of a step get their answer, over all ranks. The others are none, or at least one a rank."""
-        given = round(self.share(step) * self._prompts_per_step)
-        sampled = self._prompts_per_step - given
-        return given if sampled == 0 else self._prompts_per_step - max(sampled, self._ranks.world_size)
+        """How many prompts of a step get their answer, over all ranks. The others are none, or at least one a rank.
+
+        Prompts are whole, so a step may give more or fewer than its share. The next ones make up for it.
+        """
+        while len(self._counts) <= step:
+            self._counts.append(self._next(self.share(len(self._counts))))
+        return self._counts[step]
+
+    def _next(self, share: float) -> int:
+        everything, samples = self._prompts_per_step, self._request.samples_per_prompt
+        if share in (0, 1):
+            self._owed = 0.0
+            return everything if share else 0
+        self._owed += everything * share * samples / (1 + share * (samples - 1))
+        given, most = max(0, round(self._owed)), everything - self._ranks.world_size
+        if given > most:
+            given = everything if self._owed > (everything + most) / 2 else most
+        self._owed -= given
+        return given
 
     def to_sample(self, prompts: Prompts, step: int) -> Prompts:
         """Those of this rank's prompts that the student answers: the last ones of the step, in the stream's order."""

@@ -29,10 +29,13 @@ class Rewards:
         if len(found) > 1:
             raise ConfigError("loss.parts has more than one TaskReward; there may be one")
         self._part, self._tokenizer = found[0] if found else None, data.tokenizer
+        self._teachers = [*data.teachers]
         if self._part is None:
             return
         if not data.has_answers:
             raise ConfigError("TaskReward grades responses against reference answers; give dataset.answer_column")
+        if settings.samples_nothing:
+            raise ConfigError("TaskReward grades samples, and reference_share is 1, so there are none; lower it")
         if settings.samples_per_prompt < 2:
             raise ConfigError(
                 "TaskReward compares the responses to one prompt with each other, and samples_per_prompt is 1; give 4 "
@@ -56,6 +59,10 @@ class Rewards:
         verdicts = grade_all(self._part.grade, pairs)
         reward_N = torch.tensor(verdicts, dtype=torch.float32, device=index_N.device)
         metrics.add("rollout/reward", float(sum(verdicts)), len(verdicts))
+        if rollout.teacher_B is not None:
+            for number, name in enumerate(self._teachers):
+                own_N = reward_N[rollout.teacher_B[index_N] == number]
+                metrics.add(f"teachers/{name}/rollout/reward", float(own_N.sum()), len(own_N))
         advantage_B = torch.zeros(len(rollout), device=index_N.device)
         advantage_B[index_N] = self._part.advantages(reward_N, group_N)
         return replace(rollout, advantage_B=advantage_B)

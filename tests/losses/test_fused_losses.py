@@ -66,8 +66,8 @@ def test_what_a_user_wrote_and_hidden_states_are_compiled_as_before():
 
 def test_chunks_grow_to_what_a_device_holds_unless_their_size_is_given():
     vocabulary, width = 1000, 16
-    for room, wanted in ((0, 512), (3 * 1024 * 4000, 512), (3 * 2048 * 4000 + 64_000, 2048), (10**12, 4096)):
+    for room, wanted in ((0, 512), (3 * 1024 * 4000, 512), (3 * 2048 * 4000 + 128_000, 2048), (10**12, 4096)):
         loss = Composite({"full": FullReverseKL(), "given": FullReverseKL(chunk_tokens=64)})
         loss.fit(room, vocabulary, width)
         assert [part.at_once for part in loss.parts.values()] == [wanted, 64]
-        assert loss.parts["full"].working_bytes(vocabulary, width) == 3 * wanted * 4000 + 64_000
+        assert loss.parts["full"].working_bytes(vocabulary, width) == 3 * wanted * 4000

@@ -2,17 +2,20 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torchtune.models.qwen2 import qwen2
 
-from oprd_tune.losses import BridgedMSE, HiddenStateMSE
+from oprd_tune.losses import BridgedMSE, Composite, ForwardKL, FullReverseKL, HiddenStateMSE, ReferenceCrossEntropy
 from oprd_tune.losses.masking import select_states
+from oprd_tune.modeling.heads import Heads
 from oprd_tune.modeling.taps import layer_taps
 from oprd_tune.preflight.live_bytes import LiveBytes
-from oprd_tune.preflight.memory import predict_memory
+from oprd_tune.preflight.memory import predict_memory, reading_bytes
+from oprd_tune.selection import ResponseTokens
 from oprd_tune.teacher import FrozenTeacher
 from oprd_tune.types import LayerPair
 from tests.modeling.bridges import make_bridge
@@ -109,3 +112,39 @@ def test_a_bridge_saves_the_gradients_that_would_wait():
 def test_targets_of_all_layers_cost_nothing_at_the_peak(checkpointing):
     """What the taps free of them makes room for the gradients that wait, so it would not help to have them later."""
     assert update_bytes(None, checkpointing, late=True) == pytest.approx(update_bytes(None, checkpointing), rel=0.01)
+
+
+@pytest.mark.parametrize("more", [{}, {"sft": ReferenceCrossEntropy}, {"sft": ReferenceCrossEntropy, "fwd": ForwardKL}])
+def test_each_token_loss_of_a_composite_keeps_a_gradient_of_the_head(more):
+    """Chunks of logits come one after the other, gradients of the head wait together."""
+    vocabulary, width, count = 20_000, 64, 16
+    loss = Composite({"kl": FullReverseKL(chunk_tokens=8), **{k: make(chunk_tokens=8) for k, make in more.items()}})
+    weights = [torch.randn(vocabulary, width).requires_grad_(), torch.randn(vocabulary, width)]
+    heads = Heads(*(SimpleNamespace(layer=1, weight_VD=weight_VD) for weight_VD in weights), vocabulary)
+    state_BSD, teacher_TC = torch.randn(1, count, width).requires_grad_(), torch.randn(count, width)
+    index_T = torch.arange(count)
+    tokens = ResponseTokens(index_T, index_T, torch.zeros(count), given_T=index_T % 2 == 0, teacher_index_T=index_T)
+    weights[0].grad = torch.zeros_like(weights[0])
+    with LiveBytes([*weights, weights[0].grad, state_BSD, teacher_TC]) as live:
+        total = sum(part.stream(heads, teacher_TC, tokens)(1, state_BSD) for part in loss.token_losses.values())
+        total.backward()
+    parts = loss.token_losses.values()
+    predicted = sum(part.waiting_bytes(vocabulary, width) for part in parts)
+    predicted += max(part.working_bytes(vocabulary, width) for part in parts)
+    assert len(parts) * vocabulary * width * 4 < live.peak <= predicted
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_teachers_pass_takes_what_preflight_predicts(rows):
+    """Beside its targets, which are counted elsewhere."""
+    teacher = BUILD()
+    frozen = FrozenTeacher(teacher, PAIRS[-1:])
+    tokens, index_T = torch.randint(0, 40, (rows, COLUMNS)), torch.zeros(1, dtype=torch.long)
+    with LiveBytes([*teacher.parameters(), *teacher.buffers(), tokens, index_T]) as live:
+        frozen.targets(tokens, index_T)
+    predicted = reading_bytes(BUILD, rows=rows, columns=COLUMNS, width=WIDTH, dtype=torch.float32)
+    assert predicted == pytest.approx(live.peak, rel=0.1)
+    plan = replace(PLAN, rows=1, row_tokens=2, selected=0, tapped=0)
+    student = BUILD()
+    without = predict_memory(student, BUILD, plan)
+    assert predict_memory(student, BUILD, replace(plan, reading_bytes=10**8)).training == without.gradients + 10**8

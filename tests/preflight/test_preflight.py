@@ -31,7 +31,7 @@ PLAN = Plan(
     settings=SETTINGS,
     ranks=Ranks(),
     sharded=False,
-    trains_head=False,
+    token_losses=0,
     rows=3,
     row_tokens=20,
     selected=30,
@@ -203,3 +203,39 @@ def test_ranks_share_what_is_sharded():
     each = predict(sharded=True, world_size=4, micro_batches=3, sync_every_micro_batch=True)
     assert deferred.training > each.training
     assert math.isclose(predict(sharded=True, master_dtype="fp32", dtype="bf16").optimizer, one.optimizer)
+
+
+def plan_of(config, out, monkeypatch, **overrides):
+    """What a run is said to need memory for."""
+    plans = []
+    monkeypatch.setattr(
+        "oprd_tune.preflight.report.predict_memory",
+        lambda student, build, plan: plans.append(plan) or predict_memory(student, build, plan),
+    )
+    cfg = load_config(config, output_dir=out, preflight="only", **{**SMALL, **overrides})
+    assert launch(recipe_class(cfg.recipe), cfg) in ENDED
+    return plans[-1]
+
+
+def test_several_teachers_add_up(out, monkeypatch):
+    two = plan_of("tiny/two_teachers", out, monkeypatch)
+    one = plan_of("tiny/oprd", out, monkeypatch, layers="last")
+    assert two.teacher_bytes == 2 * one.teacher_bytes > 0
+
+
+def test_a_teachers_longer_prompts_count_where_it_answers_and_where_it_reads(out, monkeypatch):
+    long = "'" + "1" * 100 + "{prompt}'"
+    size = {"tokens_per_micro_batch": 256, "prompts_per_step": 32}
+    plain = plan_of("tiny/oprd", out, monkeypatch, **size)
+    told = plan_of("tiny/oprd", out, monkeypatch, **size, **{"dataset.teacher_prompt_template": long})
+    assert told.micro_batches == 4 * plain.micro_batches
+    assert 0.7 < told.reading_bytes / plain.reading_bytes < 1.2
+    measured = plan_of("tiny/oprd", out, monkeypatch, **size, **{"eval_dataset.teacher_prompt_template": long})
+    assert measured.rollout_bytes > 2.5 * plain.rollout_bytes
+    unmeasured = plan_of(
+        *("tiny/oprd", out, monkeypatch),
+        **size,
+        **{"eval_dataset.teacher_prompt_template": long},
+        evaluate_teacher=False,
+    )
+    assert unmeasured.rollout_bytes == plain.rollout_bytes

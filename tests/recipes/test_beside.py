@@ -71,6 +71,7 @@ def test_a_step_is_graded_as_by_hand(tmp_path):
             "one",
         ),
         ({"loss.parts.reward.grader": "oprd_tune.grading.nothing"}, "loss.grader"),
+        ({"reference_share": 1.0}, "TaskReward grades samples, and reference_share is 1"),
         ({"loss.parts.sft._component_": "oprd_tune.losses.ReferenceCrossEntropy"}, "set reference_share"),
         ({"average_over": "rows"}, "average_over is 'rows'"),
     ],

@@ -106,6 +106,10 @@ def test_the_teachers_accuracy_is_that_of_what_it_reads(tmp_path):
     [
         ({"dataset.teacher_prompt_template": "'{solution}{prompt}'"}, "row 0 has no solution"),
         ({"dataset.teacher_prompt_template": "'" + "1" * 120 + "{prompt}'"}, "exceeds its context of"),
+        (
+            {"eval_dataset.teacher_prompt_template": "'" + "1" * 124 + "{prompt}'"},
+            "the longest prompt of eval_dataset has 132 tokens as the teacher reads it",
+        ),
         ({"dataset.teacher_prompt_template": "answer"}, "it must contain {prompt}, or be `chat`"),
     ],
 )

@@ -1,6 +1,7 @@
 """Reference answers in the place of samples: which prompts, how many, what the losses see, and who refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,9 +41,26 @@ def test_ranks_sample_and_take_the_same_prompts_however_many_they_are(share, wor
         sampled += own.positions
         kept.append(len(own))
     assert all(kept) or not any(kept)  # engines need every rank
-    wanted = 4 - round(4 * share)
-    assert len(sampled) == (0 if wanted == 0 else max(wanted, world_size))
+    assert len(sampled) == 4 - made(share, world_size=world_size).count(2)
     assert sorted(sampled) == list(range(8, 12))[4 - len(sampled) :]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("samples", [1, 2, 8])
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.5, 0.9])
+def test_what_a_step_cannot_give_the_next_ones_do(share, samples, world_size):
+    """Four prompts a step: a share of their rows that is less than one of them, or that a rank's sample stands in."""
+    references = made(share, world_size=world_size, request=replace(REQUEST, samples_per_prompt=samples))
+    given = [references.count(step) for step in range(4000)]
+    assert {*given} <= {*range(4 - world_size + 1), 4}
+    sampled = samples * (4 * 4000 - sum(given))
+    assert sum(given) / (sum(given) + sampled) == pytest.approx(share, abs=0.005)
+    assert [references.count(step) for step in (3999, 0)] == [given[3999], given[0]]
+
+
+def test_a_share_that_has_ended_owes_nothing():
+    references = made([0.6, 0, 3], world_size=4)
+    assert [references.count(step) for step in range(6)] == [4, 0, 0, 0, 0, 0]
 
 
 def test_answers_stand_beside_samples_in_the_order_of_prompts(monkeypatch):
