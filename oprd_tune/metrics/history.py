@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 WINDOW = 10  # steps over which lengths of responses are averaged
 COSINE_MAP = "layers/cosine_by_position"
+_KLS = (r"token/(\w+/)?kl", r"token/(\w+/)?support_kl")  # the first that a step has; a composite names its parts
 _MOST_COLUMNS = 256  # of the heatmap; with more, every second step is dropped
 
 
@@ -88,7 +90,7 @@ class History:
 
     def add_kl(self, metrics: dict[str, float]) -> None:
         """Keep the KL of a step, unless reference answers were read too."""
-        kl = metrics.get("token/kl", metrics.get("token/support_kl"))
+        kl = next((value for name in _KLS for key, value in metrics.items() if re.fullmatch(name, key)), None)
         if kl is None or not math.isfinite(kl) or metrics.get("rollout/reference_share"):
             return
         if len(self.first_kls) < WINDOW:

@@ -179,3 +179,22 @@ def test_a_student_that_agrees_with_its_teacher_on_other_things():
     assert said(run(perplexities=(2.9e4, 3e3), **falling), ended=False) == []
     for kls in ([3.0] * WINDOW, [0.45]):
         assert said(run(perplexities=(2.9e4, 3e9), **falling | {"last_kls": kls}), ended=False) == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "kept"),
+    [
+        ({"token/kl": 0.5}, [0.5]),
+        ({"token/support_kl": 0.5}, [0.5]),
+        ({"token/sft/reference_nll": 2.0, "token/opd/kl": 0.5}, [0.5]),
+        ({"token/opd/support_kl": 0.5, "token/more/kl": 0.25}, [0.25]),
+        ({"token/kl": 0.5, "rollout/reference_share": 0.0}, [0.5]),
+        ({"token/kl": 0.5, "rollout/reference_share": 0.25}, []),  # that on the data's text is another number
+        ({"token/kl": float("nan")}, []),
+        ({"teachers/math/token/kl": 0.5, "loss/total": 1.0}, []),
+    ],
+)
+def test_a_step_gives_the_kl_on_the_students_own_responses(metrics, kept):
+    history = History()
+    history.add_kl(metrics)
+    assert history.first_kls == kept
