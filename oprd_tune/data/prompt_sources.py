@@ -75,7 +75,7 @@ def prompt_dataset(
     found = find_benchmark(benchmark, source, path, split=split, subset=subset, revision=revision, **own)
     columns = read_columns(found.source, found.split, found.subset, found.revision)
     given = teacher_prompt_template
-    further = [] if given in (None, CHAT) else TeacherTemplate(given).columns
+    further = [] if given in (None, CHAT) else TeacherTemplate(given, list(columns)).columns
     further += [] if teacher_column is None else [teacher_column]
     rows = _read_rows(columns, found if path is None else fit_to_columns(found, list(columns), **own), first, further)
     options: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "prompt_template": prompt_template}

@@ -62,8 +62,11 @@ class PromptDataset:
     ) -> None:
         if prompt_template is not None and PLACEHOLDER not in prompt_template:
             raise ConfigError(f"dataset.prompt_template is {prompt_template!r}; it must contain {PLACEHOLDER}")
+        rows = list(rows)
         given, by_chat = teacher_prompt_template, prompt_template is None
-        template = None if given in (None, CHAT) else TeacherTemplate(given)
+        template = None if given in (None, CHAT) else TeacherTemplate(given, rows[0] if rows else ())
+        if template is not None and template.untouched:
+            print(f"teacher_prompt_template: {', '.join(template.untouched)} is no column, and stays as it is")
         teacher_by_chat = by_chat if given is None else template is None or template.is_chat
         reads_own = teacher_tokenizer is not None or given is not None
         if system_prompt is not None and not by_chat and not (reads_own and teacher_by_chat):
@@ -71,7 +74,6 @@ class PromptDataset:
         self._tokenizer, self._system_prompt = tokenizer, system_prompt
         self._teacher_tokenizer = (teacher_tokenizer or tokenizer) if reads_own else None
         _tell_of_beginning(tokenizer, prompt_template)
-        rows = list(rows)
         prompts = [as_prompt(row["prompt"], _row(i)) for i, row in enumerate(rows)]
         answers = [as_answer(row.get("answer"), f"the answer of row {i}") for i, row in enumerate(rows)]
         own = prompts if prompt_template is None else _filled(prompt_template, prompts)

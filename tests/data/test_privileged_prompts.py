@@ -38,6 +38,21 @@ def test_braces_that_are_no_column_stay():
     assert filled == ["\\boxed{} 1 {answer} {a b} \\frac{1}{{2}}"]
 
 
+def test_a_column_may_have_any_name(capsys):
+    rows = [{"prompt": "1+2=", "answer": "3", "Correct Answer": "7", "final-answer": "8"}]
+    template = "{Correct Answer}{{Correct Answer}}{final-answer}\\text{not this}{Corect Answer}{1 2}{prompt}"
+    filled = TeacherTemplate(template, rows[0])
+    assert filled.columns == ["Correct Answer", "final-answer"]
+    assert filled.untouched == ["{Corect Answer}"]
+    wanted = "7{Correct Answer}8\\text{not this}{Corect Answer}{1 2}1+2="
+    assert filled.fill_all(["1+2="], ["3"], rows) == [wanted]
+    data = PromptDataset(
+        rows, tokenizer(), prompt_template="{prompt}", teacher_prompt_template="{Correct Answer}{a b}{prompt}"
+    )
+    assert tokenizer().decode(data.teacher_prompt(0)) == "7 1+2="  # this tokenizer has no letters
+    assert "{a b} is no column, and stays as it is" in capsys.readouterr().out
+
+
 def test_braces_with_a_number_are_no_column():
     assert TeacherTemplate("\\frac{1}{2} {prompt}").columns == []
 
@@ -67,13 +82,21 @@ def test_columns_come_from_files(tmp_path):
     given = {"source": str(path), "prompt_column": "q", "answer_column": "a", "prompt_template": "{prompt}"}
     data = prompt_dataset(tokenizer(), **given, teacher_prompt_template="{answer}{more.steps}{prompt}")
     assert [tokenizer().decode(data.teacher_prompt(i)) for i in range(2)] == ["3121+2=", "4240240+2="]
+    spaced = path.with_name("spaced.jsonl")
+    spaced.write_text(json.dumps({"q": "1+2=", "Correct Answer": "3"}) + "\n")
+    data = prompt_dataset(
+        tokenizer(),
+        **{"source": str(spaced), "prompt_column": "q", "prompt_template": "{prompt}"},
+        teacher_prompt_template="{Correct Answer}{prompt}",
+    )
+    assert tokenizer().decode(data.teacher_prompt(0)) == "31+2="
     with pytest.raises(ConfigError, match="has no column 'hint'"):
         prompt_dataset(tokenizer(), **given, teacher_prompt_template="{hint}{prompt}")
 
 
 def test_an_answer_that_is_missing_is_named():
     rows = [*ROWS, {"prompt": "1+1=", "answer": None}]
-    with pytest.raises(ConfigError, match="row 2 has no answer, which dataset.teacher_prompt_template uses"):
+    with pytest.raises(ConfigError, match="row 2 has no answer, .* uses; {answer} is .* from dataset.answer_column"):
         PromptDataset(rows, tokenizer(), prompt_template="{prompt}", teacher_prompt_template="{answer}{prompt}")
 
 
