@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from oprd_tune.config.checks import check_positive
 from oprd_tune.errors import ConfigError
+from oprd_tune.losses.entry_divergence import EntryDivergence
 from oprd_tune.losses.token_loss import Comparison, DenseTokenLoss, row_dot
 from oprd_tune.metrics.step import Metrics
 from oprd_tune.protocols import RolloutEngine
 from oprd_tune.selection import ResponseTokens
 
 
-class FullReverseKL(DenseTokenLoss):
-    """Exact KL(p‖q) over the whole vocabulary (Eq. 4). ∂KL/∂logit_v = p_v · (log p_v − log q_v − KL)."""
+class FullReverseKL(EntryDivergence):
+    """Exact KL(p‖q) over the whole vocabulary (Eq. 4): d = p log(p/q), g = p (log(p/q) + 1).
+
+    Without a limit, ∂KL/∂logit_v = p_v · (log p_v − log q_v − KL), formed in place.
+    """
+
+    usual_chunk: ClassVar[int] = 512
+
+    def working_bytes(self, vocabulary: int, width: int) -> int:
+        """As in `TokenLoss`; with a limit as in `EntryDivergence`."""
+        with_entries = super().working_bytes(vocabulary, width)
+        return with_entries if self.entry_clip is not None else 3 * self.at_once * vocabulary * 4
+
+    def entries(self, p_TV: Tensor, log_q_TV: Tensor, log_ratio_TV: Tensor) -> tuple[Tensor, Tensor]:
+        return p_TV * log_ratio_TV, log_ratio_TV.add_(1).mul_(p_TV)
 
     def objective(self, chunk: Comparison, metrics: Metrics) -> tuple[Tensor, Tensor]:
+        if self.entry_clip is not None:
+            return super().objective(chunk, metrics)
         kl_T, p_TV = exact_kl(chunk, metrics)
         return kl_T, chunk.log_ratio_TV.sub_(kl_T.unsqueeze(-1)).mul_(p_TV)
 

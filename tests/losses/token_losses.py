@@ -87,7 +87,7 @@ def on(ids, log_p, log_q):
 
 
 def plain_full(loss, log_p, log_q, tokens):
-    return kl(log_p, log_q).sum()
+    return clipped_sum(loss, entries(log_p, log_q))
 
 
 def forward_kl(log_p, log_q):
@@ -204,6 +204,7 @@ def live_tensors(function, size):
 # Name -> how to make the loss from further arguments, its formula.
 LOSSES = {
     "full": (FullReverseKL, plain_full),
+    "full clipped": (lambda **k: FullReverseKL(entry_clip=0.05, **k), plain_full),
     "sampled": (SampledReverseKL, plain_sampled),
     "sampled clipped": (lambda **k: SampledReverseKL(reward_clip=0.5, **k), plain_sampled),
     "sampled weighted": (lambda **k: SampledReverseKL(importance_ratio_cap=2.0, **k), plain_sampled),
