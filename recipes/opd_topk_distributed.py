@@ -99,7 +99,8 @@ class OPDRecipe:
     ) -> Probe | None:
         """Every so many steps, a look at both whole distributions at some of the microbatch's tokens."""
         s = self.settings
-        if s.diagnostics_every_n_steps is None or (self.run.step + 1) % s.diagnostics_every_n_steps:
+        every = s.diagnostics_every_n_steps if teacher.compares_heads else None
+        if every is None or (self.run.step + 1) % every:
             return None
         assert targets.final_TC is not None
         assert teacher.heads is not None
@@ -118,7 +119,8 @@ class OPDRecipe:
         if s.compile:
             self.loss.compile()
         # The student with its teacher, or with each of several.
-        pairs = load_pairs(parts, s, hidden_loss=self.loss.hidden is not None, token_loss=True)
+        losses = {"hidden_loss": self.loss.hidden is not None, "compares_tokens": self.loss.compares_tokens}
+        pairs = load_pairs(parts, s, **losses, token_loss=True)
         self.loss.check(pairs.vocabulary, self.engine, references=s.takes_references)
         self.data = load_data(parts, s, pairs, self.ranks)
         self.rewards = Rewards(self.loss, self.data, s)

@@ -77,12 +77,14 @@ class PromptDataset:
         prompts = [as_prompt(row["prompt"], _row(i)) for i, row in enumerate(rows)]
         answers = [as_answer(row.get("answer"), f"the answer of row {i}") for i, row in enumerate(rows)]
         own = prompts if prompt_template is None else _filled(prompt_template, prompts)
-        tokens = {"tokens": self._tokenize(own, tokenizer, chat=by_chat)}
+        tokens = {"tokens": self._tokenize(own, tokenizer, "prompts", chat=by_chat)}
         if self._teacher_tokenizer is not None:
             if isinstance(text := given or prompt_template, str) and not teacher_by_chat:
                 _tell_of_beginning(self._teacher_tokenizer, text)
             asked = own if given is None else prompts if template is None else template.fill_all(prompts, answers, rows)
-            tokens["teacher_tokens"] = self._tokenize(asked, self._teacher_tokenizer, chat=teacher_by_chat)
+            tokens["teacher_tokens"] = self._tokenize(
+                asked, self._teacher_tokenizer, "prompts, as the teacher reads them,", chat=teacher_by_chat
+            )
         longest = max_prompt_tokens or max(map(len, tokens["tokens"]), default=0)
         fits = [0 < len(own) <= longest for own in tokens["tokens"]]
         self.kept = kept = [i for i, fit in enumerate(fits) if fit and all(read[i] for read in tokens.values())]
@@ -133,7 +135,7 @@ class PromptDataset:
             raise ConfigError("this data set has no reference answers; give dataset.answer_column")
         return (*self._tokenizer.encode(answer, add_bos=False, add_eos=False), self._tokenizer.eos_id)
 
-    def _tokenize(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, chat: bool) -> list[list[int]]:
+    def _tokenize(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, what: str, *, chat: bool) -> list[list[int]]:
         """The tokens of each prompt, by the chat template or as the text that it is; none for an empty one."""
         asked = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None and not is_empty(prompt)]
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -148,7 +150,7 @@ class PromptDataset:
                 for (i, _), found in zip(part, read, strict=True):
                     tokens[i] = found
                 bar.update(len(part))
-        tell_of_unwritable([prompt for _, prompt in asked], [tokens[i] for i, _ in asked], tokenizer)
+        tell_of_unwritable([prompt for _, prompt in asked], [tokens[i] for i, _ in asked], tokenizer, what)
         return tokens
 
 

@@ -64,7 +64,13 @@ class RoutedPrompts:
                 "prompt"
             )
         rows = list(rows)
-        indices = _grouped([str(row.get(teacher_column)) for row in rows], teacher_column, teachers)
+        values = [row.get(teacher_column) for row in rows]
+        if None in values:
+            raise ConfigError(
+                f"row {values.index(None)}, counted from 0, has no {teacher_column}, so no teacher reads it; fill it in, "
+                "or take such rows out"
+            )
+        indices = _grouped([str(value) for value in values], teacher_column, teachers)
         self.parts: dict[str, PromptDataset] = {}
         places = []
         for name, own in indices.items():

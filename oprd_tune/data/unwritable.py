@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from math import ceil
+from random import Random
 
 from oprd_tune.data.chats import Prompt
 from oprd_tune.protocols import Tokenizer
@@ -13,9 +13,15 @@ from oprd_tune.protocols import Tokenizer
 _LOOKED_AT, _SHOWN = 200, 5
 
 
-def tell_of_unwritable(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
-    """Print how many of up to 200 evenly spaced prompts have characters that their tokens do not say."""
-    chosen = range(0, len(prompts), max(1, ceil(len(prompts) / _LOOKED_AT)))
+def tell_of_unwritable(
+    prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer, what: str
+) -> None:
+    """Print how many of up to 200 prompts, chosen at random, have characters that their tokens do not say.
+
+    Args:
+        what: the prompts' name, such as `prompts`.
+    """
+    chosen = Random(0).sample(range(len(prompts)), min(len(prompts), _LOOKED_AT))
     special = getattr(tokenizer, "special_tokens", {})
     lost = []
     for i in chosen:
@@ -26,8 +32,8 @@ def tell_of_unwritable(prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]
     if found:
         shown = " ".join(character for character, _ in found.most_common(_SHOWN))
         print(
-            f"dataset: {sum(map(bool, lost))} of {len(lost)} prompts have characters that the tokenizer cannot write, "
-            f"so the model does not read them: {shown}. Give other prompts, or a model that knows these characters"
+            f"dataset: {sum(map(bool, lost))} of {len(lost)} {what} have characters that the tokenizer cannot write, "
+            f"so the model does not read them: {shown} (give others, or a model that knows these characters)"
         )
 
 

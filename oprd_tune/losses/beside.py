@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class ReferenceCrossEntropy(DenseTokenLoss):
     It anchors a composite to the data. Tokens that were sampled do not enter, neither into its sum nor into its N.
     """
 
-    reads_references_alone = True
+    reads_references_alone, reads_teacher = True, False
 
     def chosen(self, tokens: ResponseTokens) -> Tensor | None:
         """As in `TokenLoss`: the tokens of given responses."""
@@ -58,6 +59,7 @@ class TaskReward(ScoreFunctionLoss):
 
     grader: Grader | str
     normalise: bool = True
+    reads_teacher: ClassVar[bool] = False
     grade: Grader = field(init=False)
 
     def __post_init__(self) -> None:

@@ -64,6 +64,11 @@ class Composite:
         """How many of the sampler's most probable tokens the parts need with the rollout."""
         return max((part.sampler_top_k for part in self.token_losses.values()), default=0)
 
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether a part compares next tokens with the teacher's; not so an anchor or a reward beside hidden states."""
+        return self.hidden is None or any(part.reads_teacher for part in self.token_losses.values())
+
     def check(self, vocabulary: int, engine: RolloutEngine, *, references: bool = False) -> None:
         """As in `TokenLoss`, for each part. With `references`, some responses are not the student's own."""
         parts = list(self.token_losses.values())
@@ -107,9 +112,10 @@ class Composite:
             if isinstance(part, HiddenStateLoss):
                 streams[name] = part.stream(pairs, targets.states, selection, bridge)
             else:
-                assert targets.final_TC is not None
                 assert heads is not None
-                streams[name] = part.stream(heads, targets.final_TC, tokens)
+                assert targets.final_TC is not None or not part.reads_teacher
+                final_TC = tokens.tokens_T.new_empty(len(tokens), 0) if targets.final_TC is None else targets.final_TC
+                streams[name] = part.stream(heads, final_TC, tokens)
         return CompositeStream(streams, self.weights, probe)
 
     def compile(self) -> None:

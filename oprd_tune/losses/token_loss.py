@@ -55,6 +55,7 @@ class TokenLoss:
         needs_samples: whether the loss needs what the sampler says of each token, which given responses have not. It
             then leaves those out.
         reads_references_alone: whether the loss leaves out what was sampled.
+        reads_teacher: whether the loss compares the student with the teacher.
 
     Raises:
         ConfigError: for a temperature that is not positive, or an empty chunk.
@@ -67,6 +68,7 @@ class TokenLoss:
     sampler_top_k: int = field(default=0, init=False)
     needs_samples: bool = field(default=False, init=False)
     reads_references_alone: ClassVar[bool] = False
+    reads_teacher: ClassVar[bool] = True
     usual_chunk: ClassVar[int] = 512
 
     def __post_init__(self) -> None:

@@ -173,5 +173,5 @@ def speed_metrics(seconds: dict[str, float], sampled: int, read: int) -> Metrics
     for phase, tokens in (("rollout", sampled), ("teacher", read), ("student", read)):
         if phase in seconds:
             metrics.set(f"speed/{phase}", tokens / seconds[phase])
-    metrics.set("speed/step", sampled / total)
+    metrics.set("speed/step", sampled / total if total else 0.0)  # a step may have done nothing
     return metrics

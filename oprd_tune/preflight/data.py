@@ -13,6 +13,7 @@ from oprd_tune.config.components import check_offers, takes
 from oprd_tune.data import PromptReader, PromptStream, RoutedPrompts
 from oprd_tune.data.alignment import side_by_side
 from oprd_tune.data.routing import PromptsOfTeacher
+from oprd_tune.data.unwritable import missing
 from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation import AccuracyByTeacher, ReferencePerplexity, TaskAccuracy
 from oprd_tune.evaluation.during_training import BenchmarkEval
@@ -137,7 +138,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pairs: ModelPairs, ranks: Ra
         ranks=ranks,
         counts={name: _counts(dataset) for name, dataset in datasets.items()},
         benchmarks=benchmarks,
-        references=_references(s, train, pairs, prompts, request, ranks),
+        references=_references(s, train, tokenizer, pairs, prompts, request, ranks),
         has_answers=train.has_answers,
     )
 
@@ -191,6 +192,7 @@ def _request(s: OPRDSettings, pairs: ModelPairs, tokenizer: Tokenizer) -> Sampli
 def _references(
     s: OPRDSettings,
     dataset: PromptSource,
+    tokenizer: Tokenizer,
     pairs: ModelPairs,
     prompts: PromptStream,
     request: SamplingRequest,
@@ -201,13 +203,35 @@ def _references(
         return None
     if not dataset.has_answers:
         raise ConfigError(
-            "reference_share takes reference answers in the place of samples, and some prompts of `dataset` have none; "
-            "give dataset.answer_column, or take the rows without an answer out"
+            f"reference_share takes reference answers in the place of samples, and {_unanswered(dataset)} of `dataset` "
+            "have none; give dataset.answer_column, or take the rows without an answer out"
         )
     pairs.check_answers("dataset", dataset, most=_ANSWERS_CHECKED)
+    _tell_of_answers(dataset, tokenizer, s.max_new_tokens)
     return References(
         s.reference_share, prompts, request, ranks, prompts_per_step=s.prompts_per_step, steps=s.max_steps
     )
+
+
+def _tell_of_answers(dataset: PromptSource, tokenizer: Tokenizer, limit: int) -> None:
+    """Say how many of the first reference answers no student can learn as they are written, and why."""
+    checked = range(min(len(dataset), _ANSWERS_CHECKED))
+    texts, tokens = [str(dataset[i][1]) for i in checked], [dataset.answer_tokens(i) for i in checked]
+    counts = {
+        f"longer than max_new_tokens = {limit}, so they are cut": sum(len(own) > limit for own in tokens),
+        "empty, so that they teach to say nothing": sum(not text.strip() for text in texts),
+        "written with characters that the tokenizer does not know": sum(
+            bool(missing(text, tokenizer.decode(list(own)))) for text, own in zip(texts, tokens, strict=True)
+        ),
+    }
+    if found := [f"{count} are {what}" for what, count in counts.items() if count]:
+        print(f"reference_share: of the first {len(checked)} reference answers, {'; '.join(found)}")
+
+
+def _unanswered(dataset: PromptSource) -> str:
+    """How many prompts have no reference answer, as far as it is known."""
+    count = _counts(dataset).get("unanswered")
+    return f"{count} of {len(dataset)} prompts" if count else "some prompts"
 
 
 def _counts(dataset: PromptSource) -> Mapping[str, int]:

@@ -19,7 +19,7 @@ from oprd_tune.modeling.heads import LMHead, why_no_matrix
 from oprd_tune.modeling.layer_map import check_widths, pair_layers
 from oprd_tune.modeling.weights import build_on_meta, check_weights, open_checkpointer, width_of
 from oprd_tune.protocols import DecodesItself, PromptSource, TeacherFiles, Tokenizer
-from oprd_tune.teacher.self_teaching import check_teacher_weights
+from oprd_tune.teacher.self_teaching import check_teacher_weights, tell_of_live_states
 from oprd_tune.torchtune_compat import folder_of
 from oprd_tune.types import LayerPair
 
@@ -42,7 +42,8 @@ class ModelPair:
         vocabulary: the number of token ids that both models know: the smaller of two padded sizes. If the teacher has
             another tokenizer, the number that the student knows.
         teacher_vocabulary: the number of token ids that the teacher knows.
-        diagnosed: whether a run without a token loss compares next-token distributions too, now and then.
+        compares_heads: whether token losses read both LM heads.
+        diagnosed: whether next-token distributions are compared now and then where no loss does it.
     """
 
     name: str
@@ -60,12 +61,13 @@ class ModelPair:
     teacher_context: int
     vocabulary: int
     teacher_vocabulary: int
+    compares_heads: bool
     diagnosed: bool
 
     @property
     def teacher_top(self) -> int | None:
-        """The highest teacher layer that a run without a token loss reads; None for the whole teacher."""
-        if self.diagnosed or (self.bridge is not None and self.bridge.needs_final_state):
+        """The highest teacher layer that is read; None for the whole teacher."""
+        if self.compares_heads or self.diagnosed or (self.bridge is not None and self.bridge.needs_final_state):
             return None
         return max(pair.teacher for pair in self.layers)
 
@@ -159,21 +161,27 @@ def whose(name: str) -> str:
 
 
 def load_pairs(
-    parts: Parts, settings: OPRDSettings, *, hidden_loss: bool = True, token_loss: bool = False
+    parts: Parts,
+    settings: OPRDSettings,
+    *,
+    hidden_loss: bool = True,
+    token_loss: bool = False,
+    compares_tokens: bool = True,
 ) -> ModelPairs:
     """Build all models without weights, and check that they fit each other, the losses and their checkpoint files.
 
     Args:
         hidden_loss: whether a loss reads hidden states. If none does, widths and depths may differ.
-        token_loss: whether a loss reads both LM heads.
+        token_loss: whether a loss reads the student's LM head.
+        compares_tokens: whether such a loss reads the teacher's too, which then needs the student's tokens.
 
     Raises:
         ConfigError: if the models, the losses or the files do not fit.
     """
-    pairs = ModelPairs()
+    pairs, losses = ModelPairs(), {"hidden_loss": hidden_loss, "token_loss": token_loss}
     for name, (own_parts, own_settings) in parts.of_each_teacher(settings).items():
         with of_teacher(name):
-            pairs.append(_load_pair(name, own_parts, own_settings, hidden_loss=hidden_loss, token_loss=token_loss))
+            pairs.append(_load_pair(name, own_parts, own_settings, **losses, compares_tokens=compares_tokens))
     if len([pair for pair in pairs if pair.settings.teacher_decay is not None]) > 1:
         raise ConfigError("teachers has more than one with teacher_weights `ema`; there may be one")
     for pair in pairs:
@@ -186,23 +194,22 @@ def load_pairs(
     return pairs
 
 
-def _load_pair(name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: bool, token_loss: bool) -> ModelPair:
+def _load_pair(
+    name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: bool, token_loss: bool, compares_tokens: bool
+) -> ModelPair:
     own_tokens = parts.teacher_tokenizer is not None
-    if token_loss and own_tokens:
+    if token_loss and compares_tokens and own_tokens:
         raise ConfigError(
             "student and teacher read texts in different tokens (teacher_tokenizer), but token losses compare them "
-            "token by token. Take a teacher with the student's tokens, or compare hidden states alone, by "
-            "oprd_distributed"
+            "token by token. Take a teacher with the student's tokens, or compare hidden states alone; beside them, "
+            "ReferenceCrossEntropy and TaskReward read no teacher"
         )
+    compares_heads = token_loss and not own_tokens
     student_files = _opened(parts.checkpointer, settings.output_dir)
     teacher_files = _opened(parts.teacher_checkpointer, settings.output_dir)
     student, teacher = _built(parts.model), _built(parts.teacher_model)
     _check_each(parts, settings, student, teacher)
-    if settings.teacher_is_student and not token_loss:
-        print(
-            "teacher_weights is live, and only hidden states are compared: both sides move, and may come to agree on "
-            "states that say nothing; give initial, or a slow average such as `ema: 0.99`"
-        )
+    tell_of_live_states(settings, compares_heads=compares_heads and compares_tokens)
     pairs: list[LayerPair] = []
     if hidden_loss:
         if parts.bridge is None:
@@ -211,6 +218,7 @@ def _load_pair(name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: 
         pairs = pair_layers(settings.layers, settings.layer_pairs, **depths, bridged=parts.bridge is not None)
     if token_loss:
         LMHead(student, "model")
+    if compares_heads:
         LMHead(teacher, "teacher_model")
     if not own_tokens:
         check_same_tokens(folder_of(student_files), folder_of(teacher_files))
@@ -238,7 +246,8 @@ def _load_pair(name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: 
         teacher_context=teacher.max_seq_len,
         vocabulary=vocabulary,
         teacher_vocabulary=teacher.tok_embeddings.num_embeddings,
-        diagnosed=not token_loss and _diagnosed(name, settings, student, teacher, own_tokens=own_tokens),
+        compares_heads=compares_heads,
+        diagnosed=not compares_heads and _diagnosed(name, settings, student, teacher, own_tokens=own_tokens),
     )
 
 

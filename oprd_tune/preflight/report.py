@@ -116,7 +116,7 @@ def _plan(
     teachers = []
     for pair in pairs:
         with of_teacher(pair.name):
-            teachers.append(_teacher_bytes(pair, data, loss, rows=rows))
+            teachers.append(_teacher_bytes(pair, data, rows=rows))
     return Plan(
         settings=s,
         ranks=ranks,
@@ -199,7 +199,7 @@ class _TeacherBytes:
     sampling: int = 0
 
 
-def _teacher_bytes(pair: ModelPair, data: RunData, loss: Composite, *, rows: int) -> _TeacherBytes:
+def _teacher_bytes(pair: ModelPair, data: RunData, *, rows: int) -> _TeacherBytes:
     """What a teacher takes of the device. One that is the student itself only reads, which takes less than training."""
     s, own = pair.settings, data.teachers[pair.name]
     teacher = build_on_meta(pair.parts.teacher_model)
@@ -207,8 +207,7 @@ def _teacher_bytes(pair: ModelPair, data: RunData, loss: Composite, *, rows: int
     sampling = 0 if measured is None else measured.memory_bytes(teacher, s.torch_dtype)
     if s.teacher_is_student:
         return _TeacherBytes(sampling=sampling)
-    keeps_head = bool(loss.token_losses) or pair.diagnosed
-    top = (None if keeps_head else pair.teacher_top) or pair.teacher_depth
+    keeps_head, top = pair.compares_heads or pair.diagnosed, pair.teacher_top or pair.teacher_depth
     plan = TeacherPlan(s.teacher_placement, s.teacher_quantization, data.ranks)
     kept = plan.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
     gathered = 0

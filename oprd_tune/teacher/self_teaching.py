@@ -84,6 +84,15 @@ def check_teacher_weights(parts: Parts, settings: OPRDSettings, *, adapted: bool
         raise ConfigError(f"{said}, which averages whole weights, but only adapters train; give initial or live")
 
 
+def tell_of_live_states(settings: OPRDSettings, *, compares_heads: bool) -> None:
+    """Warn of a teacher that moves with its student where nothing but hidden states is compared."""
+    if settings.teacher_is_student and not compares_heads:
+        print(
+            "teacher_weights is live, and only hidden states are compared: both sides move, and may come to agree on "
+            "states that say nothing; give initial, or a slow average such as `ema: 0.99`"
+        )
+
+
 def is_student(record: Mapping[str, Any]) -> bool:
     """Whether the teacher of a config is its student, as it is at the start."""
     return _plain_sections(record, "") == _plain_sections(record, "teacher_")

@@ -30,7 +30,9 @@ class TeacherSide:
         teacher: gives the targets.
         pairs: the layers of the student and of this teacher that a loss on hidden states compares.
         bridge: maps both models' states, or None.
-        heads: the LM heads of the student and of this teacher; None if neither a loss nor a diagnosis reads them.
+        heads: the LM heads of the student and of this teacher; None if neither a loss nor a diagnosis reads them. With
+            losses that read the student's alone, it stands for both.
+        compares_heads: whether token losses read both.
         name: the teacher's name among several; None if it is the only one.
     """
 
@@ -38,11 +40,15 @@ class TeacherSide:
     pairs: list[LayerPair]
     bridge: Bridge | None = None
     heads: Heads | None = None
+    compares_heads: bool = False
     name: str | None = None
 
     def targets(self, micro: Rollout, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
-        """As in `protocols.Teacher`, for a microbatch. Our own teachers read packed rows as such."""
-        where = (index_T,) if final_index_T is None else (index_T, final_index_T)
+        """As in `protocols.Teacher`, for a microbatch. Our own teachers read packed rows as such.
+
+        Final states are left out where no loss compares them.
+        """
+        where = (index_T,) if final_index_T is None or not self.compares_heads else (index_T, final_index_T)
         if isinstance(self.teacher, TappedTeacher):
             return self.teacher.targets(micro.teacher_tokens, *where, packed=micro.teacher_packed)
         return self.teacher.targets(micro.teacher_tokens, *where)
@@ -76,7 +82,7 @@ def load_teachers(
 
     Args:
         load: `Run.load_teacher`.
-        token_loss: whether a loss compares final states.
+        token_loss: whether a loss reads the student's LM head.
 
     Raises:
         NothingLeftToDo: if the user asked for the bridges only.
@@ -84,14 +90,16 @@ def load_teachers(
     found = Teachers()
     for pair in pairs:
         own = data.teachers[pair.name]
-        model = load(pair, own, student, top=None if token_loss else pair.teacher_top)
-        heads = None
-        if token_loss or _is_diagnosed(pair, model):  # while the teacher has its head
+        model = load(pair, own, student, top=pair.teacher_top)
+        heads, final = None, pair.compares_heads or _is_diagnosed(pair, model)
+        if final:  # while the teacher has its head
             heads = Heads(LMHead(student.model), LMHead(model, "teacher_model"), pair.vocabulary)
+        elif token_loss:
+            heads = Heads(LMHead(student.model), LMHead(student.model), pair.vocabulary)
         bridge = fit_or_load(pair, own, engine, student.model, model, select)
-        teacher = student.taught_by(model, pair, final=heads is not None, bridge=bridge)
+        teacher = student.taught_by(model, pair, final=final, bridge=bridge)
         name = None if pair.name == ONLY_TEACHER else pair.name
-        found.append(TeacherSide(teacher, pair.layers, bridge, heads, name))
+        found.append(TeacherSide(teacher, pair.layers, bridge, heads, pair.compares_heads, name))
     end_if_only_fitted(pairs, engine)
     return found
 

@@ -67,7 +67,10 @@ def test_a_step_is_graded_as_by_hand(tmp_path):
     [
         ({"samples_per_prompt": 1}, "samples_per_prompt is 1"),
         (
-            {"loss.parts.more._component_": "oprd_tune.losses.TaskReward", "loss.parts.more.grader": "builtins.max"},
+            {
+                "loss.parts.more._component_": "oprd_tune.losses.TaskReward",
+                "loss.parts.more.grader": PARTS["loss.parts.reward.grader"],
+            },
             "one",
         ),
         ({"loss.parts.reward.grader": "oprd_tune.grading.nothing"}, "loss.grader"),

@@ -135,6 +135,27 @@ def test_a_run_goes_over_from_answers_to_samples_and_resumes(tmp_path, config, a
         assert all(torch.equal(w, wanted[name]) for name, w in weights(tmp_path / "parts" / "final").items())
 
 
+def test_answers_that_cannot_be_learned_as_they_are_written_are_counted(tmp_path, capsys):
+    path = tmp_path / "sums.jsonl"
+    answers = ["33", "", "is 33", "3" * 12]
+    path.write_text("".join(json.dumps({"question": f"{n}+1=", "answer": answers[n % 4]}) + "\n" for n in range(80)))
+    cfg = load_config("tiny/oprd", output_dir=tmp_path / "out", **SMALL, reference_share=0.5, preflight="only")
+    cfg.dataset = {"_component_": "oprd_tune.data.prompt_dataset", "source": str(path), "prompt_column": "question"}
+    cfg.dataset |= {"answer_column": "answer", "prompt_template": "{prompt}"}
+    assert launch(recipe_class(cfg.recipe), cfg) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("reference_share"))
+    assert "of the first 80 reference answers, " in said
+    assert "20 are longer than max_new_tokens = 8, so they are cut" in said
+    assert "20 are empty, so that they teach to say nothing" in said
+    assert "20 are written with characters that the tokenizer does not know" in said
+
+
+@pytest.mark.parametrize("policy", ["mask", "drop"])
+def test_a_run_in_which_all_answers_are_cut_says_so(tmp_path, capsys, policy):
+    run(tmp_path, "tiny/opd_topk", (3,), reference_share=1.0, max_new_tokens=1, truncated_responses=policy)
+    assert "the student has not changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("config", "overrides", "said"),
     [
