@@ -212,8 +212,10 @@ def _check_keys(command: _Command) -> None:
             raise ConfigError(f"unknown config key {key!r}{hint}")
         if name.startswith("~") and content:
             _check_removal(name[1:], content)
-        if name == key:
-            _check_type(key, _value_in(word), hints)
+        if equals:
+            value = _value_in(word)
+            if name == key:
+                _check_type(key, value, hints)
 
 
 def _check_removal(path: str, content: Mapping[str, Any]) -> None:
@@ -239,10 +241,17 @@ def _check_type(key: str, value: Any, hints: Mapping[str, Any]) -> None:
 
 
 def _value_in(word: str) -> Any:
-    """The value of `key=value`, as torchtune reads it."""
+    """The value of `key=value`, as torchtune reads it. Raises ConfigError for one that cannot be read."""
+    import yaml
     from omegaconf import OmegaConf
 
-    (value,) = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False).values()
+    try:
+        (value,) = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False).values()
+    except yaml.YAMLError as error:
+        key, _, text = word.partition("=")
+        raise ConfigError(
+            f"{word} is no YAML; a text with braces or colons needs two pairs of quotes: {key}=\"'{text}'\""
+        ) from error
     return value
 
 

@@ -67,8 +67,8 @@ class RoutedPrompts:
         values = [row.get(teacher_column) for row in rows]
         if None in values:
             raise ConfigError(
-                f"row {values.index(None)}, counted from 0, has no {teacher_column}, so no teacher reads it; fill it in, "
-                "or take such rows out"
+                f"row {values.index(None)}, counted from 0, has no {teacher_column}, so no teacher reads it; fill it "
+                "in, or take such rows out"
             )
         indices = _grouped([str(value) for value in values], teacher_column, teachers)
         self.parts: dict[str, PromptDataset] = {}

@@ -53,7 +53,10 @@ def test_each_teacher_reads_in_its_own_tokens():
         ({"teachers": None}, "there is one teacher; leave it out"),
         ({"teacher_column": None}, "give dataset.teacher_column"),
         ({"teachers": {"math": TEACHERS["math"]}}, "no teacher reads the prompts whose 'kind' is 'code'; list them"),
-        ({"rows": [*ROWS, {"prompt": "1", "kind": None}]}, "row 5, counted from 0, has no kind, so no teacher reads it"),
+        (
+            {"rows": [*ROWS, {"prompt": "1", "kind": None}]},
+            "row 5, counted from 0, has no kind, so no teacher reads it",
+        ),
         ({"teachers": {**TEACHERS, "more": PromptsOfTeacher(("code",))}}, "both teachers.code and teachers.more read"),
         ({"rows": [{"prompt": "", "kind": "code"}]}, "of the 1 rows for code, counted by themselves: the data set is"),
     ],
