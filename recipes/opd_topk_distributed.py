@@ -99,7 +99,7 @@ class OPDRecipe:
     ) -> Probe | None:
         """Every so many steps, a look at both whole distributions at some of the microbatch's tokens."""
         s = self.settings
-        every = s.diagnostics_every_n_steps if teacher.compares_heads else None
+        every = s.diagnostics_every_n_steps if teacher.has_head else None
         if every is None or (self.run.step + 1) % every:
             return None
         assert targets.final_TC is not None

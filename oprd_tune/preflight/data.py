@@ -118,6 +118,7 @@ def load_data(parts: Parts, settings: OPRDSettings, pairs: ModelPairs, ranks: Ra
     prompts = PromptStream(
         train, prompts_per_step=s.prompts_per_step, seed=s.seed, rank=ranks.rank, world_size=ranks.world_size
     )
+    _check_lengths(s, pairs, accuracy, perplexity)
     teachers = {}
     for pair in pairs:
         with of_teacher(pair.name):
@@ -126,7 +127,6 @@ def load_data(parts: Parts, settings: OPRDSettings, pairs: ModelPairs, ranks: Ra
                 accuracy=evaluate.teacher_accuracy(pair, held_out, accuracy),
                 benchmarks=evaluate.teacher_benchmarks(pair, benchmarks),
             )
-    _check_lengths(s, pairs, accuracy, perplexity)
     request = _request(s, pairs, tokenizer)
     return RunData(
         tokenizer=tokenizer,

@@ -154,9 +154,8 @@ def _plan(
 def _logit_bytes(loss: Composite, pairs: ModelPairs, student: TransformerDecoder) -> int:
     """One part after the other has chunks of logits. Each part's gradient of the head waits for the backward pass."""
     size, parts = (pairs.vocabulary, width_of(student)), loss.token_losses.values()
-    return max((part.working_bytes(*size) for part in parts), default=0) + sum(
-        part.waiting_bytes(*size) for part in parts
-    )
+    waiting = sum(part.waiting_bytes(*size) for part in parts)
+    return waiting + max((part.working_bytes(*size) for part in parts), default=0)
 
 
 def _moment_bytes(pair: ModelPair, ranks: Ranks) -> int:

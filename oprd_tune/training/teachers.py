@@ -32,7 +32,7 @@ class TeacherSide:
         bridge: maps both models' states, or None.
         heads: the LM heads of the student and of this teacher; None if neither a loss nor a diagnosis reads them. With
             losses that read the student's alone, it stands for both.
-        compares_heads: whether token losses read both.
+        has_head: whether the teacher's next tokens can be compared. False with other tokens than the student's.
         name: the teacher's name among several; None if it is the only one.
     """
 
@@ -40,15 +40,15 @@ class TeacherSide:
     pairs: list[LayerPair]
     bridge: Bridge | None = None
     heads: Heads | None = None
-    compares_heads: bool = False
+    has_head: bool = True
     name: str | None = None
 
     def targets(self, micro: Rollout, index_T: Tensor, final_index_T: Tensor | None = None) -> TeacherTargets:
         """As in `protocols.Teacher`, for a microbatch. Our own teachers read packed rows as such.
 
-        Final states are left out where no loss compares them.
+        Final states are left out where nothing could be compared with them.
         """
-        where = (index_T,) if final_index_T is None or not self.compares_heads else (index_T, final_index_T)
+        where = (index_T,) if final_index_T is None or not self.has_head else (index_T, final_index_T)
         if isinstance(self.teacher, TappedTeacher):
             return self.teacher.targets(micro.teacher_tokens, *where, packed=micro.teacher_packed)
         return self.teacher.targets(micro.teacher_tokens, *where)
@@ -99,7 +99,7 @@ def load_teachers(
         bridge = fit_or_load(pair, own, engine, student.model, model, select)
         teacher = student.taught_by(model, pair, final=final, bridge=bridge)
         name = None if pair.name == ONLY_TEACHER else pair.name
-        found.append(TeacherSide(teacher, pair.layers, bridge, heads, pair.compares_heads, name))
+        found.append(TeacherSide(teacher, pair.layers, bridge, heads, final, name))
     end_if_only_fitted(pairs, engine)
     return found
 

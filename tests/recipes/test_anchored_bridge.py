@@ -56,7 +56,7 @@ def test_the_anchor_is_the_cross_entropy_of_the_answers(tmp_path):
     recipe = kind(cfg)
     recipe.setup()
     (side,) = recipe.teachers
-    assert not side.compares_heads
+    assert not side.has_head
     prompts = recipe.data.prompts.at_step(0)
     rollout = recipe.data.references.beside(None, prompts, 0)
     model, head_VD = recipe.student.model, side.heads.student_VD
