@@ -128,6 +128,11 @@ def _checked(name: str, entry: object) -> Mapping[str, Any]:
         raise ConfigError(f"{where} is {entry!r}; give a model folder, a hub name, or a section with `teacher`")
     known = {"teacher", *COMPONENTS, *SCALARS, PROMPTS}
     for key in entry:
+        if key == "teacher_prompt_template":
+            raise ConfigError(
+                f"{where} has no {key}: it belongs to `dataset` and counts for all teachers; a column in its braces, "
+                "which may hold a whole prompt, makes it differ by row"
+            )
         if key not in known:
             raise ConfigError(f"{where} has no key {key!r}{nearest(str(key), known)}")
     prompts = entry.get(PROMPTS, [name])

@@ -29,7 +29,7 @@ class TeacherTemplate:
         untouched: what is in braces as a column would be, but is none, and stays as it is.
 
     Raises:
-        ConfigError: if the template is neither, or lacks `{prompt}`.
+        ConfigError: if the template is neither, or lacks `{prompt}` and any column that may stand for it.
     """
 
     def __init__(self, template: Template, known: Collection[str] = ()) -> None:
@@ -43,8 +43,12 @@ class TeacherTemplate:
         self._template, self._known = template, frozenset(known)
         texts = [template] if isinstance(template, str) else [message["content"] for message in template]
         names = dict.fromkeys(name for text in texts for _, name in _PLACE.findall(text) if self._is_place(name))
-        if PROMPT not in names:
-            raise ConfigError(f"{_KEY} is {template!r}; it must contain {{{PROMPT}}}, or be `chat`")
+        if not {*names} - {ANSWER}:
+            raise ConfigError(
+                f"{_KEY} is {template!r}; it must contain {{{PROMPT}}} or a column that holds the whole prompt, or "
+                "be `chat`"
+            )
+        self._keeps_prompt = PROMPT in names
         self.columns = [name for name in names if name != PROMPT]
         meant = [found for text in texts for found in _LOOKS_MEANT.findall(text)]
         self.untouched = [found for found in meant if not self._is_place(found[1:-1])]
@@ -92,6 +96,7 @@ class TeacherTemplate:
                     f"their roles; give `chat` as {_KEY}, or a list of messages"
                 )
             *before, last = prompt
+            before = before if self._keeps_prompt else []
             prompt = str(last["content"])
         texts = {**values, PROMPT: prompt}
 

@@ -53,6 +53,15 @@ def test_a_column_may_have_any_name(capsys):
     assert "{a b} is no column, and stays as it is" in capsys.readouterr().out
 
 
+def test_a_column_may_hold_the_whole_prompt():
+    chat = [{"role": "user", "content": "5"}, {"role": "assistant", "content": "6"}, {"role": "user", "content": "8"}]
+    assert TeacherTemplate("{told}").fill_all(["1"], [None], [{"told": "9"}]) == ["9"]
+    told = TeacherTemplate([{"role": "user", "content": "{told}"}]).fill_all([chat], [None], [{"told": "9"}])
+    assert told == [[{"role": "user", "content": "9"}]]
+    with pytest.raises(ConfigError, match="or a column that holds the whole prompt"):
+        TeacherTemplate("{answer}")
+
+
 def test_braces_with_a_number_are_no_column():
     assert TeacherTemplate("\\frac{1}{2} {prompt}").columns == []
 

@@ -107,7 +107,7 @@ def test_loaders_pass_the_teachers_tokenizer_on(tmp_path, student, teacher):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"teacher_prompt_template": "Q"}, r"teacher_prompt_template is 'Q'; it must contain \{prompt\}, or be `chat`"),
+        ({"teacher_prompt_template": "Q"}, r"teacher_prompt_template is 'Q'; it must contain \{prompt\} or a column"),
         ({"teacher_prompt_template": ""}, "teacher_prompt_template is ''"),
         ({"prompt_template": "chat"}, r"dataset.prompt_template is 'chat'; it must contain \{prompt\}$"),
         ({"prompt_template": "{prompt}", "system_prompt": "7"}, "write it into prompt_template"),

@@ -110,7 +110,10 @@ def test_the_teachers_accuracy_is_that_of_what_it_reads(tmp_path):
             {"eval_dataset.teacher_prompt_template": "'" + "1" * 124 + "{prompt}'"},
             "the longest prompt of eval_dataset has 132 tokens as the teacher reads it",
         ),
-        ({"dataset.teacher_prompt_template": "answer"}, "it must contain {prompt}, or be `chat`"),
+        (
+            {"dataset.teacher_prompt_template": "answer"},
+            "it must contain {prompt} or a column that holds the whole prompt",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_told_before_weights_are(tmp_path, capsys, overrides, said):

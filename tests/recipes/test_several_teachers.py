@@ -291,6 +291,7 @@ def test_mistakes_are_told_before_weights_are_read(tmp_path, capsys, overrides, 
         ({"prompts": [1, 2]}, "teachers.third: it reads no prompt of `dataset`"),
         ({"prompts": ["addition"]}, "both teachers.addition and teachers.third read the prompts 'addition'"),
         ({"layers": [9]}, "teachers.third has no key 'layers'"),
+        ({"teacher_prompt_template": "{prompt}"}, "it belongs to `dataset` and counts for all teachers"),
         (
             {"layer_pairs": [[1, 1], [4, 4]]},
             "teachers.third is paired with the student's layers [1, 4], and",
