@@ -64,7 +64,7 @@ class PromptDataset:
             raise ConfigError(f"dataset.prompt_template is {prompt_template!r}; it must contain {PLACEHOLDER}")
         rows = list(rows)
         given, by_chat = teacher_prompt_template, prompt_template is None
-        template = None if given in (None, CHAT) else TeacherTemplate(given, rows[0] if rows else ())
+        template = None if given in (None, CHAT) else TeacherTemplate(given, {key for row in rows for key in row})
         if template is not None and template.untouched:
             print(f"teacher_prompt_template: {', '.join(template.untouched)} is no column, and stays as it is")
         teacher_by_chat = by_chat if given is None else template is None or template.is_chat

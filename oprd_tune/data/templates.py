@@ -90,7 +90,7 @@ class TeacherTemplate:
             )
         before: Messages = []
         if not isinstance(prompt, str):
-            if isinstance(self._template, str):
+            if isinstance(self._template, str) and self._keeps_prompt:
                 raise ConfigError(
                     f"the prompt of {where} is a list of chat messages, and only a chat template says how to write "
                     f"their roles; give `chat` as {_KEY}, or a list of messages"

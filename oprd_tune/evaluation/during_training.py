@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oprd_tune.config import Component, EvalSection
+from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.evaluation.outcome import outcome_of
 from oprd_tune.evaluation.problem_sets import ProblemSets
 from oprd_tune.evaluation.samples import Sample
@@ -67,19 +68,27 @@ class BenchmarkEval:
     def __call__(self, sample: Callable[[Prompts], Rollout], model: str) -> list[Sample]:
         """All samples, in an order that does not depend on the number of processes. Every rank must call.
 
+        Raises RolloutError on all of them if the grader fails on one.
+
         Args:
             sample: samples this process's share of some problems, as `request` says.
             model: the model's name in the samples.
         """
-        ranks, own = self.ranks, []
+        ranks, own, failed = self.ranks, [], None
         batches = list(self._batches())
         for name, batch in LateBar(batches, desc="evaluation", unit="batch", disable=not ranks.first):
             share = batch[ranks.rank :: ranks.world_size]
             # A rank without a problem samples too, since every rank must run a sharded model.
-            found = self.problems.answers(name, share or batch[:1], sample, model=model, grader=self.grader)
-            own += found if share else []
+            try:
+                found = self.problems.answers(name, share or batch[:1], sample, model=model, grader=self.grader)
+                own += found if share else []
+            except ConfigError as error:  # of the grader; the other ranks still sample, which needs all of them
+                failed = failed or str(error)
         place = {name: i for i, name in enumerate(self.problems.sets)}
-        everybody = [found for one in ranks.collect(own) for found in one]
+        collected = ranks.collect((own, failed))
+        if said := next((why for _, why in collected if why is not None), None):
+            raise RolloutError(said)
+        everybody = [found for one, _ in collected for found in one]
         return sorted(everybody, key=lambda s: (place[s.benchmark], s.problem, s.number))
 
     def _batches(self) -> Iterator[tuple[str, Sequence[int]]]:

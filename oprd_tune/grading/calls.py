@@ -47,7 +47,13 @@ def grade_all(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         ConfigError: if the grader fails, or gives no verdict.
     """
     if isinstance(grader, BatchGrader):
-        return grader.grade(pairs)
+        try:
+            found = list(grader.grade(pairs))
+        except Exception as error:
+            raise ConfigError(f"{_name(grader)} fails: {type(error).__name__}: {error}") from error
+        if len(found) != len(pairs):
+            raise ConfigError(f"{_name(grader)} gives {len(found)} verdicts on {len(pairs)} responses")
+        return [_verdict(grader, verdict) for verdict in found]
     verdicts = []
     for response, answer in pairs:
         try:
@@ -73,9 +79,12 @@ def grade_on_all(grader: Grader, pairs: Sequence[tuple[str, str]], ranks: Ranks)
 
 def _verdict(grader: Grader, found: Any) -> bool:
     """True or False, also from 1, 0 and numbers of other libraries."""
-    if found is None or isinstance(found, str) or found not in (0, 1):
-        raise ConfigError(f"{_name(grader)} gives {found!r}, which is no verdict; it must give True or False")
-    return bool(found)
+    try:
+        if found is not None and not isinstance(found, str) and found in (0, 1):
+            return bool(found)
+    except Exception:  # such as an array's, which is neither true nor false
+        pass
+    raise ConfigError(f"{_name(grader)} gives {found!r}, which is no verdict; it must give True or False")
 
 
 def _name(grader: Grader) -> str:

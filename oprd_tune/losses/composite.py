@@ -123,9 +123,13 @@ class Composite:
         for part in self.parts.values():
             part.compile()
 
+    def waiting_bytes(self, vocabulary: int, width: int) -> int:
+        """As in `TokenLoss`, of all parts together."""
+        return sum(part.waiting_bytes(vocabulary, width) for part in self.token_losses.values())
+
     def fit(self, room: int, vocabulary: int, width: int) -> None:
         """As in `TokenLoss`, for each part, in the room that is left beside the gradients that wait."""
-        room -= sum(part.waiting_bytes(vocabulary, width) for part in self.token_losses.values())
+        room -= self.waiting_bytes(vocabulary, width)
         for part in self.token_losses.values():
             part.fit(room, vocabulary, width)
 

@@ -198,18 +198,18 @@ def _load_pair(
     name: str, parts: Parts, settings: OPRDSettings, *, hidden_loss: bool, token_loss: bool, compares_tokens: bool
 ) -> ModelPair:
     own_tokens = parts.teacher_tokenizer is not None
-    if token_loss and compares_tokens and own_tokens:
+    compares_heads = token_loss and compares_tokens
+    if compares_heads and own_tokens:
         raise ConfigError(
             "student and teacher read texts in different tokens (teacher_tokenizer), but token losses compare them "
             "token by token. Take a teacher with the student's tokens, or compare hidden states alone; beside them, "
             "ReferenceCrossEntropy and TaskReward read no teacher"
         )
-    compares_heads = token_loss and not own_tokens
     student_files = _opened(parts.checkpointer, settings.output_dir)
     teacher_files = _opened(parts.teacher_checkpointer, settings.output_dir)
     student, teacher = _built(parts.model), _built(parts.teacher_model)
     _check_each(parts, settings, student, teacher)
-    tell_of_live_states(settings, compares_heads=compares_heads and compares_tokens)
+    tell_of_live_states(settings, compares_heads=compares_heads)
     pairs: list[LayerPair] = []
     if hidden_loss:
         if parts.bridge is None:

@@ -65,9 +65,9 @@ def preflight(
     memory = predict_memory(student, parts.model, plan)
     if ranks.device.type == "cuda":  # larger chunks of logits, from what the card has beside all that
         whole = torch.cuda.get_device_properties(ranks.device).total_memory
-        loss.fit(
-            min(whole // _SHARE_OF_LOGITS, whole - memory.peak + plan.logit_bytes), pairs.vocabulary, width_of(student)
-        )
+        size = (pairs.vocabulary, width_of(student))
+        share = whole // _SHARE_OF_LOGITS + loss.waiting_bytes(*size)
+        loss.fit(min(share, whole - memory.peak + plan.logit_bytes), *size)
         plan = replace(plan, logit_bytes=_logit_bytes(loss, pairs, student))
         memory = predict_memory(student, parts.model, plan)
     if s.preflight:
@@ -153,9 +153,9 @@ def _plan(
 
 def _logit_bytes(loss: Composite, pairs: ModelPairs, student: TransformerDecoder) -> int:
     """One part after the other has chunks of logits. Each part's gradient of the head waits for the backward pass."""
-    size, parts = (pairs.vocabulary, width_of(student)), loss.token_losses.values()
-    waiting = sum(part.waiting_bytes(*size) for part in parts)
-    return waiting + max((part.working_bytes(*size) for part in parts), default=0)
+    size = (pairs.vocabulary, width_of(student))
+    working = max((part.working_bytes(*size) for part in loss.token_losses.values()), default=0)
+    return loss.waiting_bytes(*size) + working
 
 
 def _moment_bytes(pair: ModelPair, ranks: Ranks) -> int:
@@ -221,7 +221,9 @@ def _reading_bytes(pair: ModelPair, columns: int, rows: int) -> int:
     s, build = pair.settings, pair.parts.teacher_model
     if isinstance(build_on_meta(build), DecodesItself):
         return 0
-    rows = min(rows, max(1, s.tokens_per_micro_batch // columns))
+    tokens = min(rows * columns, max(s.tokens_per_micro_batch, columns))
+    rows = math.ceil(tokens / columns)
+    columns = math.ceil(tokens / rows)
     return reading_bytes(build, rows=rows, columns=columns, width=pair.teacher_width, dtype=s.torch_dtype)
 
 

@@ -27,7 +27,8 @@ class TeacherData:
         prompts: this rank's share of each step's prompts, as if this teacher were the only one.
         reader: finds where the states of both models meet, if the teacher has other tokens or other prompts; else None.
         context: the number of tokens that the teacher can read.
-        longest_row: the most tokens of a prompt and its response, as the teacher reads them.
+        longest_row: the most tokens of a prompt and its response, as the teacher reads them; an estimate if it has
+            other tokens than the student.
         min_matched_share: a response token is matched if it ends where a teacher's token ends too. A smaller share of
             matched tokens stops the run.
         accuracy: measures the teacher's accuracy on held-out prompts, in its own tokens; None if it is not measured.

@@ -76,6 +76,7 @@ def _some_rows(rollout: Rollout, tokens: int, tokens_per_micro_batch: int) -> Ro
     """Evenly spaced responses that have about so many tokens, as many as fit into a microbatch, but one at least."""
     rows = len(rollout)
     wanted = max(_FEWEST_ROWS, math.ceil(tokens * rows / max(1, rollout.response_tokens)))
-    fitting = max(1, tokens_per_micro_batch // int(rollout.lengths_B.max()))
+    longest = max(int(own.lengths_B.max()) for own in (rollout, rollout.reading) if own is not None)
+    fitting = max(1, tokens_per_micro_batch // longest)
     count = min(rows, wanted, fitting)
     return rollout.rows(torch.arange(count, device=rollout.tokens_BS.device) * rows // count)

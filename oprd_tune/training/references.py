@@ -15,7 +15,7 @@ from oprd_tune.types import Prompts, Rollout, SamplingRequest
 
 
 class References:
-    """Gives a share of each step's prompts their reference answer, once each, instead of samples.
+    """Gives some of each step's prompts their reference answer, once each, instead of samples.
 
     Args:
         share: the share of a step's rows, or `[from, to]`, between which it goes linearly over the run, or

@@ -94,3 +94,39 @@ def test_a_run_whose_grader_fails_keeps_what_is_done(tmp_path, capsys, monkeypat
     assert "KeyError: 'boom'" in said
     assert "is saved" in said
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()]
+
+
+class Batch:
+    """Grades all at once."""
+
+    def __init__(self, gives):
+        self.gives = gives
+
+    def __call__(self, response, answer):
+        return response == answer
+
+    def grade(self, pairs):
+        return self.gives(pairs)
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda pairs: [None] * len(pairs), "the grader Batch gives None, which is no verdict"),
+        (lambda pairs: [True] * 5, "the grader Batch gives 5 verdicts on 1 responses"),
+        (lambda pairs: 1 // 0, "the grader Batch fails: ZeroDivisionError"),
+    ],
+)
+def test_a_grader_of_batches_is_held_to_the_same(gives, said):
+    assert grade_all(Batch(lambda pairs: [True for _ in pairs]), [("1", "1")]) == [True]
+    with pytest.raises(ConfigError, match=said):
+        grade_all(Batch(gives), [("1", "1")])
+
+
+def several(response, answer):
+    return torch.tensor([True, False])
+
+
+def test_an_array_is_no_verdict():
+    with pytest.raises(ConfigError, match="which is no verdict"):
+        grade_all(several, [("1", "1")])
