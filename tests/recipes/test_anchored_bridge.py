@@ -85,3 +85,19 @@ def test_a_part_that_compares_tokens_is_refused(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "token losses compare them token by token" in said
     assert "ReferenceCrossEntropy and TaskReward read no teacher" in said
+
+
+@pytest.mark.parametrize("diagnosed", [True, False])
+def test_with_the_same_tokens_the_teachers_head_is_there_for_diagnoses_alone(tmp_path, diagnosed):
+    cfg = load_config("tiny/oprd_plus_opd", output_dir=tmp_path, **SMALL, reference_share=0.5)
+    cfg.loss.parts = {
+        "oprd": {"_component_": "oprd_tune.losses.HiddenStateMSE", "normalisation": "rms"},
+        "sft": {"_component_": "oprd_tune.losses.ReferenceCrossEntropy"},
+    }
+    cfg.loss.weights, cfg.diagnostics_every_n_steps = {"sft": 0.1}, 1 if diagnosed else None
+    recipe = recipe_class(cfg.recipe)(cfg)
+    recipe.setup()
+    assert recipe.teachers[0].has_head is diagnosed
+    metrics = recipe.train_step(recipe.data.prompts.at_step(0)).metrics.reduce(recipe.ranks)
+    assert ("diagnostics/kl" in metrics) is diagnosed
+    assert metrics["loss/oprd"] > 0
