@@ -84,7 +84,7 @@ def read(recipe: Any, step: int) -> tuple[Tensor, dict[str, float]]:
     selection, tokens = recipe.select(rollout), recipe.select.tokens(rollout)
     is_composite = isinstance(recipe.loss, Composite)
     final_index_T = [tokens.teacher_index_T] if is_composite else []
-    targets = recipe.teachers[0].targets(rollout.teacher_tokens, selection.teacher_index_T, *final_index_T)
+    targets = recipe.teachers[0].targets(rollout, selection.teacher_index_T, *final_index_T)
     (teacher,) = recipe.teachers
     if is_composite:
         stream = recipe.loss.stream(targets, tokens, selection, heads=teacher.heads, pairs=teacher.pairs)
