@@ -70,7 +70,7 @@ def test_the_data_pages_command_counts_prompts(tmp_path):
     assert "nothing was loaded" in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_choosing_pages_commands_find_a_rate(tmp_path):
     page = (ROOT / "docs" / "choosing.md").read_text()
     (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
