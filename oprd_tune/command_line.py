@@ -210,6 +210,11 @@ def _check_keys(command: _Command) -> None:
             inner = [f"{section}.{key}" for section, values in sections if key in values]
             hint = f"; did you mean {inner[0]!r}?" if inner else nearest(key, known)
             raise ConfigError(f"unknown config key {key!r}{hint}")
+        if word.count("=") > 1:
+            raise ConfigError(
+                f"{word} has more than one `=`, which torchtune cannot read here; `tune cp` the config, and write "
+                f"{name} into the copy"
+            )
         if name.startswith("~") and content:
             _check_removal(name[1:], content)
         if equals:

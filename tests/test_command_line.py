@@ -40,6 +40,7 @@ MISTAKES = {
     f"{OURS} seed=1.5": "seed is 1.5; it must be int",
     f"{OURS} clip_grad_norm=[1]": "clip_grad_norm is [1]; it must be float or null",
     f"{OURS} dataset.prompt_template={{hint}}{{prompt}}": "is no YAML; a text with braces or colons needs two pairs",
+    f"{OURS} dataset.prompt_template={{prompt}}=": "has more than one `=`, which torchtune cannot read here; `tune cp`",
     f"{OURS} ~lora": "~lora takes away a key that the config does not have; leave it out",
     f"{OURS} ~loss.k": "~loss.k takes away a key that the config does not have; leave it out",
     f"{OURS} ~eval_dataset": "~eval_dataset is a section with a `_component_`, which the command line cannot take away",

@@ -33,7 +33,7 @@ def find_grader(key: str, grader: str | Grader) -> Grader:
         raise ConfigError(f"{key}: {_name(found)} takes other arguments; it must take (response, answer)") from error
     try:
         _verdict(found, found("1/2", "0.5"))  # takes whatever the grader needs
-    except (ImportError, ChildProcessError, ConfigError) as error:
+    except (ImportError, NameError, ChildProcessError, ConfigError) as error:
         raise ConfigError(f"{key}: {error}") from error
     except Exception:
         return found  # our answer is not one of the user's

@@ -26,9 +26,9 @@ class FullReverseKL(EntryDivergence):
     usual_chunk: ClassVar[int] = 512
 
     def working_bytes(self, vocabulary: int, width: int) -> int:
-        """As in `TokenLoss`; with a limit as in `EntryDivergence`."""
-        with_entries = super().working_bytes(vocabulary, width)
-        return with_entries if self.entry_clip is not None else 3 * self.at_once * vocabulary * 4
+        """With a limit as in `EntryDivergence`, else as in `DenseTokenLoss`."""
+        kind = DenseTokenLoss if self.entry_clip is None else EntryDivergence
+        return kind.working_bytes(self, vocabulary, width)
 
     def entries(self, p_TV: Tensor, log_q_TV: Tensor, log_ratio_TV: Tensor) -> tuple[Tensor, Tensor]:
         return p_TV * log_ratio_TV, log_ratio_TV.add_(1).mul_(p_TV)

@@ -213,13 +213,13 @@ def _teacher_bytes(pair: ModelPair, data: RunData, *, rows: int) -> _TeacherByte
     if plan.sharded and (measured is not None or own.benchmarks is not None):
         whole = replace(plan, placement="replicated")
         gathered = whole.memory_bytes(teacher, top=top, keeps_head=keeps_head, dtype=s.torch_dtype)
-    return _TeacherBytes(kept, gathered, _reading_bytes(pair, own.longest_row, rows), sampling)
+    return _TeacherBytes(kept, gathered, _reading_bytes(pair, teacher, own.longest_row, rows), sampling)
 
 
-def _reading_bytes(pair: ModelPair, columns: int, rows: int) -> int:
+def _reading_bytes(pair: ModelPair, teacher: TransformerDecoder, columns: int, rows: int) -> int:
     """What a teacher's pass over its largest microbatch takes. Blocks of transformers are not counted."""
     s, build = pair.settings, pair.parts.teacher_model
-    if isinstance(build_on_meta(build), DecodesItself):
+    if isinstance(teacher, DecodesItself):
         return 0
     tokens = min(rows * columns, max(s.tokens_per_micro_batch, columns))
     rows = math.ceil(tokens / columns)

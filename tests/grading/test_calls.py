@@ -23,6 +23,10 @@ def forgotten(response, answer):
     response == answer  # noqa: B015
 
 
+def misspelt(response, answer):
+    return respones == answer  # noqa: F821
+
+
 def alone(response):
     return True
 
@@ -52,6 +56,7 @@ later = Later(0)
     [
         ("forgotten", "the grader forgotten gives None, which is no verdict; it must give True or False"),
         ("share", "the grader share gives 0.5, which is no verdict"),
+        ("misspelt", "name 'respones' is not defined"),
         ("alone", "the grader alone takes other arguments; it must take (response, answer)"),
     ],
 )
