@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ T = TypeVar("T")
 # How long ranks wait for the slowest one: for its rollout, or for the first rank's export. NCCL's default, 10 minutes,
 # is too short for these.
 PATIENCE = timedelta(hours=2)
+_LET_GO_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,19 @@ def join_ranks(device: torch.device) -> Ranks:
             return Ranks(device=device)
         dist.init_process_group(_backend(device), timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_ranks(*, together: bool) -> None:
+    """Make it safe for this process to end. `together` says that all processes leave, none of them after an error.
+
+    A thread of gloo lets go of its last tensors some milliseconds after a collective is done, and needs the interpreter
+    for it. If the interpreter is gone by then, the thread aborts the process, and a finished run looks like a failed one.
+    Destroying the group does not end that thread as long as a device mesh holds the group.
+    """
+    if dist.is_initialized():
+        if together:
+            dist.destroy_process_group()
+        time.sleep(_LET_GO_SECONDS)
 
 
 def need_process_group(ranks: Ranks) -> None:

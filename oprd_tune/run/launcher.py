@@ -13,13 +13,13 @@ from types import FrameType
 from typing import Protocol, cast
 
 import torch
-import torch.distributed as dist
 from datasets import disable_progress_bars
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from oprd_tune.errors import CheckpointError, ConfigError, NothingLeftToDo, RolloutError
 from oprd_tune.failed_ranks import quieten_torchrun, tell
+from oprd_tune.ranks import leave_ranks
 from oprd_tune.registry import asked_for_one_process, recipe_files
 from oprd_tune.run.folder_lock import release_all
 from oprd_tune.run.process import end_with_launcher
@@ -62,8 +62,7 @@ def launch(make_recipe: type[Recipe], cfg: DictConfig) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that a config can name the user's own components
     status = run_recipe(cast(Callable[[DictConfig], Recipe], make_recipe), cfg)
-    if status in (0, FAILED) and dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks(together=status in (0, FAILED))
     return status
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from oprd_tune.ranks import leave_ranks
+
 
 def run_ranks(function, world_size, folder: Path, *args):
     """Call `function(rank, *args)` on each of `world_size` gloo ranks; one alone has no process group, as in a run."""
@@ -23,8 +25,7 @@ def _start(rank, world_size, store, function, args):
     function(rank, *args)
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
-    # An ordinary exit destroys gloo's threads while they may still run. That aborts about once in a thousand times.
-    # vLLM needs an ordinary exit, in which it removes its shared memory.
-    if "vllm" not in sys.modules:
+    if "vllm" in sys.modules:  # it removes its shared memory in an ordinary exit
+        leave_ranks(together=True)
+    else:
         os._exit(0)

@@ -1,6 +1,7 @@
 """What only several ranks can get wrong."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -169,3 +170,33 @@ def test_a_folder_that_cannot_be_used_is_told_to_all_ranks(tmp_path):
 
 def test_hosts_that_see_different_folders_are_told(tmp_path):
     run_ranks(check_folder, 2, tmp_path / "ranks", tmp_path)
+
+
+PAIRS = """
+import os, sys
+import torch, torch.distributed as dist
+from oprd_tune.ranks import leave_ranks
+
+sys.setswitchinterval(1000)  # threads then get the interpreter only where another one waits
+statuses = []
+for store in sys.argv[1:]:
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+            kept = dist.group.WORLD
+            ones = torch.ones(3)
+            for _ in range(5):
+                dist.all_reduce(ones)
+            leave_ranks(together=True)
+            sys.exit()
+    statuses += [os.waitpid(child, 0)[1] for child in children]
+sys.exit(any(statuses))
+"""
+
+
+def test_a_process_that_leaves_is_not_aborted_by_threads_of_gloo(tmp_path):
+    stores = [str(tmp_path / str(pair)) for pair in range(6)]
+    done = subprocess.run([sys.executable, "-c", PAIRS, *stores], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
