@@ -114,8 +114,8 @@ def leave_ranks(*, together: bool) -> None:
     """Make it safe for this process to end. `together` says that all processes leave, none of them after an error.
 
     A thread of gloo lets go of its last tensors some milliseconds after a collective is done, and needs the interpreter
-    for it. If the interpreter is gone by then, the thread aborts the process, and a finished run looks like a failed one.
-    Destroying the group does not end that thread as long as a device mesh holds the group.
+    for it. If that is gone by then, the thread aborts the process, and a finished run looks like a failed one.
+    Destroying the group does not end the thread as long as a device mesh holds the group.
     """
     if dist.is_initialized():
         if together:
