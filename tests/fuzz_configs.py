@@ -37,6 +37,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from oprd_tune.config import OPRDSettings
 from oprd_tune.config.short_form import expand
+from oprd_tune.ranks import leave_ranks
 from oprd_tune.registry import config_files
 from oprd_tune.run import launcher
 from oprd_tune.run.launcher import launch
@@ -215,7 +216,7 @@ def _run_on_all_ranks(asked: Namespace, counts: dict[str, int]) -> int:
     os.environ.pop("TORCHELASTIC_RUN_ID", None)  # no watch over the launcher for each variant
     first = dist.get_rank() == 0
     found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    keep_group = mock.patch.object(dist, "destroy_process_group")
+    keep_group = mock.patch.object(launcher, "leave_ranks")
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(launcher, "_LATER_SECONDS", 0), keep_group:
         place = [folder]
         dist.broadcast_object_list(place)
@@ -233,6 +234,7 @@ def _run_on_all_ranks(asked: Namespace, counts: dict[str, int]) -> int:
         if first:
             print(f"before weights are read, on {len(found)} ranks: {counts}", flush=True)
         dist.barrier()  # the folder is the first rank's
+    leave_ranks(together=True)
     return int(counts["failed"] > 0)
 
 

@@ -20,6 +20,7 @@ from torchtune.models.qwen2 import qwen2
 from benchmarks.random_models import write_model
 from oprd_tune import modeling
 from oprd_tune.modeling.families.llama import llama
+from oprd_tune.ranks import leave_ranks
 from tests.conftest import load_config, recipe_class
 
 BLOCKS = 2
@@ -158,6 +159,7 @@ def main():
     name, folder, *overrides = sys.argv[1:]
     result = rehearse(prepare(name, Path(folder), overrides))
     print(json.dumps(result))
+    leave_ranks(together=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torchtune.models.qwen2 import qwen2
 
 from oprd_tune.errors import ConfigError
+from oprd_tune.ranks import leave_ranks
 from oprd_tune.teacher.quantize import SCHEMES, Int8Linear, check_scheme, quantize_linears, quantized_bytes
 
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def compare(rank, world_size, store, policy):
             assert len(block.mlp.w1.scale.to_local()) == len(local)
             assert torch.equal(run(block), run(whole))
     finally:
-        dist.destroy_process_group()
+        leave_ranks(together=True)
 
 
 @pytest.mark.parametrize("policy", [MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)])
