@@ -19,7 +19,7 @@ class NothingLeftToDo(Exception):  # noqa: N818 - not an error
 
 
 class RolloutError(RuntimeError):
-    """The engine gave no responses, or nothing proves that the current student gave them.
+    """The engine gave no responses, nothing proves that the current student gave them, or a grader gave no verdict.
 
     It is raised before a step changes anything. Recipes save and exit with status 1.
     """

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from omegaconf import DictConfig
@@ -75,7 +76,8 @@ class MathEval:
                 continue
             with self.started(candidate) as engine:
                 for benchmark, problems in tqdm(work, desc=candidate.name, unit="batch", disable=not self.ranks.first):
-                    self.folder.add(self.answer(engine, candidate, benchmark, problems))
+                    answer = partial(self.answer, engine, candidate, benchmark, problems)
+                    self.folder.add(self.ranks.agree(answer))
         if self.ranks.first:
             self.folder.report([candidate.name for candidate in self.candidates], self.parts.metric_logger())
         return 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from oprd_tune.config import Component, EvalSection
-from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.evaluation.outcome import outcome_of
 from oprd_tune.evaluation.problem_sets import ProblemSets
 from oprd_tune.evaluation.samples import Sample
@@ -74,21 +74,16 @@ class BenchmarkEval:
             sample: samples this process's share of some problems, as `request` says.
             model: the model's name in the samples.
         """
-        ranks, own, failed = self.ranks, [], None
+        ranks, own = self.ranks, []
         batches = list(self._batches())
         for name, batch in LateBar(batches, desc="evaluation", unit="batch", disable=not ranks.first):
             share = batch[ranks.rank :: ranks.world_size]
             # A rank without a problem samples too, since every rank must run a sharded model.
-            try:
-                found = self.problems.answers(name, share or batch[:1], sample, model=model, grader=self.grader)
-                own += found if share else []
-            except ConfigError as error:  # of the grader; the other ranks still sample, which needs all of them
-                failed = failed or str(error)
+            asked = name, share or batch[:1], sample
+            found = ranks.agree(partial(self.problems.answers, *asked, model=model, grader=self.grader))
+            own += found if share else []
         place = {name: i for i, name in enumerate(self.problems.sets)}
-        collected = ranks.collect((own, failed))
-        if said := next((why for _, why in collected if why is not None), None):
-            raise RolloutError(said)
-        everybody = [found for one, _ in collected for found in one]
+        everybody = [found for one in ranks.collect(own) for found in one]
         return sorted(everybody, key=lambda s: (place[s.benchmark], s.problem, s.number))
 
     def _batches(self) -> Iterator[tuple[str, Sequence[int]]]:

@@ -7,7 +7,7 @@ from torchtune.modules import TransformerDecoder
 
 from oprd_tune.config.checks import check_seed, check_whole
 from oprd_tune.evaluation.texts import decode_responses, need_answers
-from oprd_tune.grading.calls import find_grader, grade_on_all
+from oprd_tune.grading.calls import find_grader, grade_all
 from oprd_tune.protocols import Grader, PromptSource, Tokenizer
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.native.sampler import Sampler, sampling_bytes
@@ -87,6 +87,7 @@ class TaskAccuracy:
         repeats = range(self.request.samples_per_prompt)
         answers = [str(answer) for answer in self._prompts.answers for _ in repeats]
         pairs = list(zip(responses, answers, strict=True)) if self._counts else []
-        scored = [sum(grade_on_all(self.grader, pairs, self._ranks)), len(pairs)]
+        verdicts = self._ranks.agree(lambda: grade_all(self.grader, pairs))
+        scored = [sum(verdicts), len(pairs)]
         right, count = self._ranks.total(scored)
         return right / count

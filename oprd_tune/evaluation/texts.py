@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.grading.calls import grade_all
 from oprd_tune.losses.diagnostics import TokenDifference
 from oprd_tune.protocols import Grader, PromptSource, Tokenizer
@@ -54,7 +54,7 @@ def samples_as_markdown(
     if grader is not None and (graded := [row for row, answer in enumerate(answers) if answer is not None]):
         try:
             found = grade_all(grader, [(responses[row], str(answers[row])) for row in graded])
-        except ConfigError as error:  # a look at some texts ends no run
+        except RolloutError as error:  # a look at some texts ends no run
             print(f"samples are shown without verdicts, because {error}")
             graded, found = [], []
         for row, right in zip(graded, found, strict=True):

@@ -10,7 +10,6 @@ from typing import Any
 from oprd_tune.config.components import find_function
 from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.protocols import BatchGrader, Grader
-from oprd_tune.ranks import Ranks
 
 _SHOWN = 80  # characters of a text in a message
 
@@ -33,7 +32,7 @@ def find_grader(key: str, grader: str | Grader) -> Grader:
         raise ConfigError(f"{key}: {_name(found)} takes other arguments; it must take (response, answer)") from error
     try:
         _verdict(found, found("1/2", "0.5"))  # takes whatever the grader needs
-    except (ImportError, NameError, ChildProcessError, ConfigError) as error:
+    except (ImportError, NameError, ChildProcessError, RolloutError) as error:
         raise ConfigError(f"{key}: {error}") from error
     except Exception:
         return found  # our answer is not one of the user's
@@ -44,15 +43,15 @@ def grade_all(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether each response is right, for pairs (response, answer).
 
     Raises:
-        ConfigError: if the grader fails, or gives no verdict.
+        RolloutError: if the grader fails, or gives no verdict.
     """
     if isinstance(grader, BatchGrader):
         try:
             found = list(grader.grade(pairs))
         except Exception as error:
-            raise ConfigError(f"{_name(grader)} fails: {type(error).__name__}: {error}") from error
+            raise RolloutError(f"{_name(grader)} fails: {type(error).__name__}: {error}") from error
         if len(found) != len(pairs):
-            raise ConfigError(f"{_name(grader)} gives {len(found)} verdicts on {len(pairs)} responses")
+            raise RolloutError(f"{_name(grader)} gives {len(found)} verdicts on {len(pairs)} responses")
         return [_verdict(grader, verdict) for verdict in found]
     verdicts = []
     for response, answer in pairs:
@@ -60,20 +59,8 @@ def grade_all(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[bool]:
             verdict = grader(response, answer)
         except Exception as error:
             texts = f"the response {response[:_SHOWN]!r} with the answer {answer[:_SHOWN]!r}"
-            raise ConfigError(f"{_name(grader)} fails on {texts}: {type(error).__name__}: {error}") from error
+            raise RolloutError(f"{_name(grader)} fails on {texts}: {type(error).__name__}: {error}") from error
         verdicts.append(_verdict(grader, verdict))
-    return verdicts
-
-
-def grade_on_all(grader: Grader, pairs: Sequence[tuple[str, str]], ranks: Ranks) -> list[bool]:
-    """As `grade_all`. Every rank calls, and if the grader fails on one of them, all raise a RolloutError."""
-    verdicts, failed = [], None
-    try:
-        verdicts = grade_all(grader, pairs)
-    except ConfigError as error:
-        failed = str(error)
-    if said := next(filter(None, ranks.collect(failed)), None):
-        raise RolloutError(said)
     return verdicts
 
 
@@ -84,7 +71,7 @@ def _verdict(grader: Grader, found: Any) -> bool:
             return bool(found)
     except Exception:  # such as an array's, which is neither true nor false
         pass
-    raise ConfigError(f"{_name(grader)} gives {found!r}, which is no verdict; it must give True or False")
+    raise RolloutError(f"{_name(grader)} gives {found!r}, which is no verdict; it must give True or False")
 
 
 def _name(grader: Grader) -> str:

@@ -9,7 +9,7 @@ import torch
 from oprd_tune.config import OPRDSettings
 from oprd_tune.errors import ConfigError
 from oprd_tune.evaluation.texts import decode_responses
-from oprd_tune.grading.calls import grade_on_all
+from oprd_tune.grading.calls import grade_all
 from oprd_tune.losses.beside import TaskReward
 from oprd_tune.losses.composite import Composite
 from oprd_tune.metrics.step import Metrics
@@ -56,7 +56,8 @@ class Rewards:
         answer_to = dict(zip(prompts.positions, prompts.answers, strict=True))
         group_N = rollout.prompt_positions_B[index_N]
         pairs = [(text, str(answer_to[group])) for text, group in zip(texts, group_N.tolist(), strict=True)]
-        verdicts = grade_on_all(self._part.grade, pairs, self._ranks)
+        grader = self._part.grade
+        verdicts = self._ranks.agree(lambda: grade_all(grader, pairs))
         reward_N = torch.tensor(verdicts, dtype=torch.float32, device=index_N.device)
         metrics.add("rollout/reward", float(sum(verdicts)), len(verdicts))
         if rollout.teacher_B is not None:

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from oprd_tune.errors import CheckpointError, ConfigError, RolloutError
+from oprd_tune.evaluation.during_training import BenchmarkEval
+from oprd_tune.grading.calls import grade_all
 from oprd_tune.ranks import Ranks
 from oprd_tune.rollout.auto import best_engine
 from oprd_tune.run.folder import RunFolder
@@ -148,7 +151,28 @@ def check_drift(rank):
     assert drift.measure(model) == pytest.approx(expected, rel=1e-5)
 
 
+def check_grader(rank):
+    """One that fails on a rank ends the evaluation on all, in the batch in which it fails."""
+    asked = []
+
+    def fails_on_the_second(response, answer):
+        if rank == 1:
+            raise KeyError("boom")
+        return True
+
+    def answers(name, problems, sample, *, model, grader):
+        asked.append([*problems])
+        return grade_all(grader, [("1", "1")])
+
+    problems, section = SimpleNamespace(sizes={"one": 8}, answers=answers), SimpleNamespace(problems_per_batch=2)
+    evaluate = BenchmarkEval(problems, section, fails_on_the_second, Ranks(rank, 2))
+    with pytest.raises(RolloutError, match="fails_on_the_second fails on the response '1'.*boom"):
+        evaluate(None, "student")
+    assert asked == [[rank, rank + 2]]
+
+
 def check_everything(rank, folder):
+    check_grader(rank)
     check_numbers(rank)
     check_agreement(rank)
     check_engine(rank)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oprd_tune.errors import ConfigError
+from oprd_tune.errors import ConfigError, RolloutError
 from oprd_tune.grading.calls import find_grader, grade_all
 from oprd_tune.run.launcher import run_recipe as launch
 from tests.conftest import SMALL, load_config, recipe_class
@@ -72,7 +72,7 @@ def test_a_grader_need_not_know_the_answer_that_it_is_tried_on():
 
 
 def test_texts_on_which_a_grader_fails_are_shown():
-    with pytest.raises(ConfigError, match="whole_numbers fails on the response 'x' with the answer '3': ValueError"):
+    with pytest.raises(RolloutError, match="whole_numbers fails on the response 'x' with the answer '3': ValueError"):
         grade_all(whole_numbers, [("3", "3"), ("x", "3")])
 
 
@@ -124,7 +124,7 @@ class Batch:
 )
 def test_a_grader_of_batches_is_held_to_the_same(gives, said):
     assert grade_all(Batch(lambda pairs: [True for _ in pairs]), [("1", "1")]) == [True]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(RolloutError, match=said):
         grade_all(Batch(gives), [("1", "1")])
 
 
@@ -133,5 +133,5 @@ def several(response, answer):
 
 
 def test_an_array_is_no_verdict():
-    with pytest.raises(ConfigError, match="which is no verdict"):
+    with pytest.raises(RolloutError, match="which is no verdict"):
         grade_all(several, [("1", "1")])

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from oprd_tune.evaluation import TaskAccuracy
 from oprd_tune.evaluation.samples import SampleFile
@@ -133,8 +134,25 @@ def test_models_may_be_added_but_nothing_else_may_change(out, capsys):
     assert "models.student differ" in capsys.readouterr().err
 
 
+def fails_later(response, answer):
+    """Fails on the second rank, after some responses."""
+    fails_later.left -= dist.is_initialized() and dist.get_rank() == 1
+    if fails_later.left < 0:
+        raise KeyError("boom")
+    return response.strip() == answer
+
+
 def on_two_ranks(rank, folder):
     assert evaluate(folder / "two") == 0
+    out, own = folder / "failing", {"grader": f"{__name__}.fails_later"}
+    fails_later.left = 40
+    assert evaluate(out, **own) == 1
+    dist.barrier()  # the first rank writes
+    assert 0 < len(samples(out)) < 2 * 20 * 4
+    fails_later.left = 1000
+    assert evaluate(out, **own) == 0
+    dist.barrier()
+    assert samples(out) == samples(folder / "two")
 
 
 def test_two_processes_share_the_problems_and_have_the_samples_of_one(tmp_path):
